@@ -1,0 +1,15 @@
+"""solo-gating: one label-free pre-training, two encoders (dense and gated) in one set of weights.
+
+Importing the package registers its methods and backbones with solo-learn, and does nothing else.
+"""
+
+from .backbones import BACKBONES
+from .errors import InputError
+from .methods import GATED_METHODS
+from .solo_learn import METHODS, BaseMethod
+
+__version__ = "0.1.0"
+
+BaseMethod._BACKBONES.update(BACKBONES)
+
+__all__ = ["BACKBONES", "GATED_METHODS", "METHODS", "BaseMethod", "InputError", "__version__"]

@@ -1,0 +1,242 @@
+"""ResNets with two paths through one set of weights: dense and gated."""
+
+import copy
+import itertools
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock
+
+from ..errors import InputError
+from ..gates import ChannelGate
+from .resnet import ResNet
+
+PATHS = ("gated", "dense")
+
+
+@dataclass(frozen=True)
+class ForwardPass:
+    """What one forward pass did: its path, input size (height, width), features and decisions.
+
+    Attributes:
+        features: B × C.
+        masks: a B × C_out tensor of zeros and ones for each block; empty on the dense path.
+    """
+
+    path: str
+    resolution: tuple[int, int]
+    features: Tensor
+    masks: tuple[Tensor, ...] = ()
+
+
+class GatedBasicBlock(BasicBlock):
+    """torchvision's BasicBlock with a second, gated way through it.
+
+    dense: relu(bn2(conv2(relu(bn1(conv1 x)))) + shortcut(x)), torchvision's own `forward`;
+    gated: relu(bn2'(conv2(m · relu(bn1'(conv1 x)))) + shortcut(x)) with the mask m = gate(x) over
+    conv1's output channels, and bn1', bn2' the gated path's own BatchNorms (`gated_bn1`,
+    `gated_bn2`) or, if they are shared, bn1 and bn2 (unification paper, Figure 1).
+    """
+
+    def add_gate(self, reduction: int, temperature: float, separate_bn: bool) -> None:
+        """Add the gate, and the gated path's BatchNorms as copies of the dense path's."""
+        conv1 = self.conv1
+        self.gate = ChannelGate(conv1.in_channels, conv1.out_channels, reduction, temperature)
+        self.separate_bn = separate_bn
+        if separate_bn:
+            self.gated_bn1 = type(self.bn1)(conv1.out_channels)
+            self.gated_bn2 = type(self.bn2)(conv1.out_channels)
+            self.gated_bn1.load_state_dict(self.bn1.state_dict())
+            self.gated_bn2.load_state_dict(self.bn2.state_dict())
+
+    def forward_gated(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """B × C_in × H × W → (B × C_out × H' × W', the mask B × C_out)."""
+        bn1, bn2 = (self.bn1, self.bn2)
+        if self.separate_bn:
+            bn1, bn2 = (self.gated_bn1, self.gated_bn2)
+        mask = self.gate(x)
+        hidden = self.relu(bn1(self.conv1(x)))
+        hidden = hidden * mask.to(hidden.dtype)[:, :, None, None]
+        out = bn2(self.conv2(hidden))
+        out += x if self.downsample is None else self.downsample(x)
+        return self.relu(out), mask
+
+
+class TwoPathResNet(ResNet):
+    """A ResNet whose forward takes one of two paths, chosen for a scope.
+
+        features = backbone(images)                  # the default path
+        with backbone.path("gated") as passes:
+            features = backbone(images)
+            masks = passes[-1].masks                 # one tensor B × C_out for each block
+
+    The dense path is torchvision's `forward`, and its parameters have torchvision's names.
+
+    Args:
+        layers: number of blocks of the four stages.
+        path: the path taken outside of every scope.
+        kwargs: those of `ResNet`.
+
+    Raises:
+        InputError: for a path that is neither "gated" nor "dense".
+    """
+
+    def __init__(self, layers: list[int], *, path: str = "dense", **kwargs: Any):
+        super().__init__(layers, **kwargs)
+        self.default_path = checked_path(path, "backbone.kwargs.path")
+        self._scope: tuple[Iterator[str], deque[ForwardPass]] | None = None
+
+    @property
+    def gated_blocks(self) -> list[GatedBasicBlock]:
+        """The blocks that have a gate, in the order in which masks are returned."""
+        raise NotImplementedError
+
+    def forward_gated(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """B × 3 × H × W → (features B × C, one mask B × C_out for each block)."""
+        raise NotImplementedError
+
+    @contextmanager
+    def path(self, *paths: str) -> Iterator[deque[ForwardPass]]:
+        """Choose the path of every forward pass inside a `with` block.
+
+        Several names are the paths of successive forward passes, over and over: with
+        `path("gated", "dense")` the first view of a training step is gated, the second dense.
+
+        Yields:
+            The latest forward passes, oldest first; as many as there are names.
+
+        Raises:
+            InputError: for a path that is neither "gated" nor "dense".
+        """
+        names = [checked_path(path, "path") for path in paths or (self.default_path,)]
+        passes: deque[ForwardPass] = deque(maxlen=len(names))
+        outer, self._scope = self._scope, (itertools.cycle(names), passes)
+        try:
+            yield passes
+        finally:
+            self._scope = outer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """B × 3 × H × W → features B × C (or logits, while the network has its `fc`)."""
+        path = self.default_path if self._scope is None else next(self._scope[0])
+        masks: tuple[Tensor, ...] = ()
+        if path == "dense":
+            features = super().forward(x)
+        else:
+            features, masks = self.forward_gated(x)
+        if self._scope is not None:
+            height, width = x.shape[-2:]
+            self._scope[1].append(ForwardPass(path, (height, width), features, masks))
+        return features
+
+
+class GatedResNet(TwoPathResNet):
+    """One encoder with two paths: the weights are shared, gates choose the channels.
+
+    Args:
+        layers: number of blocks of the four stages.
+        separate_bn: whether the gated path has its own BatchNorm in the blocks; the stem's and
+            the shortcuts' are shared, as in the authors' code.
+        reduction: the gates' reduction rate r.
+        temperature: the gates' sampling temperature τ.
+        kwargs: those of `TwoPathResNet`.
+
+    Raises:
+        InputError: for a value that is not accepted.
+    """
+
+    def __init__(
+        self,
+        layers: list[int],
+        *,
+        separate_bn: bool = True,
+        reduction: int = 4,
+        temperature: float = 2 / 3,
+        **kwargs: Any,
+    ):
+        super().__init__(layers, block=GatedBasicBlock, **kwargs)
+        for block in self.gated_blocks:
+            block.add_gate(reduction, temperature, separate_bn)
+
+    @property
+    def gated_blocks(self) -> list[GatedBasicBlock]:
+        """Every block of the four stages."""
+        return [*self.layer1, *self.layer2, *self.layer3, *self.layer4]
+
+    def forward_gated(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """B × 3 × H × W → (features B × C, one mask B × C_out for each block)."""
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        masks = []
+        for block in self.gated_blocks:
+            x, mask = block.forward_gated(x)
+            masks.append(mask)
+        return self.fc(torch.flatten(self.avgpool(x), 1)), tuple(masks)
+
+
+class TwoEncoderResNet(TwoPathResNet):
+    """Two encoders that share nothing: the dense path is one, the gated path the other.
+
+    The unification paper's Table 5 (2 × ResNet-18). The dense encoder has torchvision's parameter
+    names; the gated one lives under `gated_net` and has a single set of BatchNorms.
+
+    Args:
+        layers: number of blocks of the four stages.
+        reduction: the gates' reduction rate r.
+        temperature: the gates' sampling temperature τ.
+        path: the path taken outside of every scope.
+        kwargs: those of `ResNet`, for both encoders.
+    """
+
+    def __init__(
+        self,
+        layers: list[int],
+        *,
+        reduction: int = 4,
+        temperature: float = 2 / 3,
+        path: str = "dense",
+        **kwargs: Any,
+    ):
+        super().__init__(layers, path=path, **kwargs)
+        self.gated_net = GatedResNet(
+            layers, separate_bn=False, reduction=reduction, temperature=temperature, **kwargs
+        )
+        self.gated_net.fc = nn.Identity()
+
+    @property
+    def gated_blocks(self) -> list[GatedBasicBlock]:
+        """Every block of the gated encoder."""
+        return self.gated_net.gated_blocks
+
+    def forward_gated(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """B × 3 × H × W → (features B × C, one mask B × C_out for each block)."""
+        features, masks = self.gated_net.forward_gated(x)
+        return self.fc(features), masks
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        # A stem that solo-learn puts in is meant for both encoders; each has its own weights.
+        if name in ("conv1", "maxpool") and "gated_net" in self._modules:
+            setattr(self.gated_net, name, _reinitialised_copy(value))
+
+
+def checked_path(path: str, key: str) -> str:
+    """The path itself if it is one.
+
+    Raises:
+        InputError: naming `key`, for anything but "gated" or "dense".
+    """
+    if path not in PATHS:
+        raise InputError(f"{key}: found {path!r}, accepted are {PATHS}")
+    return path
+
+
+def _reinitialised_copy(module: nn.Module) -> nn.Module:
+    fresh = copy.deepcopy(module)
+    if isinstance(fresh, nn.Conv2d):
+        fresh.reset_parameters()
+    return fresh

@@ -1,0 +1,87 @@
+"""torchvision's ResNet, at any width and with either stem."""
+
+from typing import Any
+
+from torch import nn
+from torchvision.models.resnet import BasicBlock
+from torchvision.models.resnet import ResNet as TorchvisionResNet
+
+from ..errors import InputError
+
+STEMS = ("imagenet", "cifar")
+
+
+class ResNet(TorchvisionResNet):
+    """torchvision's ResNet with two more arguments; with their defaults it is torchvision's.
+
+    Args:
+        layers: number of blocks of the four stages.
+        width: channels of the first stage (64 in torchvision); the stages have width × 1, 2, 4, 8.
+        stem: "imagenet" (7×7, stride 2, max-pool) or "cifar", solo-learn's stem for small images:
+            3×3, stride 1, padding 2, no max-pool (`solo/methods/base.py` of vturrisi/solo-learn).
+        block: the class of the residual blocks.
+        zero_init_residual: start every residual branch at zero, as torchvision's argument.
+        kwargs: torchvision's other arguments (`num_classes`, `norm_layer`, ...).
+
+    Raises:
+        InputError: for a width or stem that is not accepted.
+    """
+
+    def __init__(
+        self,
+        layers: list[int],
+        *,
+        width: int = 64,
+        stem: str = "imagenet",
+        block: type[BasicBlock] = BasicBlock,
+        zero_init_residual: bool = False,
+        **kwargs: Any,
+    ):
+        if not isinstance(width, int) or isinstance(width, bool) or width < 1:
+            raise InputError(f"backbone.kwargs.width: found {width!r}, accepted is an integer ≥ 1")
+        if stem not in STEMS:
+            raise InputError(f"backbone.kwargs.stem: found {stem!r}, accepted are {STEMS}")
+        super().__init__(block, layers, zero_init_residual=zero_init_residual, **kwargs)
+        if width != self.bn1.num_features:
+            self._resize(layers, width, block, zero_init_residual)
+        if stem == "cifar":
+            self.conv1 = nn.Conv2d(3, width, kernel_size=3, stride=1, padding=2, bias=False)
+            self.maxpool = nn.Identity()
+
+    def _resize(
+        self, layers: list[int], width: int, block: type[BasicBlock], zero_init_residual: bool
+    ) -> None:
+        """Rebuild every layer at another width, initialised as torchvision does."""
+        self.inplanes = width
+        self.bn1 = self._norm_layer(width)
+        self.conv1 = nn.Conv2d(3, width, kernel_size=7, stride=2, padding=3, bias=False)
+        for stage, depth in enumerate(layers):
+            layer = self._make_layer(block, width * 2**stage, depth, stride=1 if stage == 0 else 2)
+            setattr(self, f"layer{stage + 1}", layer)
+        self.fc = nn.Linear(self.inplanes, self.fc.out_features)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif zero_init_residual and isinstance(module, BasicBlock):
+                nn.init.zeros_(module.bn2.weight)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # solo-learn's BaseMethod gives every `resnet*` on CIFAR a new stem of 64 channels,
+        # whatever the network's width; bn1 says how many this network needs.
+        if name == "conv1" and "bn1" in self._modules:
+            value = fit_out_channels(value, self.bn1.num_features)
+        super().__setattr__(name, value)
+
+
+def fit_out_channels(conv: nn.Conv2d, channels: int) -> nn.Conv2d:
+    """The convolution itself, or its like with another number of output channels."""
+    if conv.out_channels == channels:
+        return conv
+    return nn.Conv2d(
+        conv.in_channels,
+        channels,
+        conv.kernel_size,  # type: ignore[arg-type]
+        conv.stride,  # type: ignore[arg-type]
+        conv.padding,  # type: ignore[arg-type]
+        bias=conv.bias is not None,
+    )

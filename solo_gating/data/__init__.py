@@ -1,0 +1,87 @@
+"""From the config's `data` and `augmentations` to batches."""
+
+from typing import Any
+
+from omegaconf import DictConfig
+from torch.utils.data import DataLoader, Dataset
+
+from ..errors import InputError
+from .augmentations import check_augmentations, evaluation_transform, training_transform
+from .datasets import DATASETS, FORMATS, NUM_CLASSES, count_class_folders, fraction_of, open_dataset
+
+
+class Indexed(Dataset):
+    """A data set whose items begin with their index, as solo-learn's methods expect."""
+
+    def __init__(self, dataset: Any):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        return (index, *self.dataset[index])
+
+
+def training_loader(cfg: DictConfig) -> DataLoader:
+    """Batches `[indices, [view 1, view 2, ...], targets]` for pre-training.
+
+    Args:
+        cfg: a complete config (`config.prepare_config`).
+
+    Raises:
+        InputError: for data that cannot be used, or fewer images than one batch.
+    """
+    transform = training_transform(cfg.data.dataset, cfg.augmentations)
+    dataset: Any = open_dataset(cfg.data, "train", transform)
+    if cfg.data.fraction > 0:
+        dataset = fraction_of(dataset, cfg.data.fraction)
+    if len(dataset) < cfg.optimizer.batch_size:
+        raise InputError(
+            f"optimizer.batch_size: found {cfg.optimizer.batch_size} with {len(dataset)} training "
+            "images, accepted is at most their number (an incomplete last batch is dropped)"
+        )
+    return _loader(Indexed(dataset), cfg, shuffle=True, drop_last=True)
+
+
+def evaluation_loader(cfg: DictConfig, split: str) -> DataLoader | None:
+    """Batches `[images, targets]` without augmentation; None if `data` names no such images.
+
+    Args:
+        cfg: a complete config.
+        split: "train" or "val".
+
+    Raises:
+        InputError: for data that cannot be used.
+    """
+    if cfg.data[f"{split}_path"] is None:
+        return None
+    transform = evaluation_transform(cfg.data.dataset, cfg.augmentations)
+    dataset: Any = open_dataset(cfg.data, split, transform)
+    if split == "train" and cfg.data.fraction > 0:
+        dataset = fraction_of(dataset, cfg.data.fraction)
+    return _loader(dataset, cfg, shuffle=False, drop_last=False)
+
+
+def _loader(dataset: Any, cfg: DictConfig, *, shuffle: bool, drop_last: bool) -> DataLoader:
+    workers = cfg.data.num_workers
+    return DataLoader(
+        dataset,
+        batch_size=cfg.optimizer.batch_size,
+        shuffle=shuffle,
+        drop_last=drop_last,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=cfg.accelerator != "cpu" and cfg.performance.pin_memory,
+    )
+
+
+__all__ = [
+    "DATASETS",
+    "FORMATS",
+    "NUM_CLASSES",
+    "check_augmentations",
+    "count_class_folders",
+    "evaluation_loader",
+    "training_loader",
+]

@@ -1,0 +1,103 @@
+"""Views for pre-training and images for evaluation, from solo-learn's `augmentations` config."""
+
+from collections.abc import Callable
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig
+from torchvision import transforms
+
+from ..errors import InputError
+from ..solo_learn import FullTransformPipeline, NCropAugmentation, build_transform_pipeline
+
+_ABSENT = {
+    "rrc": {"enabled": False},
+    "color_jitter": {"prob": 0.0},
+    "grayscale": {"prob": 0.0},
+    "gaussian_blur": {"prob": 0.0},
+    "solarization": {"prob": 0.0},
+    "equalization": {"prob": 0.0},
+    "horizontal_flip": {"prob": 0.0},
+}
+_OWN_KEYS = ("affine", "erasing", "crop_size", "num_crops", "mean", "std")
+
+
+def check_augmentations(views: ListConfig | None) -> None:
+    """Refuse what cannot be views, and fill in place the operations that an entry leaves out.
+
+    Raises:
+        InputError: naming the key.
+    """
+    if not views:
+        raise InputError("augmentations: found none, accepted is a list of at least one entry")
+    for number, view in enumerate(views):
+        for key in view:
+            if key not in _ABSENT and key not in _OWN_KEYS:
+                accepted = ", ".join([*_ABSENT, *_OWN_KEYS])
+                raise InputError(f"augmentations[{number}].{key}: no such key, accepted are {accepted}")
+        for key in ("crop_size", "num_crops"):
+            if not isinstance(view.get(key), int) or view[key] < 1:
+                raise InputError(
+                    f"augmentations[{number}].{key}: found {view.get(key)!r}, "
+                    "accepted is an integer ≥ 1"
+                )
+        for key, value in _ABSENT.items():
+            if key not in view:
+                view[key] = value
+
+
+def view_transform(dataset: str, view: DictConfig) -> transforms.Compose:
+    """One entry's transforms: solo-learn's, and two operations for images that are not photographs.
+
+    `affine: {degrees, translate, scale, shear}` (torchvision's RandomAffine, before everything
+    else) and `erasing: {prob, scale}` (RandomErasing, last).
+
+    Args:
+        dataset: the data set's name; solo-learn knows mean and std of some.
+        view: an entry of `augmentations`.
+    """
+    steps = list(build_transform_pipeline(dataset, view).transforms)
+    if view.get("affine"):
+        affine = view.affine
+        move = transforms.RandomAffine(
+            affine.get("degrees", 0),
+            translate=affine.get("translate"),
+            scale=affine.get("scale"),
+            shear=affine.get("shear"),
+            interpolation=transforms.InterpolationMode.BILINEAR,
+        )
+        steps.insert(0, move)
+    if view.get("erasing"):
+        scale = tuple(view.erasing.get("scale", (0.02, 0.33)))
+        steps.append(transforms.RandomErasing(p=view.erasing.prob, scale=scale))
+    return transforms.Compose(steps)
+
+
+def training_transform(dataset: str, views: ListConfig) -> Callable[[Any], list[Any]]:
+    """From one PIL image to the list of all its views."""
+    return FullTransformPipeline(
+        [NCropAugmentation(view_transform(dataset, view), view.num_crops) for view in views]
+    )
+
+
+def evaluation_transform(dataset: str, views: ListConfig) -> transforms.Compose:
+    """From one PIL image to the image that an encoder trained on `views` expects.
+
+    Resized to the first view's crop size (images of 224 pixels and more: the shorter side to
+    256/224 of it, then the centre, as solo-learn does) and normalised with its mean and std.
+    solo-learn's own evaluation normalises CIFAR-100 with CIFAR-10's statistics; this does not.
+    """
+    size = views[0].crop_size
+    normalise = next(
+        step
+        for step in view_transform(dataset, views[0]).transforms
+        if isinstance(step, transforms.Normalize)
+    )
+    resize = round(size * 256 / 224) if size >= 224 else size
+    return transforms.Compose(
+        [
+            transforms.Resize(resize),
+            transforms.CenterCrop(size),
+            transforms.ToTensor(),
+            normalise,
+        ]
+    )

@@ -1,0 +1,154 @@
+"""The config group `gating`, checked."""
+
+import math
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from .backbones import checked_path
+from .errors import InputError
+
+
+@dataclass(frozen=True)
+class GatingConfig:
+    """What the gates aim at and how hard they are pushed.
+
+    Attributes:
+        target_budget: t_d, the share of the dense FLOPs that the gated path should use, in (0, 1].
+        sparsity_weight: λ of the budget loss.
+        bound_weight: γ of the bound loss; 0 switches it off.
+        bound_decay: decay of the bound loss, per epoch.
+        bound_target: s*, the share of channels around which the bound loss starts: "sqrt" for
+            √t_d, as published, "budget" for t_d, or a number in (0, 1].
+        reduction: r, the gates' reduction rate.
+        temperature: τ of the sampled masks.
+        separate_bn: whether the gated path has its own BatchNorms. Default: if a view is dense.
+        warmup_epochs: epochs at the start in which every view is dense and the gates rest.
+        views: the path of each view, "gated" or "dense". Default: the method's.
+    """
+
+    target_budget: float = 0.5
+    sparsity_weight: float = 5.0
+    bound_weight: float = 1.0
+    bound_decay: float = 0.02
+    bound_target: float | str = "sqrt"
+    reduction: int = 4
+    temperature: float = 2 / 3
+    separate_bn: bool | None = None
+    warmup_epochs: int = 0
+    views: tuple[str, ...] = field(default=())
+
+    @classmethod
+    def from_config(cls, cfg: DictConfig, default_views: tuple[str, ...]) -> "GatingConfig":
+        """Read and check `cfg.gating`, and write the complete group back into the config.
+
+        Args:
+            cfg: a whole config; `data.num_large_crops` and `num_small_crops` say how many views
+                there are.
+            default_views: the method's views, where the config names none.
+
+        Raises:
+            InputError: naming the key, what was found and what is accepted.
+        """
+        group = OmegaConf.select(cfg, "gating", default=None)
+        given: dict[str, Any] = {}
+        if group is not None:
+            given = OmegaConf.to_container(group, resolve=True)  # type: ignore[assignment]
+        if not isinstance(given, dict):
+            raise InputError(f"gating: found {given!r}, accepted is a group with {_KEYS}")
+        for key in given:
+            check_key(key)
+        given = {key: value for key, value in given.items() if value is not None}
+        views = given.pop("views", default_views)
+        if isinstance(views, str) or not isinstance(views, (list, tuple)):
+            raise InputError(f"gating.views: found {views!r}, accepted is a list like [gated, dense]")
+        views = tuple(checked_path(view, "gating.views") for view in views)
+        given.setdefault("separate_bn", "dense" in views)
+        gating = cls(**given, views=views)
+        gating._check(cfg)
+        cfg.gating = {**asdict(gating), "views": list(views)}
+        return gating
+
+    def _check(self, cfg: DictConfig) -> None:
+        require("gating.target_budget", self.target_budget, _is_share, "a number in (0, 1]")
+        for key in ("sparsity_weight", "bound_weight", "bound_decay"):
+            require(f"gating.{key}", getattr(self, key), _is_not_negative, "a number ≥ 0")
+        require("gating.temperature", self.temperature, _is_positive, "a number > 0")
+        require("gating.reduction", self.reduction, lambda v: _is_int(v, 1), "an integer ≥ 1")
+        require("gating.warmup_epochs", self.warmup_epochs, lambda v: _is_int(v, 0), "an integer ≥ 0")
+        require("gating.separate_bn", self.separate_bn, lambda v: isinstance(v, bool), "true or false")
+        require(
+            "gating.bound_target",
+            self.bound_target,
+            lambda v: v in ("sqrt", "budget") or _is_share(v),
+            "sqrt, budget or a number in (0, 1]",
+        )
+        data = cfg.get("data") or {}
+        crops = (data.get("num_large_crops") or 0) + (data.get("num_small_crops") or 0)
+        if crops and crops != len(self.views):
+            raise InputError(
+                f"gating.views: found {len(self.views)} ({', '.join(self.views)}), "
+                f"augmentations make {crops} crops, and each needs its path"
+            )
+        if "gated" not in self.views:
+            raise InputError("gating.views: found no gated view, accepted is at least one")
+        if self.separate_bn and "dense" not in self.views:
+            raise InputError(
+                "gating.separate_bn: found true with no dense view in gating.views, "
+                "which would leave the dense path's BatchNorms untrained; accepted is false"
+            )
+
+    @property
+    def bound_share(self) -> float:
+        """s* as a number."""
+        named = {"sqrt": math.sqrt(self.target_budget), "budget": self.target_budget}
+        return named[self.bound_target] if isinstance(self.bound_target, str) else self.bound_target
+
+    @property
+    def backbone_kwargs(self) -> dict[str, Any]:
+        """The keys that the backbone is built with."""
+        return {key: getattr(self, key) for key in ("reduction", "temperature", "separate_bn")}
+
+
+_KEYS = ", ".join(item.name for item in fields(GatingConfig))
+
+
+def check_key(key: str) -> None:
+    """Refuse a key that the group `gating` does not have.
+
+    Raises:
+        InputError: naming it and those that exist.
+    """
+    if key not in _KEYS.split(", "):
+        raise InputError(f"gating.{key}: no such key, accepted are {_KEYS}")
+
+
+def require(key: str, value: Any, accepted: Any, wording: str) -> None:
+    """Refuse a config value.
+
+    Raises:
+        InputError: if `accepted(value)` is false: "key: found value, accepted is wording".
+    """
+    if not accepted(value):
+        raise InputError(f"{key}: found {value!r}, accepted is {wording}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_share(value: Any) -> bool:
+    return _is_number(value) and 0 < value <= 1
+
+
+def _is_not_negative(value: Any) -> bool:
+    return _is_number(value) and value >= 0
+
+
+def _is_positive(value: Any) -> bool:
+    return _is_number(value) and value > 0
+
+
+def _is_int(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least

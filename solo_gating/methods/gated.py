@@ -1,0 +1,180 @@
+"""Gating for any solo-learn method that compares views: `class X(Method, DualMethod)`."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from ..backbones import BACKBONES, ForwardPass, TwoEncoderResNet, TwoPathResNet
+from ..errors import InputError
+from ..flops import BackboneFlops, count_flops, selected_channels
+from ..gating_config import GatingConfig
+from ..losses import bound_loss, budget_loss
+from ..solo_learn import BaseMethod, WeightedKNNClassifier
+
+
+class GatedMethod(BaseMethod):
+    """The base step of solo-learn's BaseMethod, each view on its path, plus budget and bound.
+
+    Put it behind a solo-learn method, as in `class VICRegDual(VICReg, DualMethod)`: the method's
+    `training_step` calls its base's, finds this one, and adds what comes back to its own loss:
+
+        total = SSL(z_1, z_2) + classification + Σ over gated views of (budget + bound)
+
+    (unification paper, Eqs. 1 and 3; the classifier sees detached features.) Nothing else of the
+    method changes, whichever it is.
+
+    Raises:
+        InputError: for a backbone without gates, or a `gating` group that cannot be used.
+    """
+
+    default_views: tuple[str, ...] = ("gated", "dense")
+
+    def __init__(self, cfg: DictConfig):
+        self.gating = GatingConfig.from_config(cfg, self.default_views)
+        cfg.backbone.kwargs = {**(cfg.backbone.get("kwargs") or {}), **self.gating.backbone_kwargs}
+        super().__init__(cfg)
+        if not isinstance(self.backbone, TwoPathResNet):
+            raise InputError(
+                f"backbone.name: found {cfg.backbone.name!r}, method {cfg.method!r} needs gates; "
+                f"accepted are {', '.join(name for name in BACKBONES if 'plain' not in name)}"
+            )
+        if isinstance(self.backbone, TwoEncoderResNet) and "dense" not in self.gating.views:
+            raise InputError(
+                f"gating.views: found {list(self.gating.views)}, backbone {cfg.backbone.name!r} "
+                "needs a dense view to train its dense encoder"
+            )
+        self._flops: dict[tuple[int, int], BackboneFlops] = {}
+        # solo-learn's own kNN mixes the views; here each path has a bank of its own.
+        self.path_knn = nn.ModuleDict()
+        if self.knn_eval:
+            self.knn_eval = False
+            del self.knn
+            for path in self.trained_paths:
+                self.path_knn[path] = WeightedKNNClassifier(
+                    k=self.knn_k, distance_fx=cfg.knn_eval.distance_func
+                )
+
+    @property
+    def trained_paths(self) -> tuple[str, ...]:
+        """The paths that views take, the one that solo-learn's own metrics describe first."""
+        return tuple(path for path in ("dense", "gated") if path in self.gating.views)
+
+    def flops(self, resolution: tuple[int, int]) -> BackboneFlops:
+        """FLOPs of the backbone for images of a size; counted once for each size."""
+        if resolution not in self._flops:
+            self._flops[resolution] = count_flops(self.backbone, resolution)
+        return self._flops[resolution]
+
+    def training_step(self, batch: list[Any], batch_idx: int) -> dict[str, Any]:
+        """solo-learn's base step; its "loss" also holds the gates' losses."""
+        epoch = self.current_epoch - self.gating.warmup_epochs
+        views = self.gating.views if epoch >= 0 else ("dense",) * len(self.gating.views)
+        with self.backbone.path(*views) as passes:
+            outs = super().training_step(batch, batch_idx)
+        gated = [view for view in passes if view.path == "gated"]
+        if gated:
+            outs["loss"] = outs["loss"] + self._gates_loss(gated, epoch)
+        self._remember(passes, batch[-1])
+        return outs
+
+    def _gates_loss(self, passes: list[ForwardPass], epoch: int) -> Tensor:
+        channels = [selected_channels(view.masks).mean(dim=0) for view in passes]
+        shares, budgets, bounds = [], [], []
+        for view, selected in zip(passes, global_mean(torch.stack(channels)), strict=True):
+            flops = self.flops(view.resolution)
+            total = selected.new_tensor([block.channels for block in flops.blocks])
+            shares.append(flops.share(selected))
+            budgets.append(
+                budget_loss(shares[-1], self.gating.target_budget, self.gating.sparsity_weight)
+            )
+            bounds.append(
+                bound_loss(
+                    selected / total,
+                    self.gating.bound_share,
+                    epoch,
+                    self.gating.bound_weight,
+                    self.gating.bound_decay,
+                )
+            )
+        budget, bound = torch.stack(budgets).sum(), torch.stack(bounds).sum()
+        metrics = {
+            "train_budget_loss": budget,
+            "train_bound_loss": bound,
+            "train_flops_share": torch.stack(shares).mean(),
+        }
+        # Already the same on every process.
+        self.log_dict({k: v.detach() for k, v in metrics.items()}, on_epoch=True, prog_bar=True)
+        return budget + bound
+
+    def _remember(self, passes: Iterable[ForwardPass], targets: Tensor) -> None:
+        labelled = targets != -1
+        for view in passes:
+            if view.path in self.path_knn and view.features.size(0) == targets.size(0):
+                features = view.features.detach()[labelled]
+                self.path_knn[view.path](train_features=features, train_targets=targets[labelled])
+
+    def validation_step(
+        self, batch: list[Tensor], batch_idx: int, *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """solo-learn's step on the first trained path, and the same accuracies on every path."""
+        X, targets = batch
+        first, *others = self.trained_paths
+        with self.backbone.path(first) as passes:
+            metrics = super().validation_step(batch, batch_idx, *args, **kwargs)
+        self._log_validation(passes[-1], targets, metrics["val_acc1"])
+        for path in others:
+            with self.backbone.path(path) as passes:
+                out = self.base_validation_step(X, targets)
+            self._log_validation(passes[-1], targets, out["acc1"])
+        return metrics
+
+    def _log_validation(self, view: ForwardPass, targets: Tensor, acc1: Tensor) -> None:
+        metrics = {f"val_{view.path}_acc1": acc1}
+        if view.masks:
+            flops = self.flops(view.resolution)
+            metrics["val_flops_share"] = flops.share(selected_channels(view.masks).double()).mean()
+        self.log_dict(
+            metrics, on_epoch=True, prog_bar=True, sync_dist=True, batch_size=targets.size(0)
+        )
+        if view.path in self.path_knn and not self.trainer.sanity_checking:
+            knn = self.path_knn[view.path]
+            knn(test_features=view.features.detach(), test_targets=targets)
+
+    def on_validation_epoch_end(self) -> None:
+        """solo-learn's means over the epoch, and each path's kNN accuracy."""
+        super().on_validation_epoch_end()
+        if self.trainer.sanity_checking:
+            return
+        for path, knn in self.path_knn.items():
+            acc1, _ = knn.compute()
+            if acc1 >= 0:  # there were labelled training features
+                self.log(f"val_{path}_knn_acc1", acc1, prog_bar=True, sync_dist=True)
+
+
+class DualMethod(GatedMethod):
+    """One view gated, the other dense, through the same weights (VICReg-Dual-Gating)."""
+
+    default_views = ("gated", "dense")
+
+
+class GatedViewsMethod(GatedMethod):
+    """Both views gated (the papers' Baseline-2, and the SimSiam of the IMVIP paper)."""
+
+    default_views = ("gated", "gated")
+
+
+def global_mean(values: Tensor) -> Tensor:
+    """Mean over all processes, of a mean over this process's batch.
+
+    The value is global, the gradient that of this process's part: DDP averages the processes'
+    gradients, so that N processes with batch B give the gradients of one with N·B.
+    """
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return values
+    mean = values.detach().clone()
+    dist.all_reduce(mean)
+    return values + (mean / dist.get_world_size() - values.detach())

@@ -1,0 +1,66 @@
+"""solo-learn's modern names, whichever line is installed.
+
+This is the only room that knows which line that is: `modern` re-exports GitHub's 1.0.6 to 1.0.8,
+`legacy` gives PyPI's 1.0.2 the same names, signatures and config schema, and `fixes` mends what
+is broken on both under current versions of torchmetrics and PyTorch. The rest of the package is
+written against the modern API. No solo-learn code is copied here.
+"""
+
+from .line import installed_line
+
+LINE = installed_line()
+
+if LINE == "modern":
+    from .modern import (
+        LARS,
+        METHODS,
+        BarlowTwins,
+        BaseMethod,
+        FullTransformPipeline,
+        LinearModel,
+        NCropAugmentation,
+        SimCLR,
+        SimSiam,
+        VICReg,
+        WeightedKNNClassifier,
+        accuracy_at_k,
+        build_transform_pipeline,
+    )
+else:
+    from .legacy import (
+        LARS,
+        METHODS,
+        BarlowTwins,
+        BaseMethod,
+        FullTransformPipeline,
+        LinearModel,
+        NCropAugmentation,
+        SimCLR,
+        SimSiam,
+        VICReg,
+        WeightedKNNClassifier,
+        accuracy_at_k,
+        build_transform_pipeline,
+    )
+
+from .fixes import mend
+
+mend(BaseMethod)
+
+__all__ = [
+    "LARS",
+    "LINE",
+    "METHODS",
+    "BarlowTwins",
+    "BaseMethod",
+    "FullTransformPipeline",
+    "LinearModel",
+    "NCropAugmentation",
+    "SimCLR",
+    "SimSiam",
+    "VICReg",
+    "WeightedKNNClassifier",
+    "accuracy_at_k",
+    "build_transform_pipeline",
+    "installed_line",
+]

@@ -1,0 +1,96 @@
+"""What is broken on both lines under current torchmetrics and PyTorch, mended in one place."""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchmetrics import Metric
+
+
+def current_knn(base: type[Metric]) -> type[Metric]:
+    """solo-learn's WeightedKNNClassifier for torchmetrics ≥ 1.
+
+    Both lines pass `compute_on_step` to torchmetrics, which has removed it; 1.0.2 forgets to
+    normalise the features for the cosine distance (on 1.0.8 doing it again changes nothing).
+    """
+
+    class WeightedKNNClassifier(base):  # type: ignore[misc,valid-type]
+        """Weighted k-nearest-neighbour accuracy; see `solo/utils/knn.py` of solo-learn.
+
+        Args:
+            k: number of neighbours.
+            T: temperature of the cosine distance.
+            max_distance_matrix_size: largest number of distances held at once.
+            distance_fx: "cosine" or "euclidean".
+            epsilon: added to a euclidean distance before it is inverted.
+            dist_sync_on_step: as in torchmetrics.
+        """
+
+        def __init__(
+            self,
+            k: int = 20,
+            T: float = 0.07,
+            max_distance_matrix_size: int = int(5e6),
+            distance_fx: str = "cosine",
+            epsilon: float = 0.00001,
+            dist_sync_on_step: bool = False,
+        ):
+            Metric.__init__(self, dist_sync_on_step=dist_sync_on_step)
+            self.k = k
+            self.T = T
+            self.max_distance_matrix_size = max_distance_matrix_size
+            self.distance_fx = distance_fx
+            self.epsilon = epsilon
+            for name in ("train_features", "train_targets", "test_features", "test_targets"):
+                self.add_state(name, default=[], persistent=False)
+
+        def forward(self, *args: Any, **kwargs: Any) -> None:
+            """Store features; the accuracy is computed on demand only."""
+            self.update(*args, **kwargs)
+
+        def compute(self) -> tuple[float, float]:
+            """Top-1 and top-5 accuracy in percent; (-1, -1) without features."""
+            if self.distance_fx == "cosine":
+                for name in ("train_features", "test_features"):
+                    features = [F.normalize(part) for part in getattr(self, name)]
+                    setattr(self, name, features)
+            return super().compute()
+
+    return WeightedKNNClassifier
+
+
+def mend(base_method: type[Any]) -> None:
+    """Mend solo-learn's BaseMethod in place, once.
+
+    - A batch without a single label has the classification loss 0 (it was 0 / 0 = NaN, which also
+      spoilt the online classifier's weights).
+    - The scheduler of a method with a static learning rate (SimSiam) held a
+      `functools.partial`; without it checkpoints load with `torch.load(weights_only=True)`, and
+      resuming puts it back, since `configure_optimizers` runs first.
+    """
+    if getattr(base_method, "_solo_gating_mended", False):
+        return
+    base_method._base_shared_step = _unlabelled_is_zero(base_method._base_shared_step)
+    base_method.on_save_checkpoint = _without_functions
+    base_method._solo_gating_mended = True
+
+
+def _unlabelled_is_zero(shared_step: Callable[..., dict[str, Any]]) -> Callable[..., dict]:
+    @wraps(shared_step)
+    def step(self: Any, X: Tensor, targets: Tensor) -> dict[str, Any]:
+        any_label = (targets != -1).any()
+        out = shared_step(self, X, torch.where(any_label, targets, torch.zeros_like(targets)))
+        for key in ("loss", "acc1", "acc5"):
+            out[key] = out[key] * any_label
+        return out
+
+    return step
+
+
+def _without_functions(self: Any, checkpoint: dict[str, Any]) -> None:
+    for scheduler in checkpoint.get("lr_schedulers", []):
+        for key in [key for key, value in scheduler.items() if callable(value)]:
+            del scheduler[key]

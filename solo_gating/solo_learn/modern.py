@@ -1,0 +1,33 @@
+"""The modern line (GitHub's 1.0.6 to 1.0.8): its own names, with the kNN that runs today."""
+
+import solo.methods.base
+from solo.data.pretrain_dataloader import (
+    FullTransformPipeline,
+    NCropAugmentation,
+    build_transform_pipeline,
+)
+from solo.methods import METHODS, BarlowTwins, BaseMethod, LinearModel, SimCLR, SimSiam, VICReg
+from solo.utils.knn import WeightedKNNClassifier as _WeightedKNNClassifier
+from solo.utils.lars import LARS
+from solo.utils.metrics import accuracy_at_k
+
+from .fixes import current_knn
+
+WeightedKNNClassifier = current_knn(_WeightedKNNClassifier)
+solo.methods.base.WeightedKNNClassifier = WeightedKNNClassifier
+
+__all__ = [
+    "LARS",
+    "METHODS",
+    "BarlowTwins",
+    "BaseMethod",
+    "FullTransformPipeline",
+    "LinearModel",
+    "NCropAugmentation",
+    "SimCLR",
+    "SimSiam",
+    "VICReg",
+    "WeightedKNNClassifier",
+    "accuracy_at_k",
+    "build_transform_pipeline",
+]
