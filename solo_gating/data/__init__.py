@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from omegaconf import DictConfig
 from torch.utils.data import DataLoader, Dataset
 
@@ -72,7 +73,7 @@ def _loader(dataset: Any, cfg: DictConfig, *, shuffle: bool, drop_last: bool) ->
         drop_last=drop_last,
         num_workers=workers,
         persistent_workers=workers > 0,
-        pin_memory=cfg.accelerator != "cpu" and cfg.performance.pin_memory,
+        pin_memory=torch.cuda.is_available(),
     )
 
 

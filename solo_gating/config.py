@@ -1,0 +1,176 @@
+"""solo-learn's config schema: defaults and checks, before any long work begins."""
+
+import inspect
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from .backbones import BACKBONES
+from .data import DATASETS, FORMATS, NUM_CLASSES, check_augmentations, count_class_folders
+from .errors import InputError
+from .gating_config import GatingConfig, require
+from .methods import GATED_METHODS
+from .solo_learn import METHODS, BaseMethod
+
+# Where solo-learn has a default, this is it.
+DEFAULTS: dict[str, Any] = {
+    "name": "run",
+    "seed": 5,
+    "max_epochs": 100,
+    "resume_from_checkpoint": None,
+    "accelerator": "auto",
+    "devices": 1,
+    "num_nodes": 1,
+    "strategy": "auto",
+    "precision": "32-true",
+    "sync_batchnorm": False,
+    "accumulate_grad_batches": 1,
+    "backbone": {"kwargs": {}},
+    "data": {
+        "val_path": None,
+        "format": "image_folder",
+        "no_labels": False,
+        "fraction": -1,
+        "num_workers": 4,
+        "num_classes": None,
+        "split": "train+unlabeled",
+    },
+    "optimizer": {"classifier_lr": 0.1, "weight_decay": 0.0, "kwargs": {}},
+    "scheduler": {"warmup_epochs": 10},
+    "checkpoint": {"enabled": False, "dir": "trained_models", "frequency": 1, "keep_prev": False},
+    "auto_resume": {"enabled": False, "max_hours": 36},
+    "wandb": {"enabled": False, "entity": None, "project": "solo-learn", "offline": False},
+    "knn_eval": {"enabled": False, "k": 20, "distance_func": "euclidean"},
+    "performance": {"disable_channel_last": False},
+    "method_kwargs": {},
+    "final_knn": {"enabled": False, "labels_per_class": 10, "draws": 20},
+    "flops": {"checkpoint": None, "images": 1000},
+}
+_OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {
+    "sgd": {"momentum": 0.9},
+    "lars": {"momentum": 0.9, "eta": 1e-3, "clip_lr": False, "exclude_bias_n_norm": False},
+    "adamw": {"betas": [0.9, 0.999]},
+}
+
+
+def prepare_config(cfg: DictConfig) -> DictConfig:
+    """Complete and check a pre-training config, in place.
+
+    Fills in solo-learn's defaults, counts the crops, sets `data.num_classes`, checks everything
+    that can be checked without opening the data, and completes the group `gating`. Learning rates
+    are left alone; `scale_learning_rates` does those once it is known how many processes there are.
+
+    Args:
+        cfg: solo-learn's schema, plus `gating`.
+
+    Returns:
+        The same config.
+
+    Raises:
+        InputError: naming the key, what was found and what is accepted.
+    """
+    OmegaConf.set_struct(cfg, False)
+    cfg.merge_with(OmegaConf.merge(DEFAULTS, cfg))
+    for key in ("method", "backbone.name", "data.dataset", "data.train_path", "optimizer.name"):
+        if OmegaConf.select(cfg, key, default=None) is None or OmegaConf.is_missing(cfg, key):
+            raise InputError(f"{key}: missing, a pre-training config needs it")
+    _one_of("method", cfg.method, [m for m in METHODS if m not in ("base", "linear")])
+    _one_of("backbone.name", cfg.backbone.name, BaseMethod._BACKBONES)
+    _one_of("data.dataset", cfg.data.dataset, DATASETS)
+    _one_of("data.format", cfg.data.format, FORMATS)
+    _one_of("optimizer.name", cfg.optimizer.name, BaseMethod._OPTIMIZERS)
+    _at_least("max_epochs", cfg.max_epochs, 1)
+    _at_least("optimizer.batch_size", cfg.optimizer.get("batch_size"), 1)
+    _at_least("data.num_workers", cfg.data.num_workers, 0)
+    _number("optimizer.lr", cfg.optimizer.get("lr"))
+    fraction = cfg.data.fraction
+    if fraction != -1 and not 0 < fraction < 1:
+        raise InputError(f"data.fraction: found {fraction!r}, accepted is a number in (0, 1), or -1")
+    for key, value in _OPTIMIZER_DEFAULTS.get(cfg.optimizer.name, {}).items():
+        cfg.optimizer.kwargs.setdefault(key, value)
+    known = inspect.signature(BaseMethod._OPTIMIZERS[cfg.optimizer.name]).parameters
+    for key in cfg.optimizer.kwargs:
+        if key not in known and not any(p.kind is p.VAR_KEYWORD for p in known.values()):
+            raise InputError(
+                f"optimizer.kwargs.{key}: {cfg.optimizer.name} has no such argument, accepted are "
+                f"{', '.join(known)}; `~optimizer.kwargs.{key}` removes it"
+            )
+
+    check_augmentations(cfg.get("augmentations"))
+    big = cfg.augmentations[0].crop_size
+    crops = {True: 0, False: 0}
+    for view in cfg.augmentations:
+        crops[view.crop_size == big] += view.num_crops
+    cfg.data.num_large_crops, cfg.data.num_small_crops = crops[True], crops[False]
+    if crops[True] != 2 and cfg.method.split("_")[0] not in ("wmse", "mae"):
+        raise InputError(
+            f"augmentations: found {crops[True]} crops of {big} pixels, {cfg.method!r} compares 2"
+        )
+    cfg.data.num_classes = _num_classes(cfg.data)
+    if cfg.final_knn.enabled and (cfg.data.val_path is None or cfg.data.no_labels):
+        raise InputError("final_knn.enabled: found true, which needs data.val_path and labels")
+
+    if cfg.method in GATED_METHODS:
+        GatingConfig.from_config(cfg, GATED_METHODS[cfg.method].default_views)
+    elif cfg.get("gating") is not None:
+        raise InputError(
+            f"gating: method {cfg.method!r} has no gates; those that do are "
+            f"{', '.join(sorted(GATED_METHODS))}"
+        )
+    if cfg.method in GATED_METHODS and ("plain" in cfg.backbone.name or cfg.backbone.name not in BACKBONES):
+        raise InputError(
+            f"backbone.name: found {cfg.backbone.name!r}, method {cfg.method!r} needs gates; "
+            f"accepted are {', '.join(name for name in BACKBONES if 'plain' not in name)}"
+        )
+    return cfg
+
+
+def scale_learning_rates(cfg: DictConfig, world_size: int) -> None:
+    """Multiply learning rates, given per 256 images, by the global batch size / 256, in place.
+
+    solo-learn's rule (`solo/args/pretrain.py`), except that the online classifier's rate is
+    scaled without validation data too.
+
+    Args:
+        cfg: a complete config.
+        world_size: number of processes.
+    """
+    scale = cfg.optimizer.batch_size * world_size / 256
+    cfg.optimizer.lr *= scale
+    cfg.optimizer.classifier_lr *= scale
+
+
+def _num_classes(data: DictConfig) -> int:
+    if data.dataset in NUM_CLASSES:
+        known = NUM_CLASSES[data.dataset]
+        if data.num_classes not in (None, known):
+            raise InputError(
+                f"data.num_classes: found {data.num_classes}, {data.dataset} has {known}"
+            )
+        return known
+    if data.num_classes is None and data.format == "image_folder" and not data.no_labels:
+        folders = count_class_folders(str(data.train_path))
+        if not folders:
+            raise InputError(
+                f"data.train_path: {str(data.train_path)!r} does not exist or has no class folders"
+            )
+        return folders
+    _at_least("data.num_classes", data.num_classes, 1)
+    return data.num_classes
+
+
+def _one_of(key: str, value: Any, accepted: Any) -> None:
+    require(key, value, lambda v: v in accepted, "one of " + ", ".join(sorted(accepted)))
+
+
+def _at_least(key: str, value: Any, least: int) -> None:
+    require(
+        key,
+        value,
+        lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= least,
+        f"an integer ≥ {least}",
+    )
+
+
+def _number(key: str, value: Any) -> None:
+    require(key, value, lambda v: isinstance(v, (int, float)) and v >= 0, "a number ≥ 0")

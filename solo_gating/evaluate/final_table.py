@@ -1,0 +1,80 @@
+"""The table at the end of a run: raw pixels, untrained, dense and gated encoder side by side."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from .knn import extract_features, knn_top1, knn_top1_few_labels
+
+Row = dict[str, float]
+
+
+def final_table(
+    backbone: nn.Module,
+    untrained: nn.Module,
+    paths: tuple[str | None, ...],
+    train: DataLoader,
+    test: DataLoader,
+    labels_per_class: int,
+    draws: int,
+) -> dict[str, Row]:
+    """1-NN accuracy with all labels and with a few per class, and FLOPs per image.
+
+    Args:
+        backbone: the trained encoder.
+        untrained: the same, as it was before training.
+        paths: the paths that were trained; (None,) for a backbone with one path.
+        train: labelled images for the neighbours, batches `[images, targets]`.
+        test: images to classify.
+        labels_per_class: labels of the second figure.
+        draws: choices of labelled images over which it is averaged.
+
+    Returns:
+        Rows "raw", "untrained", and "dense" and "gated" as far as they were trained, with
+        `knn_top1`, `knn_top1_<n>_per_class`, `flops` and, for "gated", `flops_cut` (1 − share).
+    """
+
+    def row(encode: Callable[[DataLoader], tuple[Tensor, Tensor, float | None]]) -> Row:
+        *train_set, _ = encode(train)
+        *test_set, flops = encode(test)
+        figures: dict[str, Any] = {
+            "knn_top1": knn_top1(tuple(train_set), tuple(test_set)),
+            f"knn_top1_{labels_per_class}_per_class": knn_top1_few_labels(
+                tuple(train_set), tuple(test_set), labels_per_class, draws
+            ),
+        }
+        if flops is not None:
+            figures["flops"] = flops
+        return figures
+
+    def encoder(net: nn.Module, path: str | None) -> Callable[[DataLoader], Any]:
+        return lambda loader: extract_features(net, loader, path)
+
+    table = {"raw": row(raw_pixels), "untrained": row(encoder(untrained, paths[0] and "dense"))}
+    for path in paths:
+        table[path or "dense"] = row(encoder(backbone, path))
+    if "gated" in table and "flops" in table["untrained"]:
+        table["gated"]["flops_cut"] = 1 - table["gated"]["flops"] / table["untrained"]["flops"]
+    return table
+
+
+def raw_pixels(loader: DataLoader) -> tuple[Tensor, Tensor, None]:
+    """The images themselves as features."""
+    batches = list(loader)
+    images = torch.cat([images.flatten(1) for images, _ in batches])
+    return images, torch.cat([targets for _, targets in batches]), None
+
+
+def format_table(table: dict[str, Row]) -> str:
+    """The table as text, a row for each encoder."""
+    few = next(key for key in table["raw"] if key.endswith("_per_class"))
+    heading = f"{few.removeprefix('knn_top1_').removesuffix('_per_class')} labels per class"
+    lines = [f"{'1-NN accuracy, %':<16} {'all labels':>11} {heading:>21} {'FLOPs/image':>13} {'cut':>7}"]
+    for name, row in table.items():
+        flops = f"{row['flops']:.4g}" if "flops" in row else "–"
+        cut = f"{row['flops_cut']:.1%}" if "flops_cut" in row else "–"
+        lines.append(f"{name:<16} {row['knn_top1']:>11.1f} {row[few]:>21.1f} {flops:>13} {cut:>7}")
+    return "\n".join(lines)

@@ -1,0 +1,147 @@
+"""Checkpoints as solo-learn lays them out, and finding the one to continue from."""
+
+import json
+import os
+import pickle
+import random
+import string
+import time
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from ..errors import InputError
+
+# What may differ between a run and its continuation.
+_FREE_TO_CHANGE = (
+    "resume_from_checkpoint",
+    "auto_resume",
+    "checkpoint",
+    "wandb",
+    "wandb_run_id",
+    "devices",
+    "num_nodes",
+    "accelerator",
+    "strategy",
+    "enable_progress_bar",
+    "log_every_n_steps",
+    "final_knn",
+    "flops",
+)
+
+
+class Checkpointer(ModelCheckpoint):
+    """`args.json` and `last.ckpt` in the run's folder, the latter after every n-th epoch.
+
+    With `checkpoint.keep_prev` each epoch's checkpoint stays, as `<name>-ep=<epoch>.ckpt`. Files
+    are replaced whole: a run that is killed while writing leaves the checkpoint before.
+
+    Args:
+        cfg: a complete config; its resolved content becomes `args.json`.
+        folder: the run's folder.
+    """
+
+    def __init__(self, cfg: DictConfig, folder: Path):
+        super().__init__(
+            dirpath=folder,
+            filename=f"{cfg.name}-{{epoch}}" if cfg.checkpoint.keep_prev else "last",
+            save_top_k=-1 if cfg.checkpoint.keep_prev else 1,
+            save_last=cfg.checkpoint.keep_prev,
+            every_n_epochs=cfg.checkpoint.frequency,
+            save_on_train_epoch_end=True,
+            enable_version_counter=False,
+        )
+        self.args = OmegaConf.to_container(cfg, resolve=True)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write `args.json`."""
+        super().on_train_start(trainer, pl_module)
+        if trainer.is_global_zero and self.dirpath is not None:
+            write_json(Path(self.dirpath) / "args.json", self.args)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(part, path)
+
+
+def new_run_folder(cfg: DictConfig) -> Path:
+    """`<checkpoint.dir>/<method>/offline-<random>`, as solo-learn names a run without wandb."""
+    generator = random.Random(time.time_ns())
+    letters = generator.choices(string.ascii_lowercase, k=4) + generator.choices(string.digits, k=4)
+    return Path(cfg.checkpoint.dir) / cfg.method / f"offline-{''.join(letters)}"
+
+
+def find_checkpoint(cfg: DictConfig) -> Path | None:
+    """The latest checkpoint of an unfinished run with the same config, if there is one.
+
+    solo-learn compares a dozen keys; here everything counts but what cannot change the result, so
+    that a run with another target budget is not continued by mistake.
+
+    Args:
+        cfg: a complete config; `auto_resume.max_hours` bounds the checkpoint's age.
+    """
+    wanted = _what_matters(OmegaConf.to_container(cfg, resolve=True))
+    found = []
+    for file in (Path(cfg.checkpoint.dir) / cfg.method).glob("*/last.ckpt"):
+        written = file.stat().st_mtime
+        if time.time() - written > cfg.auto_resume.max_hours * 3600:
+            continue
+        try:
+            args = json.loads((file.parent / "args.json").read_text())
+        except (OSError, ValueError):
+            continue
+        if _what_matters(args) == wanted and not (file.parent / "metrics.json").exists():
+            found.append((written, file))
+    return max(found)[1] if found else None
+
+
+def _what_matters(args: Any) -> dict[str, Any]:
+    return {key: value for key, value in args.items() if key not in _FREE_TO_CHANGE}
+
+
+def read_checkpoint(path: str | Path, key: str) -> dict[str, Any]:
+    """Load a checkpoint's content to the CPU, without running code from it.
+
+    Args:
+        path: a Lightning checkpoint.
+        key: the config key that names it, for messages.
+
+    Raises:
+        InputError: if there is no such file, it is damaged, or it is no checkpoint.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"{key}: {str(path)!r} is not a file")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{key}: cannot read {str(path)!r} as a checkpoint ({reason})") from error
+    if not isinstance(content, dict) or "state_dict" not in content:
+        raise InputError(f"{key}: {str(path)!r} holds no `state_dict`, accepted is a Lightning checkpoint")
+    return content
+
+
+def check_architecture(module: nn.Module, checkpoint: dict[str, Any], path: str | Path) -> None:
+    """Refuse a checkpoint whose weights do not fit a model.
+
+    Raises:
+        InputError: naming the first weight that differs.
+    """
+    ours = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    theirs = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
+    for name in [*ours, *theirs]:
+        if ours.get(name) != theirs.get(name):
+            raise InputError(
+                f"checkpoint {str(path)!r} is of another architecture: {name} is "
+                f"{theirs.get(name, 'absent')} there and {ours.get(name, 'absent')} in this config"
+            )

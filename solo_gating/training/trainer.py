@@ -1,0 +1,108 @@
+"""Lightning's Trainer from solo-learn's config keys."""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from omegaconf import DictConfig, OmegaConf
+
+from ..errors import InputError
+from .callbacks import RunProgress, StopAtNonFiniteLoss
+from .checkpoints import Checkpointer
+
+
+def build_trainer(cfg: DictConfig) -> pl.Trainer:
+    """A Trainer that writes nothing yet; every Trainer argument in the config counts.
+
+    Args:
+        cfg: a complete config.
+
+    Raises:
+        InputError: for a value that Lightning refuses.
+    """
+    callbacks: list[Any] = [StopAtNonFiniteLoss()]
+    if cfg.get("enable_progress_bar", True):
+        callbacks.append(RunProgress())
+
+    config = OmegaConf.to_container(cfg, resolve=True)
+    accepted = inspect.signature(pl.Trainer.__init__).parameters
+    arguments = {name: config[name] for name in accepted if name in config}  # type: ignore
+    arguments.update(
+        callbacks=callbacks,
+        logger=False,  # see attach_outputs
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        strategy=_strategy(cfg),
+    )
+    if _on_cpu(cfg):
+        if str(cfg.precision).startswith("16"):
+            rank_zero_warn(f"precision {cfg.precision} needs a GPU; this run on the CPU uses 32-true")
+            arguments["precision"] = "32-true"
+        if cfg.sync_batchnorm:
+            arguments["sync_batchnorm"] = False
+            if cfg.strategy not in ("auto", None):
+                rank_zero_warn("sync_batchnorm needs GPUs; on the CPU each process has its own statistics")
+    try:
+        return pl.Trainer(**arguments)
+    except (ValueError, TypeError, pl.utilities.exceptions.MisconfigurationException) as error:
+        raise InputError(f"Lightning's Trainer refuses this config: {error}") from error
+
+
+def attach_outputs(
+    trainer: pl.Trainer, cfg: DictConfig, folder: Path, wandb_run_id: str | None = None
+) -> None:
+    """Give a Trainer its loggers and its checkpoints.
+
+    Args:
+        trainer: from `build_trainer`.
+        cfg: the complete config, learning rates scaled.
+        folder: the run's folder.
+        wandb_run_id: of a wandb run to continue.
+
+    Raises:
+        InputError: if wandb is asked for and not installed.
+    """
+    loggers: list[Logger] = [CSVLogger(folder, name="logs")]
+    if cfg.wandb.enabled:
+        loggers.append(_wandb(cfg, wandb_run_id))
+        trainer.callbacks.append(LearningRateMonitor(logging_interval="step"))
+    trainer.loggers = loggers
+    if cfg.checkpoint.enabled:
+        trainer.callbacks.append(Checkpointer(cfg, folder))  # last: after the check of the losses
+
+
+def _on_cpu(cfg: DictConfig) -> bool:
+    if cfg.accelerator in ("auto", None):
+        return not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    return cfg.accelerator == "cpu"
+
+
+def _strategy(cfg: DictConfig) -> Any:
+    if cfg.strategy != "ddp":
+        return cfg.strategy or "auto"
+    # While the gates rest, their parameters and the gated BatchNorms have no gradient.
+    resting = (cfg.get("gating") or {}).get("warmup_epochs", 0) > 0
+    return DDPStrategy(find_unused_parameters=resting)
+
+
+def _wandb(cfg: DictConfig, run_id: str | None) -> WandbLogger:
+    try:
+        logger = WandbLogger(
+            name=cfg.name,
+            project=cfg.wandb.project,
+            entity=cfg.wandb.entity,
+            offline=cfg.wandb.offline,
+            resume="allow" if run_id else None,
+            id=run_id,
+        )
+    except ModuleNotFoundError as error:
+        raise InputError("wandb.enabled: found true, which needs `pip install wandb`") from error
+    logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
+    return logger
