@@ -13,7 +13,9 @@ def main(out: Path) -> None:
     if not runs:
         sys.exit(f"error: no finished run below {out}")
     few = next(key for key in next(iter(runs.values()))["raw"] if key.endswith("_per_class"))
-    print(f"| encoder | 1-NN, % | 1-NN, {few.split('_')[2]} labels per class, % | FLOPs cut | share in training |")
+    print(
+        f"| encoder | 1-NN, % | 1-NN, {few.split('_')[2]} labels per class, % | FLOPs cut | share in training |"
+    )
     print("|---|---|---|---|---|")
     first = next(iter(runs.values()))
     row("raw pixels", first["raw"], few)
@@ -21,7 +23,9 @@ def main(out: Path) -> None:
     for name, metrics in runs.items():
         for path in ("dense", "gated"):
             if path in metrics:
-                share = metrics["logged"].get("train_flops_share_epoch") if path == "gated" else None
+                share = (
+                    metrics["logged"].get("train_flops_share_epoch") if path == "gated" else None
+                )
                 row(f"{name}, {path}", metrics[path], few, share)
 
 

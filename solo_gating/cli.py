@@ -73,7 +73,9 @@ def _guarded(task: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]
                 raise
             _fail(str(error))
         except KeyboardInterrupt:
-            _fail("interrupted; checkpoint.enabled runs continue with auto_resume.enabled=true", 130)
+            _fail(
+                "interrupted; checkpoint.enabled runs continue with auto_resume.enabled=true", 130
+            )
 
     return guarded
 

@@ -5,11 +5,10 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from .backbones import BACKBONES
 from .data import DATASETS, FORMATS, NUM_CLASSES, check_augmentations, count_class_folders
 from .errors import InputError
 from .gating_config import GatingConfig, require
-from .methods import GATED_METHODS
+from .methods import GATED_METHODS, check_gated_backbone
 from .solo_learn import METHODS, BaseMethod
 
 # Where solo-learn has a default, this is it.
@@ -44,7 +43,7 @@ DEFAULTS: dict[str, Any] = {
     "performance": {"disable_channel_last": False},
     "method_kwargs": {},
     "final_knn": {"enabled": False, "labels_per_class": 10, "draws": 20},
-    "flops": {"checkpoint": None, "images": 1000},
+    "flops": {"checkpoint": None, "images": 1000, "output": None},
 }
 _OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {
     "sgd": {"momentum": 0.9},
@@ -85,7 +84,9 @@ def prepare_config(cfg: DictConfig) -> DictConfig:
     _number("optimizer.lr", cfg.optimizer.get("lr"))
     fraction = cfg.data.fraction
     if fraction != -1 and not 0 < fraction < 1:
-        raise InputError(f"data.fraction: found {fraction!r}, accepted is a number in (0, 1), or -1")
+        raise InputError(
+            f"data.fraction: found {fraction!r}, accepted is a number in (0, 1), or -1"
+        )
     for key, value in _OPTIMIZER_DEFAULTS.get(cfg.optimizer.name, {}).items():
         cfg.optimizer.kwargs.setdefault(key, value)
     known = inspect.signature(BaseMethod._OPTIMIZERS[cfg.optimizer.name]).parameters
@@ -112,15 +113,11 @@ def prepare_config(cfg: DictConfig) -> DictConfig:
 
     if cfg.method in GATED_METHODS:
         GatingConfig.from_config(cfg, GATED_METHODS[cfg.method].default_views)
+        check_gated_backbone(cfg)
     elif cfg.get("gating") is not None:
         raise InputError(
             f"gating: method {cfg.method!r} has no gates; those that do are "
             f"{', '.join(sorted(GATED_METHODS))}"
-        )
-    if cfg.method in GATED_METHODS and ("plain" in cfg.backbone.name or cfg.backbone.name not in BACKBONES):
-        raise InputError(
-            f"backbone.name: found {cfg.backbone.name!r}, method {cfg.method!r} needs gates; "
-            f"accepted are {', '.join(name for name in BACKBONES if 'plain' not in name)}"
         )
     return cfg
 

@@ -62,7 +62,9 @@ class GatingConfig:
         given = {key: value for key, value in given.items() if value is not None}
         views = given.pop("views", default_views)
         if isinstance(views, str) or not isinstance(views, (list, tuple)):
-            raise InputError(f"gating.views: found {views!r}, accepted is a list like [gated, dense]")
+            raise InputError(
+                f"gating.views: found {views!r}, accepted is a list like [gated, dense]"
+            )
         views = tuple(checked_path(view, "gating.views") for view in views)
         given.setdefault("separate_bn", "dense" in views)
         gating = cls(**given, views=views)
@@ -76,8 +78,12 @@ class GatingConfig:
             require(f"gating.{key}", getattr(self, key), _is_not_negative, "a number ≥ 0")
         require("gating.temperature", self.temperature, _is_positive, "a number > 0")
         require("gating.reduction", self.reduction, lambda v: _is_int(v, 1), "an integer ≥ 1")
-        require("gating.warmup_epochs", self.warmup_epochs, lambda v: _is_int(v, 0), "an integer ≥ 0")
-        require("gating.separate_bn", self.separate_bn, lambda v: isinstance(v, bool), "true or false")
+        require(
+            "gating.warmup_epochs", self.warmup_epochs, lambda v: _is_int(v, 0), "an integer ≥ 0"
+        )
+        require(
+            "gating.separate_bn", self.separate_bn, lambda v: isinstance(v, bool), "true or false"
+        )
         require(
             "gating.bound_target",
             self.bound_target,

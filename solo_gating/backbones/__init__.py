@@ -2,9 +2,9 @@
 
 | name | paths | what it is |
 |---|---|---|
-| `resnet18_gated`, `resnet34_gated` | dense, gated | one encoder, gates choose its channels |
-| `resnet18_two_encoders`, `resnet34_two_encoders` | dense, gated | a dense and a gated encoder side by side |
-| `resnet18_plain`, `resnet34_plain` | dense | torchvision's, with `width` and `stem`: the baselines |
+| `resnet18_gated`, `resnet34_gated` | dense, gated | one encoder; gates choose its channels |
+| `resnet18_two_encoders`, `resnet34_two_encoders` | dense, gated | a dense and a gated one |
+| `resnet18_plain`, `resnet34_plain` | dense | torchvision's, with `width` and `stem` |
 
 The names start with `resnet` because solo-learn removes `fc` and reads `inplanes` for those.
 """
@@ -28,7 +28,9 @@ _DEPTHS = {"resnet18": [2, 2, 2, 2], "resnet34": [3, 4, 6, 3]}
 _KINDS = {"gated": GatedResNet, "two_encoders": TwoEncoderResNet, "plain": ResNet}
 
 
-def _build(cls: type[ResNet], layers: list[int], method: str | None = None, **kwargs: Any) -> ResNet:
+def _build(
+    cls: type[ResNet], layers: list[int], method: str | None = None, **kwargs: Any
+) -> ResNet:
     """Build a backbone as solo-learn's registry does: `factory(method, **backbone.kwargs)`."""
     return cls(layers, **kwargs)
 
@@ -39,8 +41,11 @@ BACKBONES: dict[str, Callable[..., ResNet]] = {
     for depth, layers in _DEPTHS.items()
 }
 
+GATED_BACKBONES = tuple(name for name in BACKBONES if not name.endswith("_plain"))
+
 __all__ = [
     "BACKBONES",
+    "GATED_BACKBONES",
     "PATHS",
     "ForwardPass",
     "GatedBasicBlock",

@@ -82,7 +82,9 @@ def _expand(patterns: list[str], key: str) -> list[str]:
     for pattern in map(str, patterns):
         found = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern))
         if not found:
-            raise InputError(f"{key}: no file matches {pattern!r}, accepted is a path or glob of .npz")
+            raise InputError(
+                f"{key}: no file matches {pattern!r}, accepted is a path or glob of .npz"
+            )
         files += found
     if not files:
         raise InputError(f"{key}: found an empty list, accepted is at least one .npz file")
@@ -98,9 +100,13 @@ def _read(file: str, key: str, num_classes: int) -> tuple[np.ndarray, np.ndarray
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, LZMAError) as error:
         raise InputError(f"{key}: cannot read {file!r} as .npz ({error})") from error
     except AttributeError as error:  # np.load gave a bare array
-        raise InputError(f"{key}: {file!r} is a single array, accepted is an .npz archive") from error
+        raise InputError(
+            f"{key}: {file!r} is a single array, accepted is an .npz archive"
+        ) from error
     if images is None:
-        raise InputError(f"{key}: {file!r} holds {sorted(names)}, accepted is `images` (and `labels`)")
+        raise InputError(
+            f"{key}: {file!r} holds {sorted(names)}, accepted is `images` (and `labels`)"
+        )
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not images.size:
         raise InputError(
             f"{key}: images of {file!r} are {images.dtype} {images.shape}, "

@@ -33,7 +33,9 @@ def check_augmentations(views: ListConfig | None) -> None:
         for key in view:
             if key not in _ABSENT and key not in _OWN_KEYS:
                 accepted = ", ".join([*_ABSENT, *_OWN_KEYS])
-                raise InputError(f"augmentations[{number}].{key}: no such key, accepted are {accepted}")
+                raise InputError(
+                    f"augmentations[{number}].{key}: no such key, accepted are {accepted}"
+                )
         for key in ("crop_size", "num_crops"):
             if not isinstance(view.get(key), int) or view[key] < 1:
                 raise InputError(

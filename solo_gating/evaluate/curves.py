@@ -60,7 +60,11 @@ def draw_curves(folder: Path, target_budget: float | None, title: str) -> Path |
             "FLOPs used by the gated path",
             "share of the dense FLOPs, %",
             [
-                ("train_flops_share_epoch", "training (sampled masks)", {"color": GATED, "ls": "--"}),
+                (
+                    "train_flops_share_epoch",
+                    "training (sampled masks)",
+                    {"color": GATED, "ls": "--"},
+                ),
                 ("val_flops_share", "validation (thresholded masks)", {"color": GATED}),
             ],
         ),
@@ -99,7 +103,9 @@ def draw_curves(folder: Path, target_budget: float | None, title: str) -> Path |
                 )
         if "FLOPs" in heading:
             if target_budget is not None:
-                axis.axhline(100 * target_budget, color="black", lw=1, ls="-.", label="target budget")
+                axis.axhline(
+                    100 * target_budget, color="black", lw=1, ls="-.", label="target budget"
+                )
             axis.set_ylim(0, 100)
         axis.set(title=heading, xlabel="epoch", ylabel=unit)
         axis.grid(alpha=0.3)

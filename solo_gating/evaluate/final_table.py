@@ -72,7 +72,9 @@ def format_table(table: dict[str, Row]) -> str:
     """The table as text, a row for each encoder."""
     few = next(key for key in table["raw"] if key.endswith("_per_class"))
     heading = f"{few.removeprefix('knn_top1_').removesuffix('_per_class')} labels per class"
-    lines = [f"{'1-NN accuracy, %':<16} {'all labels':>11} {heading:>21} {'FLOPs/image':>13} {'cut':>7}"]
+    lines = [
+        f"{'1-NN accuracy, %':<16} {'all labels':>11} {heading:>21} {'FLOPs/image':>13} {'cut':>7}"
+    ]
     for name, row in table.items():
         flops = f"{row['flops']:.4g}" if "flops" in row else "–"
         cut = f"{row['flops_cut']:.1%}" if "flops_cut" in row else "–"

@@ -1,7 +1,6 @@
 """Nearest-neighbour accuracy of frozen features, with solo-learn's classifier."""
 
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -27,28 +26,55 @@ def extract_features(
         features N × C and targets N, on the CPU, and the mean FLOPs per image, exact over the
         set (None for a backbone that is not one of this package's).
     """
-    device = next(backbone.parameters()).device
-    was_training = backbone.training
-    backbone.eval()
     features, targets, channels = [], [], []
-    resolution: tuple[int, int] | None = None
-    two_paths = isinstance(backbone, TwoPathResNet)
-    scope = backbone.path(*([path] if path else [])) if two_paths else nullcontext()
-    with scope as passes:
-        for images, labels in loader:
-            features.append(backbone(images.to(device)).float().cpu())
-            targets.append(labels)
-            resolution = tuple(images.shape[-2:])
-            if two_paths and passes[-1].masks:
-                channels.append(selected_channels(passes[-1].masks).long().cpu())
-    backbone.train(was_training)
+    resolution = (0, 0)
+    for images, labels, batch_features, masks in _passes(backbone, loader, path):
+        features.append(batch_features.float().cpu())
+        targets.append(labels)
+        resolution = (images.shape[-2], images.shape[-1])
+        if masks:
+            channels.append(selected_channels(masks).long().cpu())
     flops = None
-    if isinstance(backbone, ResNet) and resolution is not None:
+    if isinstance(backbone, ResNet):
         cost = count_flops(backbone, resolution)
         flops = float(cost.dense)
         if channels:
             flops = cost.gated(torch.cat(channels)).double().mean().item()
     return torch.cat(features), torch.cat(targets), flops
+
+
+@torch.no_grad()
+def extract_channels(backbone: TwoPathResNet, loader: Iterable) -> Tensor:
+    """Numbers of channels that the gates select, in evaluation mode.
+
+    Args:
+        backbone: its mode is put back afterwards.
+        loader: batches `[images, targets]`.
+
+    Returns:
+        int64, N × L, on the CPU: for each image and block.
+    """
+    masks = (masks for *_, masks in _passes(backbone, loader, "gated"))
+    return torch.cat([selected_channels(batch).long().cpu() for batch in masks])
+
+
+def _passes(
+    backbone: nn.Module, loader: Iterable, path: str | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]]:
+    """Images, targets, features and masks of every batch, in evaluation mode."""
+    device = next(backbone.parameters()).device
+    was_training = backbone.training
+    backbone.eval()
+    try:
+        for images, labels in loader:
+            if isinstance(backbone, TwoPathResNet):
+                with backbone.path(*([path] if path else [])) as passes:
+                    features = backbone(images.to(device))
+                yield images, labels, features, passes[-1].masks
+            else:
+                yield images, labels, backbone(images.to(device)), ()
+    finally:
+        backbone.train(was_training)
 
 
 def knn_top1(

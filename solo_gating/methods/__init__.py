@@ -5,7 +5,13 @@
 """
 
 from ..solo_learn import METHODS, BarlowTwins, BaseMethod, SimCLR, SimSiam, VICReg
-from .gated import DualMethod, GatedMethod, GatedViewsMethod, global_mean
+from .gated import (
+    DualMethod,
+    GatedMethod,
+    GatedViewsMethod,
+    check_gated_backbone,
+    global_mean,
+)
 
 
 class VICRegDual(VICReg, DualMethod):
@@ -84,6 +90,7 @@ __all__ = [
     "SimSiamGated",
     "VICRegDual",
     "VICRegGated",
+    "check_gated_backbone",
     "global_mean",
     "register_gated",
 ]

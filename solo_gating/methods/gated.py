@@ -8,7 +8,7 @@ import torch.distributed as dist
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from ..backbones import BACKBONES, ForwardPass, TwoEncoderResNet, TwoPathResNet
+from ..backbones import GATED_BACKBONES, ForwardPass
 from ..errors import InputError
 from ..flops import BackboneFlops, count_flops, selected_channels
 from ..gating_config import GatingConfig
@@ -36,17 +36,8 @@ class GatedMethod(BaseMethod):
     def __init__(self, cfg: DictConfig):
         self.gating = GatingConfig.from_config(cfg, self.default_views)
         cfg.backbone.kwargs = {**(cfg.backbone.get("kwargs") or {}), **self.gating.backbone_kwargs}
+        check_gated_backbone(cfg)
         super().__init__(cfg)
-        if not isinstance(self.backbone, TwoPathResNet):
-            raise InputError(
-                f"backbone.name: found {cfg.backbone.name!r}, method {cfg.method!r} needs gates; "
-                f"accepted are {', '.join(name for name in BACKBONES if 'plain' not in name)}"
-            )
-        if isinstance(self.backbone, TwoEncoderResNet) and "dense" not in self.gating.views:
-            raise InputError(
-                f"gating.views: found {list(self.gating.views)}, backbone {cfg.backbone.name!r} "
-                "needs a dense view to train its dense encoder"
-            )
         self._flops: dict[tuple[int, int], BackboneFlops] = {}
         # solo-learn's own kNN mixes the views; here each path has a bank of its own.
         self.path_knn = nn.ModuleDict()
@@ -165,6 +156,28 @@ class GatedViewsMethod(GatedMethod):
     """Both views gated (the papers' Baseline-2, and the SimSiam of the IMVIP paper)."""
 
     default_views = ("gated", "gated")
+
+
+def check_gated_backbone(cfg: DictConfig) -> None:
+    """Refuse a backbone that a gated method cannot train.
+
+    Args:
+        cfg: with a complete group `gating`.
+
+    Raises:
+        InputError: for a backbone without gates, or a dense encoder that no view would train.
+    """
+    name, views = cfg.backbone.name, cfg.gating.views
+    if name not in GATED_BACKBONES:
+        raise InputError(
+            f"backbone.name: found {name!r}, method {cfg.method!r} needs gates; "
+            f"accepted are {', '.join(GATED_BACKBONES)}"
+        )
+    if "two_encoders" in name and "dense" not in views:
+        raise InputError(
+            f"gating.views: found {list(views)}, backbone {name!r} needs a dense view to train "
+            "its dense encoder"
+        )
 
 
 def global_mean(values: Tensor) -> Tensor:

@@ -89,7 +89,8 @@ class BaseMethod(solo_base.BaseMethod):
     """1.0.2's BaseMethod with the modern constructor, hooks and registries."""
 
     _BACKBONES = {
-        name: _dropping_method(getattr(torchvision.models, name)) for name in ("resnet18", "resnet50")
+        name: _dropping_method(getattr(torchvision.models, name))
+        for name in ("resnet18", "resnet50")
     }
     _OPTIMIZERS = _OPTIMIZERS
     _RENAMED = {"encoder": "backbone"}
@@ -263,7 +264,9 @@ class LinearModel(solo_linear.LinearModel):
             "mixup_func": mixup_func,
         }.items():
             if value:
-                raise InputError(f"{key}: found {value!r}, solo-learn 1.0.2 has it not; 1.0.6 to 1.0.8 do")
+                raise InputError(
+                    f"{key}: found {value!r}, solo-learn 1.0.2 has it not; 1.0.6 to 1.0.8 do"
+                )
         optimizer, scheduler = cfg.optimizer, cfg.scheduler
         super().__init__(
             backbone,

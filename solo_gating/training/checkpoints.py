@@ -127,7 +127,9 @@ def read_checkpoint(path: str | Path, key: str) -> dict[str, Any]:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{key}: cannot read {str(path)!r} as a checkpoint ({reason})") from error
     if not isinstance(content, dict) or "state_dict" not in content:
-        raise InputError(f"{key}: {str(path)!r} holds no `state_dict`, accepted is a Lightning checkpoint")
+        raise InputError(
+            f"{key}: {str(path)!r} holds no `state_dict`, accepted is a Lightning checkpoint"
+        )
     return content
 
 

@@ -43,12 +43,16 @@ def build_trainer(cfg: DictConfig) -> pl.Trainer:
     )
     if _on_cpu(cfg):
         if str(cfg.precision).startswith("16"):
-            rank_zero_warn(f"precision {cfg.precision} needs a GPU; this run on the CPU uses 32-true")
+            rank_zero_warn(
+                f"precision {cfg.precision} needs a GPU; this run on the CPU uses 32-true"
+            )
             arguments["precision"] = "32-true"
         if cfg.sync_batchnorm:
             arguments["sync_batchnorm"] = False
             if cfg.strategy not in ("auto", None):
-                rank_zero_warn("sync_batchnorm needs GPUs; on the CPU each process has its own statistics")
+                rank_zero_warn(
+                    "sync_batchnorm needs GPUs; on the CPU each process has its own statistics"
+                )
     try:
         return pl.Trainer(**arguments)
     except (ValueError, TypeError, pl.utilities.exceptions.MisconfigurationException) as error:
