@@ -72,10 +72,6 @@ def _guarded(task: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]
             if os.environ.get("HYDRA_FULL_ERROR"):
                 raise
             _fail(str(error))
-        except KeyboardInterrupt:
-            _fail(
-                "interrupted; checkpoint.enabled runs continue with auto_resume.enabled=true", 130
-            )
 
     return guarded
 

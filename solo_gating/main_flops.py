@@ -172,8 +172,6 @@ def _backbone(cfg: DictConfig) -> ResNet:
 
 def _first_images(cfg: DictConfig) -> DataLoader:
     loader = evaluation_loader(cfg, "val")
-    if loader is None:
-        raise InputError("data.val_path: missing, flops.checkpoint needs images to measure on")
     number = min(cfg.flops.images, len(loader.dataset))  # type: ignore[arg-type]
     return DataLoader(Subset(loader.dataset, range(number)), batch_size=cfg.optimizer.batch_size)
 

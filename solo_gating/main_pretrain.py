@@ -52,7 +52,8 @@ def pretrain(cfg: DictConfig) -> dict[str, Any]:
         NonFiniteLossError: for a loss that becomes infinite or NaN.
     """
     prepare_config(cfg)
-    train, val = training_loader(cfg), evaluation_loader(cfg, "val")
+    train = training_loader(cfg)
+    val = None if cfg.data.val_path is None else evaluation_loader(cfg, "val")
     trainer = build_trainer(cfg)
     scale_learning_rates(cfg, trainer.world_size)
     checkpoint = _checkpoint_to_continue(cfg)

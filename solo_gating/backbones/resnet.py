@@ -58,7 +58,7 @@ class ResNet(TorchvisionResNet):
         for stage, depth in enumerate(layers):
             layer = self._make_layer(block, width * 2**stage, depth, stride=1 if stage == 0 else 2)
             setattr(self, f"layer{stage + 1}", layer)
-        self.fc = nn.Linear(self.inplanes, self.fc.out_features)
+        self.fc: nn.Module = nn.Linear(self.inplanes, self.get_submodule("fc").out_features)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

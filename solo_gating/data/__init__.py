@@ -45,8 +45,8 @@ def training_loader(cfg: DictConfig) -> DataLoader:
     return _loader(Indexed(dataset), cfg, shuffle=True, drop_last=True)
 
 
-def evaluation_loader(cfg: DictConfig, split: str) -> DataLoader | None:
-    """Batches `[images, targets]` without augmentation; None if `data` names no such images.
+def evaluation_loader(cfg: DictConfig, split: str) -> DataLoader:
+    """Batches `[images, targets]` without augmentation.
 
     Args:
         cfg: a complete config.
@@ -56,7 +56,7 @@ def evaluation_loader(cfg: DictConfig, split: str) -> DataLoader | None:
         InputError: for data that cannot be used.
     """
     if cfg.data[f"{split}_path"] is None:
-        return None
+        raise InputError(f"data.{split}_path: missing, there are no images to evaluate on")
     transform = evaluation_transform(cfg.data.dataset, cfg.augmentations)
     dataset: Any = open_dataset(cfg.data, split, transform)
     if split == "train" and cfg.data.fraction > 0:

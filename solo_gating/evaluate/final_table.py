@@ -38,12 +38,13 @@ def final_table(
     """
 
     def row(encode: Callable[[DataLoader], tuple[Tensor, Tensor, float | None]]) -> Row:
-        *train_set, _ = encode(train)
-        *test_set, flops = encode(test)
+        train_features, train_targets, _ = encode(train)
+        test_features, test_targets, flops = encode(test)
+        train_set, test_set = (train_features, train_targets), (test_features, test_targets)
         figures: dict[str, Any] = {
-            "knn_top1": knn_top1(tuple(train_set), tuple(test_set)),
+            "knn_top1": knn_top1(train_set, test_set),
             f"knn_top1_{labels_per_class}_per_class": knn_top1_few_labels(
-                tuple(train_set), tuple(test_set), labels_per_class, draws
+                train_set, test_set, labels_per_class, draws
             ),
         }
         if flops is not None:

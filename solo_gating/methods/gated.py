@@ -42,7 +42,7 @@ class GatedMethod(BaseMethod):
         # solo-learn's own kNN mixes the views; here each path has a bank of its own.
         self.path_knn = nn.ModuleDict()
         if self.knn_eval:
-            self.knn_eval = False
+            self.knn_eval: bool = False
             del self.knn
             for path in self.trained_paths:
                 self.path_knn[path] = WeightedKNNClassifier(
@@ -106,7 +106,8 @@ class GatedMethod(BaseMethod):
         for view in passes:
             if view.path in self.path_knn and view.features.size(0) == targets.size(0):
                 features = view.features.detach()[labelled]
-                self.path_knn[view.path](train_features=features, train_targets=targets[labelled])
+                knn: Any = self.path_knn[view.path]
+                knn(train_features=features, train_targets=targets[labelled])
 
     def validation_step(
         self, batch: list[Tensor], batch_idx: int, *args: Any, **kwargs: Any
@@ -127,12 +128,12 @@ class GatedMethod(BaseMethod):
         metrics = {f"val_{view.path}_acc1": acc1}
         if view.masks:
             flops = self.flops(view.resolution)
-            metrics["val_flops_share"] = flops.share(selected_channels(view.masks).double()).mean()
+            metrics["val_flops_share"] = flops.share(selected_channels(view.masks)).mean()
         self.log_dict(
             metrics, on_epoch=True, prog_bar=True, sync_dist=True, batch_size=targets.size(0)
         )
         if view.path in self.path_knn and not self.trainer.sanity_checking:
-            knn = self.path_knn[view.path]
+            knn: Any = self.path_knn[view.path]
             knn(test_features=view.features.detach(), test_targets=targets)
 
     def on_validation_epoch_end(self) -> None:
@@ -141,7 +142,7 @@ class GatedMethod(BaseMethod):
         if self.trainer.sanity_checking:
             return
         for path, knn in self.path_knn.items():
-            acc1, _ = knn.compute()
+            acc1, _ = knn.compute()  # type: ignore[operator]
             if acc1 >= 0:  # there were labelled training features
                 self.log(f"val_{path}_knn_acc1", acc1, prog_bar=True, sync_dist=True)
 

@@ -211,7 +211,7 @@ class _FromConfig:
         ]
         if missing:
             raise InputError(f"method_kwargs.{missing[0]}: missing, {cfg.method!r} needs it")
-        super().__init__(cfg=cfg, **accepted)
+        super().__init__(cfg=cfg, **accepted)  # type: ignore[call-arg]
 
 
 def _bridged(name: str, **defaults: Any) -> type[BaseMethod]:

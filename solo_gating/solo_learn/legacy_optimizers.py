@@ -132,6 +132,7 @@ def configure_optimizers(
     if scheduler.name == "none":
         return optimizer
 
+    rate: Callable[[int, float], float]
     min_lr = getattr(module, "min_lr", scheduler.min_lr)
     start_lr = getattr(module, "warmup_start_lr", scheduler.warmup_start_lr)
     if scheduler.name == "warmup_cosine":
@@ -163,7 +164,7 @@ def configure_optimizers(
         lr = module.lr if is_static and step > 0 else rate(step, base_lr)
         return lr / base_lr if base_lr else 0.0
 
-    factors = [
+    factors: list[Callable[[int], float]] = [
         partial(factor, base_lr=group["lr"], is_static=is_static)
         for group, is_static in zip(optimizer.param_groups, static, strict=True)
     ]

@@ -137,7 +137,7 @@ class StopAtNonFiniteLoss(Callback):
             self._first_bad = torch.full((len(parts),), -1, device=finite.device)
         step = trainer.global_step
         self._first_bad = torch.where(~finite & (self._first_bad < 0), step, self._first_bad)
-        if step % trainer.log_every_n_steps == 0:
+        if step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._stop_if_bad(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

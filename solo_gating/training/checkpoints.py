@@ -13,6 +13,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -57,13 +58,28 @@ class Checkpointer(ModelCheckpoint):
             save_on_train_epoch_end=True,
             enable_version_counter=False,
         )
-        self.args = OmegaConf.to_container(cfg, resolve=True)
+        self.args = plain(cfg)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write `args.json`."""
         super().on_train_start(trainer, pl_module)
         if trainer.is_global_zero and self.dirpath is not None:
             write_json(Path(self.dirpath) / "args.json", self.args)
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Say how an interrupted run continues."""
+        super().on_exception(trainer, pl_module, exception)
+        last = Path(str(self.dirpath)) / "last.ckpt"
+        if isinstance(exception, KeyboardInterrupt) and last.exists():
+            rank_zero_info(f"interrupted; resume_from_checkpoint={last} continues this run")
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """A config as a dictionary, interpolations resolved."""
+    content = OmegaConf.to_container(cfg, resolve=True)
+    return {str(key): value for key, value in content.items()}  # type: ignore[union-attr]
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -90,7 +106,7 @@ def find_checkpoint(cfg: DictConfig) -> Path | None:
     Args:
         cfg: a complete config; `auto_resume.max_hours` bounds the checkpoint's age.
     """
-    wanted = _what_matters(OmegaConf.to_container(cfg, resolve=True))
+    wanted = _what_matters(plain(cfg))
     found = []
     for file in (Path(cfg.checkpoint.dir) / cfg.method).glob("*/last.ckpt"):
         written = file.stat().st_mtime
@@ -105,7 +121,7 @@ def find_checkpoint(cfg: DictConfig) -> Path | None:
     return max(found)[1] if found else None
 
 
-def _what_matters(args: Any) -> dict[str, Any]:
+def _what_matters(args: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in args.items() if key not in _FREE_TO_CHANGE}
 
 

@@ -10,11 +10,11 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from ..errors import InputError
 from .callbacks import RunProgress, StopAtNonFiniteLoss
-from .checkpoints import Checkpointer
+from .checkpoints import Checkpointer, plain
 
 
 def build_trainer(cfg: DictConfig) -> pl.Trainer:
@@ -30,9 +30,9 @@ def build_trainer(cfg: DictConfig) -> pl.Trainer:
     if cfg.get("enable_progress_bar", True):
         callbacks.append(RunProgress())
 
-    config = OmegaConf.to_container(cfg, resolve=True)
+    config = plain(cfg)
     accepted = inspect.signature(pl.Trainer.__init__).parameters
-    arguments = {name: config[name] for name in accepted if name in config}  # type: ignore
+    arguments: dict[str, Any] = {name: config[name] for name in accepted if name in config}
     arguments.update(
         callbacks=callbacks,
         logger=False,  # see attach_outputs
@@ -73,13 +73,14 @@ def attach_outputs(
     Raises:
         InputError: if wandb is asked for and not installed.
     """
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     loggers: list[Logger] = [CSVLogger(folder, name="logs")]
     if cfg.wandb.enabled:
         loggers.append(_wandb(cfg, wandb_run_id))
-        trainer.callbacks.append(LearningRateMonitor(logging_interval="step"))
+        callbacks.append(LearningRateMonitor(logging_interval="step"))
     trainer.loggers = loggers
     if cfg.checkpoint.enabled:
-        trainer.callbacks.append(Checkpointer(cfg, folder))  # last: after the check of the losses
+        callbacks.append(Checkpointer(cfg, folder))  # last: after the check of the losses
 
 
 def _on_cpu(cfg: DictConfig) -> bool:
@@ -108,5 +109,5 @@ def _wandb(cfg: DictConfig, run_id: str | None) -> WandbLogger:
         )
     except ModuleNotFoundError as error:
         raise InputError("wandb.enabled: found true, which needs `pip install wandb`") from error
-    logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
+    logger.log_hyperparams(plain(cfg))
     return logger

@@ -1,0 +1,130 @@
+"""The package in float64 against the reference in `reference.py`."""
+
+import pytest
+import torch
+
+from solo_gating import BACKBONES
+from solo_gating.flops import count_flops, selected_channels
+from solo_gating.losses import bound_loss, budget_loss
+
+from .helpers import fixed_noise, randomise_norms
+from .reference import Reference, bound, budget, noise_table
+
+BUDGET, WEIGHT, EPOCH = 0.3, 40.0, 7
+TOLERANCE = {"rtol": 1e-9, "atol": 1e-11}
+
+networks = pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("resnet18_gated", {"separate_bn": True, "stem": "cifar"}),
+        ("resnet18_gated", {"separate_bn": False, "stem": "imagenet"}),
+        ("resnet34_gated", {"separate_bn": True, "stem": "imagenet"}),
+        ("resnet18_two_encoders", {"stem": "cifar"}),
+    ],
+    ids=["separate", "shared", "resnet34", "two_encoders"],
+)
+
+
+def network(name, kwargs):
+    """The package's network, and the reference of its gated and of its dense encoder."""
+    backbone = BACKBONES[name](width=8, **kwargs).double()
+    backbone.fc = torch.nn.Identity()
+    randomise_norms(backbone)
+    weights = {key: value.clone() for key, value in backbone.state_dict().items()}
+    learnt = {key for key, _ in backbone.named_parameters()}
+    for key in learnt:
+        weights[key].requires_grad_()
+    depth = (3, 4, 6, 3) if "34" in name else (2, 2, 2, 2)
+    dense = Reference(weights, kwargs["stem"], depth)
+    gated = dense
+    if "two_encoders" in name:
+        inner = {k.removeprefix("gated_net."): v for k, v in weights.items() if "gated_net." in k}
+        gated = Reference(inner, kwargs["stem"], depth)
+    return backbone, gated, dense, {key: weights[key] for key in learnt}
+
+
+def images(number=6):
+    return torch.randn(number, 3, 33, 33, dtype=torch.float64)
+
+
+@networks
+def test_evaluation_gives_the_masks_features_and_flops_of_the_reference(name, kwargs):
+    backbone, gated, dense, _ = network(name, kwargs)
+    backbone.eval()
+    x = images()
+    with torch.no_grad():
+        features, masks, flops = gated.evaluate(x)
+        with backbone.path("gated") as passes:
+            backbone(x)
+        dense_features, _ = dense.forward(x, "dense", training=False)
+        with backbone.path("dense"):
+            torch.testing.assert_close(backbone(x), dense_features, **TOLERANCE)
+    torch.testing.assert_close(passes[-1].features, features, **TOLERANCE)
+    for ours, theirs in zip(passes[-1].masks, masks, strict=True):
+        assert torch.equal(ours.bool(), theirs)
+    assert torch.cat(masks, dim=1).double().mean(dim=1).std() > 0  # the images differ
+    cost = count_flops(backbone, (33, 33))
+    assert torch.equal(cost.gated(selected_channels(passes[-1].masks).long()), flops)
+    assert cost.dense == dense.dense_flops(x)
+
+
+@networks
+def test_training_gives_the_losses_and_gradients_of_the_reference(name, kwargs):
+    backbone, gated, dense, weights = network(name, kwargs)
+    backbone.train()
+    x1, x2 = images(), images()
+    direction = torch.randn(6, 64, dtype=torch.float64)
+
+    with fixed_noise(5), backbone.path("gated", "dense") as passes:
+        ours = ((backbone(x1) + 0.5 * backbone(x2)) * direction).sum()
+    masks = passes[0].masks
+    channels = selected_channels(masks).mean(dim=0)
+    cost = count_flops(backbone, (33, 33))
+    total = torch.tensor([block.channels for block in cost.blocks])
+    our_budget = budget_loss(cost.share(channels), BUDGET, WEIGHT)
+    our_bound = bound_loss(channels / total, BUDGET**0.5, EPOCH)
+    (ours + our_budget + our_bound).backward()
+
+    noises = noise_table([tuple(mask.shape) for mask in masks], seed=5)
+    features, their_masks = gated.forward(x1, "gated", noises)
+    dense_features, _ = dense.forward(x2, "dense")
+    theirs = ((features + 0.5 * dense_features) * direction).sum()
+    share = gated.flops_share(their_masks, x1)
+    their_budget, their_bound = budget(share, BUDGET, WEIGHT), bound(their_masks, BUDGET**0.5, EPOCH)
+    (theirs + their_budget + their_bound).backward()
+
+    for mask, expected in zip(masks, their_masks, strict=True):
+        assert torch.equal(mask, expected)
+    assert their_budget > 0
+    assert their_bound > 0
+    for mine, expected in (
+        (ours, theirs),
+        (cost.share(channels), share),
+        (our_budget, their_budget),
+        (our_bound, their_bound),
+    ):
+        torch.testing.assert_close(mine, expected, **TOLERANCE)
+    for key, parameter in backbone.named_parameters():
+        scale = weights[key].grad.abs().max()
+        assert scale > 0, key
+        torch.testing.assert_close(
+            parameter.grad, weights[key].grad, rtol=1e-9, atol=1e-9 * scale.item(), msg=key
+        )
+
+
+@pytest.mark.parametrize("name", ["resnet18_gated", "resnet18_two_encoders"])
+def test_the_gates_learn_from_the_budget_alone(name):
+    backbone, gated, _, weights = network(name, {"stem": "cifar"})
+    x = images()
+    with fixed_noise(5), backbone.train().path("gated") as passes:
+        backbone(x)
+    cost = count_flops(backbone, (33, 33))
+    budget_loss(cost.share(selected_channels(passes[-1].masks).mean(dim=0)), 0.1, 5.0).backward()
+    noises = noise_table([tuple(mask.shape) for mask in passes[-1].masks], seed=5)
+    share = gated.flops_share(gated.forward(x, "gated", noises)[1], x)
+    budget(share, 0.1, 5.0).backward()
+    for key, parameter in backbone.named_parameters():
+        if "gate." in key:
+            expected = weights[key].grad
+            assert expected.abs().max() > 0, key
+            torch.testing.assert_close(parameter.grad, expected, rtol=1e-8, atol=1e-12, msg=key)
