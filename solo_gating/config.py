@@ -35,7 +35,7 @@ DEFAULTS: dict[str, Any] = {
         "split": "train+unlabeled",
     },
     "optimizer": {"classifier_lr": 0.1, "weight_decay": 0.0, "kwargs": {}},
-    "scheduler": {"warmup_epochs": 10},
+    "scheduler": {"name": "warmup_cosine", "warmup_epochs": 10},
     "checkpoint": {"enabled": False, "dir": "trained_models", "frequency": 1, "keep_prev": False},
     "auto_resume": {"enabled": False, "max_hours": 36},
     "wandb": {"enabled": False, "entity": None, "project": "solo-learn", "offline": False},

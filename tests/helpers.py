@@ -62,7 +62,7 @@ def tiny_config(method: str = "vicreg_dual", **overrides: Any) -> DictConfig:
         "method_kwargs": {
             "proj_hidden_dim": 16,
             "proj_output_dim": 16,
-            **METHOD_KWARGS[method.split("_")[0]],
+            **METHOD_KWARGS.get(method.split("_")[0], {}),
         },
     }
     return OmegaConf.merge(cfg, overrides)
@@ -133,5 +133,7 @@ def randomise_norms(module: torch.nn.Module, seed: int = 0) -> None:
                 for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
                     if tensor is not None:
                         noise = torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
-                        lowest = 0.5 if tensor is norm.weight or tensor is norm.running_var else -0.5
+                        lowest = (
+                            0.5 if tensor is norm.weight or tensor is norm.running_var else -0.5
+                        )
                         tensor.copy_(lowest + noise)

@@ -137,7 +137,9 @@ class Reference:
                 mask = StraightThrough.apply(logits, noises[index])
                 hidden = hidden * mask[:, :, None, None]
                 masks.append(mask)
-            out = self.norm(count.conv(hidden, self.w[f"{block}.conv2.weight"], 1, 1), bn2, training)
+            out = self.norm(
+                count.conv(hidden, self.w[f"{block}.conv2.weight"], 1, 1), bn2, training
+            )
             x = F.relu(out + self.shortcut(x, block, stride, training, count))
         return x.mean(dim=(2, 3)), masks
 
@@ -154,7 +156,9 @@ class Reference:
                 size = (size - 1) // 2 + 1
             c_out, c_in = self.w[f"{block}.conv1.weight"].shape[:2]
             shortcut = c_in * c_out * size**2 if f"{block}.downsample.0.weight" in self.w else 0
-            gate = sum(self.w[f"{block}.gate.{name}.weight"].numel() for name in ("reduce", "expand"))
+            gate = sum(
+                self.w[f"{block}.gate.{name}.weight"].numel() for name in ("reduce", "expand")
+            )
             selected = mask.sum() / len(mask)
             total = total + 9 * size**2 * selected * (c_in + c_out) + shortcut + gate
             dense = dense + 9 * size**2 * c_out * (c_in + c_out) + shortcut

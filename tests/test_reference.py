@@ -11,6 +11,7 @@ from .helpers import fixed_noise, randomise_norms
 from .reference import Reference, bound, budget, noise_table
 
 BUDGET, WEIGHT, EPOCH = 0.3, 40.0, 7
+SIZE = 19  # odd, so that every stride rounds
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-11}
 
 networks = pytest.mark.parametrize(
@@ -44,7 +45,7 @@ def network(name, kwargs):
 
 
 def images(number=6):
-    return torch.randn(number, 3, 33, 33, dtype=torch.float64)
+    return torch.randn(number, 3, SIZE, SIZE, dtype=torch.float64)
 
 
 @networks
@@ -63,7 +64,7 @@ def test_evaluation_gives_the_masks_features_and_flops_of_the_reference(name, kw
     for ours, theirs in zip(passes[-1].masks, masks, strict=True):
         assert torch.equal(ours.bool(), theirs)
     assert torch.cat(masks, dim=1).double().mean(dim=1).std() > 0  # the images differ
-    cost = count_flops(backbone, (33, 33))
+    cost = count_flops(backbone, (SIZE, SIZE))
     assert torch.equal(cost.gated(selected_channels(passes[-1].masks).long()), flops)
     assert cost.dense == dense.dense_flops(x)
 
@@ -79,7 +80,7 @@ def test_training_gives_the_losses_and_gradients_of_the_reference(name, kwargs):
         ours = ((backbone(x1) + 0.5 * backbone(x2)) * direction).sum()
     masks = passes[0].masks
     channels = selected_channels(masks).mean(dim=0)
-    cost = count_flops(backbone, (33, 33))
+    cost = count_flops(backbone, (SIZE, SIZE))
     total = torch.tensor([block.channels for block in cost.blocks])
     our_budget = budget_loss(cost.share(channels), BUDGET, WEIGHT)
     our_bound = bound_loss(channels / total, BUDGET**0.5, EPOCH)
@@ -90,7 +91,10 @@ def test_training_gives_the_losses_and_gradients_of_the_reference(name, kwargs):
     dense_features, _ = dense.forward(x2, "dense")
     theirs = ((features + 0.5 * dense_features) * direction).sum()
     share = gated.flops_share(their_masks, x1)
-    their_budget, their_bound = budget(share, BUDGET, WEIGHT), bound(their_masks, BUDGET**0.5, EPOCH)
+    their_budget, their_bound = (
+        budget(share, BUDGET, WEIGHT),
+        bound(their_masks, BUDGET**0.5, EPOCH),
+    )
     (theirs + their_budget + their_bound).backward()
 
     for mask, expected in zip(masks, their_masks, strict=True):
@@ -118,7 +122,7 @@ def test_the_gates_learn_from_the_budget_alone(name):
     x = images()
     with fixed_noise(5), backbone.train().path("gated") as passes:
         backbone(x)
-    cost = count_flops(backbone, (33, 33))
+    cost = count_flops(backbone, (SIZE, SIZE))
     budget_loss(cost.share(selected_channels(passes[-1].masks).mean(dim=0)), 0.1, 5.0).backward()
     noises = noise_table([tuple(mask.shape) for mask in passes[-1].masks], seed=5)
     share = gated.flops_share(gated.forward(x, "gated", noises)[1], x)

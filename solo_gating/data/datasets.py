@@ -101,14 +101,14 @@ def fraction_of(dataset: Any, fraction: float) -> Dataset:
     """A fixed random part of a data set, stratified by class where there are labels.
 
     Args:
-        dataset: with `targets` or `labels`.
+        dataset: its `targets` or `labels`, if it has any, are its classes.
         fraction: in (0, 1).
     """
-    targets = np.asarray(getattr(dataset, "targets", getattr(dataset, "labels", None)))
+    targets = getattr(dataset, "targets", getattr(dataset, "labels", None))
     indices, _ = train_test_split(
         np.arange(len(dataset)),
         train_size=fraction,
-        stratify=targets if targets.min() >= 0 else None,
+        stratify=None if targets is None or min(targets) < 0 else targets,
         random_state=42,
     )
     return Subset(dataset, np.sort(indices).tolist())

@@ -9,6 +9,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 from ..training.callbacks import SSL_LOSSES
 
@@ -108,6 +109,7 @@ def draw_curves(folder: Path, target_budget: float | None, title: str) -> Path |
                 )
             axis.set_ylim(0, 100)
         axis.set(title=heading, xlabel="epoch", ylabel=unit)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
         if len(axis.get_lines()) > 1:
             axis.legend(fontsize="small")

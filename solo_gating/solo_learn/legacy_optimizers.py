@@ -99,7 +99,9 @@ def _without_decay_on_vectors(groups: list[dict[str, Any]]) -> list[dict[str, An
             (False, [p for p in parameters if p.ndim <= 1]),
         ):
             if chosen:
-                extra = {} if decays else {"weight_decay": 0, "name": f"{group['name']}_no_decay"}
+                extra = (
+                    {} if decays else {"weight_decay": 0, "name": f"{group.get('name')}_no_decay"}
+                )
                 split.append({**group, "params": chosen, **extra})
     return split
 

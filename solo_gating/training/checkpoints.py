@@ -13,6 +13,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
@@ -63,8 +64,10 @@ class Checkpointer(ModelCheckpoint):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write `args.json`."""
         super().on_train_start(trainer, pl_module)
-        if trainer.is_global_zero and self.dirpath is not None:
-            write_json(Path(self.dirpath) / "args.json", self.args)
+        if trainer.is_global_zero:
+            wandb = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
+            args = {**self.args, "wandb_run_id": wandb[0].version if wandb else None}
+            write_json(Path(str(self.dirpath)) / "args.json", args)
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
@@ -90,6 +93,14 @@ def write_json(path: Path, content: Any) -> None:
     os.replace(part, path)
 
 
+def read_args(folder: Path) -> dict[str, Any]:
+    """A run's `args.json`; empty if there is none that can be read."""
+    try:
+        return json.loads((folder / "args.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
 def new_run_folder(cfg: DictConfig) -> Path:
     """`<checkpoint.dir>/<method>/offline-<random>`, as solo-learn names a run without wandb."""
     generator = random.Random(time.time_ns())
@@ -112,10 +123,7 @@ def find_checkpoint(cfg: DictConfig) -> Path | None:
         written = file.stat().st_mtime
         if time.time() - written > cfg.auto_resume.max_hours * 3600:
             continue
-        try:
-            args = json.loads((file.parent / "args.json").read_text())
-        except (OSError, ValueError):
-            continue
+        args = read_args(file.parent)
         if _what_matters(args) == wanted and not (file.parent / "metrics.json").exists():
             found.append((written, file))
     return max(found)[1] if found else None

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from ..errors import InputError
 from .callbacks import RunProgress, StopAtNonFiniteLoss
-from .checkpoints import Checkpointer, plain
+from .checkpoints import Checkpointer, plain, read_args
 
 
 def build_trainer(cfg: DictConfig) -> pl.Trainer:
@@ -59,16 +59,13 @@ def build_trainer(cfg: DictConfig) -> pl.Trainer:
         raise InputError(f"Lightning's Trainer refuses this config: {error}") from error
 
 
-def attach_outputs(
-    trainer: pl.Trainer, cfg: DictConfig, folder: Path, wandb_run_id: str | None = None
-) -> None:
+def attach_outputs(trainer: pl.Trainer, cfg: DictConfig, folder: Path) -> None:
     """Give a Trainer its loggers and its checkpoints.
 
     Args:
         trainer: from `build_trainer`.
         cfg: the complete config, learning rates scaled.
-        folder: the run's folder.
-        wandb_run_id: of a wandb run to continue.
+        folder: the run's folder; a wandb run that its `args.json` names is continued.
 
     Raises:
         InputError: if wandb is asked for and not installed.
@@ -76,7 +73,7 @@ def attach_outputs(
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     loggers: list[Logger] = [CSVLogger(folder, name="logs")]
     if cfg.wandb.enabled:
-        loggers.append(_wandb(cfg, wandb_run_id))
+        loggers.append(_wandb(cfg, folder))
         callbacks.append(LearningRateMonitor(logging_interval="step"))
     trainer.loggers = loggers
     if cfg.checkpoint.enabled:
@@ -97,7 +94,8 @@ def _strategy(cfg: DictConfig) -> Any:
     return DDPStrategy(find_unused_parameters=resting)
 
 
-def _wandb(cfg: DictConfig, run_id: str | None) -> WandbLogger:
+def _wandb(cfg: DictConfig, folder: Path) -> WandbLogger:
+    run_id = read_args(folder).get("wandb_run_id")
     try:
         logger = WandbLogger(
             name=cfg.name,

@@ -1,0 +1,128 @@
+"""The config group `gating`: what is refused, and what its defaults are."""
+
+import math
+
+import pytest
+from omegaconf import OmegaConf
+
+from solo_gating import InputError
+from solo_gating.config import prepare_config
+from solo_gating.gating_config import GatingConfig
+
+from .helpers import tiny_config
+
+
+def read(gating, crops=2):
+    cfg = OmegaConf.create({"gating": gating, "data": {"num_large_crops": crops}})
+    return GatingConfig.from_config(cfg, ("gated", "dense"))
+
+
+SHARES = [0, -1, 1.5, math.nan, math.inf, "a", True]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "accepted"),
+    [
+        *(("target_budget", value, "a number in (0, 1]") for value in SHARES),
+        *(("bound_target", value, "sqrt, budget or a number in (0, 1]") for value in [0, 2, "x"]),
+        *(("sparsity_weight", value, "a number ≥ 0") for value in [-1, math.nan, "5", False]),
+        ("bound_weight", -0.1, "a number ≥ 0"),
+        ("bound_decay", math.inf, "a number ≥ 0"),
+        ("temperature", 0, "a number > 0"),
+        ("reduction", 0, "an integer ≥ 1"),
+        ("reduction", 4.0, "an integer ≥ 1"),
+        ("warmup_epochs", -1, "an integer ≥ 0"),
+        ("warmup_epochs", 1.5, "an integer ≥ 0"),
+        ("separate_bn", "yes", "true or false"),
+        ("views", "gated", "a list like [gated, dense]"),
+    ],
+)
+def test_a_value_is_refused_in_one_sentence(key, value, accepted):
+    with pytest.raises(InputError) as error:
+        read({key: value})
+    assert str(error.value) == f"gating.{key}: found {value!r}, accepted is {accepted}"
+
+
+@pytest.mark.parametrize(
+    ("gating", "message"),
+    [
+        (
+            {"budget": 0.3},
+            "gating.budget: no such key, accepted are target_budget, sparsity_weight, bound_weight, "
+            "bound_decay, bound_target, reduction, temperature, separate_bn, warmup_epochs, views",
+        ),
+        (
+            {"views": ["gated", "sparse"]},
+            "gating.views: found 'sparse', accepted are ('gated', 'dense')",
+        ),
+        (
+            {"views": ["gated"]},
+            "gating.views: found 1 (gated), augmentations make 2 crops, and each needs its path",
+        ),
+        (
+            {"views": ["gated", "dense", "dense"]},
+            "gating.views: found 3 (gated, dense, dense), augmentations make 2 crops, and each "
+            "needs its path",
+        ),
+        (
+            {"views": ["dense", "dense"]},
+            "gating.views: found no gated view, accepted is at least one",
+        ),
+        (
+            {"separate_bn": True, "views": ["gated", "gated"]},
+            "gating.separate_bn: found true with no dense view in gating.views, which would leave "
+            "the dense path's BatchNorms untrained; accepted is false",
+        ),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(gating, message):
+    with pytest.raises(InputError) as error:
+        read(gating)
+    assert str(error.value) == message
+
+
+def test_a_group_that_is_no_group_is_refused():
+    with pytest.raises(
+        InputError, match=r"^gating: found \['target_budget'\], accepted is a group"
+    ):
+        read(["target_budget"])
+
+
+@pytest.mark.parametrize("value", [1, 1.0, 0.001])
+def test_the_budget_may_be_all_of_it(value):
+    assert read({"target_budget": value}).target_budget == value
+
+
+@pytest.mark.parametrize(
+    ("views", "separate"), [(["gated", "dense"], True), (["gated", "gated"], False)]
+)
+def test_batchnorms_are_separate_where_a_view_is_dense(views, separate):
+    assert read({"views": views, "separate_bn": None}).separate_bn is separate
+    if separate:
+        assert read({"views": views, "separate_bn": False}).separate_bn is False
+
+
+def test_the_config_then_holds_the_complete_group():
+    cfg = tiny_config("simsiam_gated", gating={"target_budget": 0.3, "views": None})
+    prepare_config(cfg)
+    assert OmegaConf.to_container(cfg.gating) == {
+        "target_budget": 0.3,
+        "sparsity_weight": 5.0,
+        "bound_weight": 1.0,
+        "bound_decay": 0.02,
+        "bound_target": "sqrt",
+        "reduction": 4,
+        "temperature": 2 / 3,
+        "separate_bn": False,
+        "warmup_epochs": 0,
+        "views": ["gated", "gated"],
+    }
+
+
+def test_small_crops_are_views_too():
+    crops = [{"crop_size": 16, "num_crops": 2}, {"crop_size": 8, "num_crops": 1}]
+    cfg = tiny_config(augmentations=crops)
+    with pytest.raises(InputError, match=r"gating.views: found 2 .* make 3 crops"):
+        prepare_config(cfg)
+    cfg = tiny_config(augmentations=crops, gating={"views": ["gated", "dense", "gated"]})
+    assert prepare_config(cfg).data.num_small_crops == 1
