@@ -79,7 +79,7 @@ def prepare_config(cfg: DictConfig) -> DictConfig:
     _one_of("data.format", cfg.data.format, FORMATS)
     _one_of("optimizer.name", cfg.optimizer.name, BaseMethod._OPTIMIZERS)
     _at_least("max_epochs", cfg.max_epochs, 1)
-    _at_least("optimizer.batch_size", cfg.optimizer.get("batch_size"), 1)
+    _at_least("optimizer.batch_size", cfg.optimizer.get("batch_size"), 2)  # for BatchNorm
     _at_least("data.num_workers", cfg.data.num_workers, 0)
     _number("optimizer.lr", cfg.optimizer.get("lr"))
     fraction = cfg.data.fraction

@@ -1,0 +1,285 @@
+"""The methods: which path a view takes, and that their losses add up."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from solo.losses.barlow import barlow_loss_func
+from solo.losses.nnclr import nnclr_loss_func
+from solo.losses.vicreg import vicreg_loss_func
+
+from solo_gating import GATED_METHODS, METHODS, InputError
+
+from .helpers import METHOD_KWARGS, fixed_noise, random_batch, tiny_config, tiny_model
+from .reference import Reference, bound, budget
+
+GATING = {"target_budget": 0.3, "sparsity_weight": 50.0, "bound_weight": 2.0}
+
+
+def vicreg(model, z1, z2):
+    return vicreg_loss_func(z1, z2, sim_loss_weight=25.0, var_loss_weight=25.0, cov_loss_weight=1.0)
+
+
+def barlow(model, z1, z2):
+    return barlow_loss_func(z1, z2, lamb=0.0051, scale_loss=0.1)
+
+
+def simsiam(model, z1, z2):
+    p1, p2 = model.predictor(z1), model.predictor(z2)
+    similarity = [F.cosine_similarity(p, z.detach()).mean() for p, z in ((p1, z2), (p2, z1))]
+    return -sum(similarity) / 2
+
+
+def simclr(model, z1, z2):
+    z = F.normalize(torch.cat([z1, z2]))
+    logits = z @ z.T / METHOD_KWARGS["simclr"]["temperature"]
+    logits = logits - torch.diag(torch.full((len(z),), torch.inf))
+    other_view = torch.arange(len(z)).roll(len(z1))
+    return F.cross_entropy(logits, other_view)
+
+
+def nearest(model, z):
+    return model.queue[(F.normalize(z) @ model.queue.T).argmax(dim=1)]
+
+
+def nnclr(model, z1, z2):
+    p1, p2 = model.predictor(z1), model.predictor(z2)
+    pairs = ((z1, p2), (z2, p1))
+    return sum(nnclr_loss_func(nearest(model, z), p, temperature=0.2) for z, p in pairs) / 2
+
+
+def nnsiam(model, z1, z2):
+    p1, p2 = model.predictor(z1), model.predictor(z2)
+    pairs = ((z1, p2), (z2, p1))
+    return -sum(F.cosine_similarity(p, nearest(model, z)).mean() for z, p in pairs) / 2
+
+
+def wmse(model, z1, z2):
+    z1, z2 = model.whitening(z1), model.whitening(z2)  # the whole batch at once
+    return 2 - 2 * F.cosine_similarity(z1, z2).mean()
+
+
+def vibcreg(model, z1, z2):
+    from solo.losses.vibcreg import vibcreg_loss_func
+
+    return vibcreg_loss_func(
+        z1, z2, sim_loss_weight=25.0, var_loss_weight=25.0, cov_loss_weight=8.0
+    )
+
+
+SSL = {f.__name__: f for f in (vicreg, barlow, simsiam, simclr, nnclr, nnsiam, wmse, vibcreg)}
+
+
+def by_hand(model, batch, views, epoch, gating=GATING):
+    """The total loss of a step, and each view's masks."""
+    _, images, targets = batch
+    features, masks = [], []
+    for image, path in zip(images, views, strict=True):
+        if path is None:  # a backbone without paths
+            features.append(model.backbone(image))
+            continue
+        with model.backbone.path(path) as passes:
+            features.append(model.backbone(image))
+        masks.append(passes[-1].masks)
+    ssl = SSL[model.cfg.method.split("_")[0]]
+    total = ssl(model, *(model.projector(f) for f in features))
+    for f in features:
+        total = total + F.cross_entropy(model.classifier(f.detach()), targets) / 2
+    reference = Reference(model.backbone.state_dict(), "cifar")
+    for image, mask in zip(images, masks, strict=False):
+        if mask:
+            share = reference.flops_share(mask, image)
+            total = total + budget(share, gating["target_budget"], gating["sparsity_weight"])
+            s = gating["target_budget"] ** 0.5
+            total = total + gating["bound_weight"] * bound(mask, s, epoch)
+    return total, masks
+
+
+def step(model, batch):
+    with fixed_noise(11):
+        return model.training_step(batch, 0)
+
+
+@pytest.mark.parametrize("method", sorted({*GATED_METHODS, "wmse_dual", "vibcreg_dual"}))
+def test_the_loss_is_that_of_the_method_plus_classifier_budget_and_bound(method):
+    if method not in METHODS:
+        pytest.skip(f"solo-learn 1.0.2 has no {method.split('_')[0]} that runs today")
+    model = tiny_model(tiny_config(method, gating=GATING), epoch=9)
+    copied, batch = copy.deepcopy(model), random_batch()
+    views = ("gated", "dense" if method.endswith("_dual") else "gated")
+    loss = step(model, batch)
+    with fixed_noise(11):
+        expected, masks = by_hand(copied, batch, views, epoch=9)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-8)
+    loss.backward()
+    expected.backward()
+    for (name, p), q in zip(model.named_parameters(), copied.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None), name
+        if p.grad is not None:
+            scale = q.grad.abs().max().item()
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-6, atol=1e-7 * scale, msg=name)
+    assert any(p.grad.any() for n, p in model.named_parameters() if ".gate." in n)
+    assert masks[0]
+
+
+@pytest.mark.parametrize("method", ["vicreg", "simsiam"])
+def test_a_method_of_solo_learn_s_own_is_left_as_it_is(method):
+    model = tiny_model(tiny_config(method))
+    copied, batch = copy.deepcopy(model), random_batch()
+    expected, _ = by_hand(copied, batch, (None, None), 0)
+    assert model.training_step(batch, 0).item() == pytest.approx(expected.item(), rel=1e-10)
+    assert "train_budget_loss" not in model.logged
+
+
+def test_what_is_logged_is_what_is_added():
+    model = tiny_model(tiny_config("vicreg_gated", gating=GATING), epoch=3)
+    copied, batch = copy.deepcopy(model), random_batch()
+    step(model, batch)
+    with fixed_noise(11):
+        _, masks = by_hand(copied, batch, ("gated", "gated"), 3)
+    reference = Reference(copied.backbone.state_dict(), "cifar")
+    shares = [reference.flops_share(m, x) for m, x in zip(masks, batch[1], strict=True)]
+    expected = {
+        "train_budget_loss": sum(budget(share, 0.3, 50.0) for share in shares),
+        "train_bound_loss": sum(2 * bound(mask, 0.3**0.5, 3) for mask in masks),
+        "train_flops_share": sum(shares) / 2,
+    }
+    for name, value in expected.items():
+        assert model.logged[name].item() == pytest.approx(value.item(), rel=1e-10), name
+    assert model.logged["train_vicreg_loss"] > 0
+
+
+def batches_seen(model):
+    return {
+        name.removesuffix(".num_batches_tracked").removeprefix("backbone."): int(value)
+        for name, value in model.state_dict().items()
+        if name.endswith("num_batches_tracked") and name.startswith("backbone.")
+    }
+
+
+def test_dual_gives_view_1_to_the_gated_batchnorms_and_view_2_to_the_dense_ones():
+    model = tiny_model(tiny_config("vicreg_dual"))
+    batch = random_batch()
+    backbone = copy.deepcopy(model.backbone)
+    step(model, batch)
+    for name, number in batches_seen(model).items():
+        shared = name == "bn1" or ".downsample." in name
+        assert number == (2 if shared else 1), name
+    block = model.backbone.layer1[0]
+    for norm, view in ((block.gated_bn1, 0), (block.bn1, 1)):
+        inputs = backbone.layer1[0].conv1(F.relu(backbone.bn1(backbone.conv1(batch[1][view]))))
+        mean = 0.1 * inputs.mean(dim=(0, 2, 3))
+        torch.testing.assert_close(norm.running_mean, mean, rtol=1e-10, atol=1e-12)
+
+
+def test_gated_gives_both_views_to_one_set_of_batchnorms():
+    model = tiny_model(tiny_config("vicreg_gated"))
+    step(model, random_batch())
+    seen = batches_seen(model)
+    assert set(seen.values()) == {2}
+    assert not [name for name in seen if "gated_bn" in name]
+
+
+@pytest.mark.parametrize("views", [["dense", "gated"], ["gated", "gated"]])
+def test_the_config_may_choose_the_views(views):
+    cfg = tiny_config("vicreg_dual", gating={**GATING, "views": views})
+    model = tiny_model(cfg)
+    copied, batch = copy.deepcopy(model), random_batch()
+    loss = step(model, batch)
+    with fixed_noise(11):
+        expected, masks = by_hand(copied, batch, views, 0)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-10)
+    assert [bool(mask) for mask in masks] == [path == "gated" for path in views]
+
+
+@pytest.mark.parametrize("method", ["vicreg_dual", "simsiam_gated"])
+def test_gates_rest_during_warm_up(method):
+    gating = {**GATING, "warmup_epochs": 2, "separate_bn": method == "vicreg_dual"}
+    model = tiny_model(tiny_config(method, gating=gating), epoch=1)
+    copied, batch = copy.deepcopy(model), random_batch()
+    loss = step(model, batch)
+    expected, _ = by_hand(copied, batch, ("dense", "dense"), 0)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-10)
+    assert "train_budget_loss" not in model.logged
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        if "gate." in name or "gated_bn" in name:
+            assert parameter.grad is None, name
+
+
+def test_bounds_decay_from_the_end_of_warm_up():
+    gating = {**GATING, "warmup_epochs": 2}
+    model = tiny_model(tiny_config("vicreg_dual", gating=gating), epoch=7)
+    copied, batch = copy.deepcopy(model), random_batch()
+    loss = step(model, batch)
+    with fixed_noise(11):
+        expected, _ = by_hand(copied, batch, ("gated", "dense"), epoch=5)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-10)
+
+
+@pytest.mark.parametrize("method", ["vicreg_dual", "simsiam_gated", "vicreg"])
+def test_an_unlabelled_batch_leaves_the_classifier_alone(method):
+    model = tiny_model(tiny_config(method))
+    copied, batch = copy.deepcopy(model), random_batch()
+    unlabelled = [*batch[:2], torch.full_like(batch[2], -1)]
+    loss = step(model, unlabelled)
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert not model.classifier.weight.grad.any()
+    assert model.logged["train_class_loss"] == 0
+    labelled = step(copied, batch)
+    labelled.backward()
+    assert (labelled - copied.logged["train_class_loss"]).item() == pytest.approx(
+        loss.item(), rel=1e-10
+    )
+    for (name, p), q in zip(model.named_parameters(), copied.parameters(), strict=True):
+        if p.grad is not None and "classifier" not in name:
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def test_some_labels_train_the_classifier_on_those_images():
+    model = tiny_model(tiny_config("vicreg_dual"))
+    copied, batch = copy.deepcopy(model), random_batch()
+    batch[2][3:] = -1
+    step(model, batch)
+    with fixed_noise(11):
+        losses = []
+        for image, path in zip(batch[1], ("gated", "dense"), strict=True):
+            with copied.backbone.path(path):
+                logits = copied.classifier(copied.backbone(image))
+            losses.append(F.cross_entropy(logits[:3], batch[2][:3]).item())
+    assert model.logged["train_class_loss"].item() == pytest.approx(sum(losses) / 2, rel=1e-10)
+
+
+def test_each_path_has_a_bank_of_neighbours_of_its_own():
+    model = tiny_model(tiny_config("vicreg_dual", knn_eval={"enabled": True, "k": 1}))
+    copied, batch = copy.deepcopy(model), random_batch()
+    batch[2][5:] = -1
+    step(model, batch)
+    with fixed_noise(11), torch.no_grad():
+        for image, path in zip(batch[1], ("gated", "dense"), strict=True):
+            with copied.backbone.path(path):
+                features = copied.backbone(image)
+            bank = model.path_knn[path]
+            torch.testing.assert_close(torch.cat(bank.train_features), features[:5])
+            assert torch.equal(torch.cat(bank.train_targets), batch[2][:5])
+
+
+def test_a_gated_method_needs_a_backbone_with_gates():
+    with pytest.raises(InputError, match=r"backbone.name: found 'resnet18'.*resnet18_gated"):
+        METHODS["vicreg_dual"](tiny_config(backbone={"name": "resnet18"}))
+
+
+def test_validation_measures_every_trained_path():
+    model = tiny_model(tiny_config("vicreg_dual")).eval()
+    _, (images, _), targets = random_batch()
+    with torch.no_grad():
+        model.validation_step([images, targets], 0)
+        for path in ("dense", "gated"):
+            with model.backbone.path(path) as passes:
+                correct = model.classifier(model.backbone(images)).argmax(dim=1) == targets
+            accuracy = 100 * correct.double().mean().item()
+            assert float(model.logged[f"val_{path}_acc1"]) == pytest.approx(accuracy)
+    share = Reference(model.backbone.state_dict(), "cifar").flops_share(passes[-1].masks, images)
+    assert model.logged["val_flops_share"].item() == pytest.approx(share.item(), rel=1e-10)
