@@ -72,6 +72,14 @@ def _guarded(task: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]
             if os.environ.get("HYDRA_FULL_ERROR"):
                 raise
             _fail(str(error))
+        except SystemExit as stop:  # how Lightning ends at Ctrl-C
+            if not isinstance(stop.__context__, KeyboardInterrupt):
+                raise
+            _fail(
+                "interrupted; the same command with auto_resume.enabled=true continues from the "
+                "last checkpoint",
+                130,
+            )
 
     return guarded
 

@@ -1,5 +1,6 @@
 """Small configs, and training steps without a Trainer."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -80,10 +81,19 @@ def tiny_model(
     model._trainer = SimpleNamespace(
         current_epoch=epoch, estimated_stepping_batches=steps, sanity_checking=False
     )
+    return _keeping_its_log(model).train()
+
+
+def copy_of(model: Any) -> Any:
+    """The same model again, with a log of its own."""
+    return _keeping_its_log(copy.deepcopy(model))
+
+
+def _keeping_its_log(model: Any) -> Any:
     model.logged = {}
     model.log = lambda name, value, **kwargs: model.logged.update({name: value})
     model.log_dict = lambda values, **kwargs: model.logged.update(values)
-    return model.train()
+    return model
 
 
 def random_batch(
@@ -98,6 +108,17 @@ def random_batch(
     shape = (size, 3, resolution, resolution)
     views = [torch.from_numpy(rng.standard_normal(shape)).to(dtype) for _ in range(2)]
     return [torch.arange(size), views, torch.from_numpy(rng.randint(0, classes, size))]
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """PyTorch's default dtype, for a while."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @contextmanager

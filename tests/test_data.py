@@ -70,7 +70,7 @@ def test_archives_that_do_not_fit_each_other_are_refused(second, message, tmp_pa
 
 
 def test_an_empty_list_of_archives_is_refused():
-    with pytest.raises(InputError, match="^data.val_path: found an empty list"):
+    with pytest.raises(InputError, match=r"^data.val_path: found an empty list"):
         read_arrays([], "data.val_path", 3)
 
 
@@ -179,9 +179,10 @@ def test_an_interrupted_write_is_completed(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return Image.new("L", (8, 8))
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr("solo_gating.data.digits.Image.fromarray", stop)
-        write_digits(tmp_path, size=8)
+        with pytest.raises(KeyboardInterrupt):
+            write_digits(tmp_path, size=8)
     write_digits(tmp_path, size=8)
     assert len(list(tmp_path.glob("*/*/*.png"))) == 1797
     (first,) = tmp_path.glob("train/*/0000.png")
@@ -300,7 +301,7 @@ def test_an_affine_entry_moves_the_image():
     views = plain_view(affine={"degrees": [90, 90]}, mean=[0.0] * 3, std=[1.0] * 3)
     (view,) = training_transform("custom", views)(Image.fromarray(picture()))
     rotated = torch.from_numpy(np.rot90(picture(), -1).copy()).permute(2, 0, 1) / 255
-    torch.testing.assert_close(view, rotated, atol=1 / 255, rtol=0)
+    torch.testing.assert_close(view, rotated, atol=1.5 / 255, rtol=0)
 
 
 @pytest.mark.parametrize("prob", [0.0, 1.0])

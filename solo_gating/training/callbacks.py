@@ -1,5 +1,6 @@
 """What watches a run: progress in one line, and the stop at a loss that is not finite."""
 
+import io
 import sys
 from typing import Any
 
@@ -51,15 +52,16 @@ class RunProgress(ProgressBar):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Open the bar where the run begins or continues."""
+        terminal = sys.stdout.isatty()
         if self._enabled:
             self._bar = tqdm(
                 total=int(trainer.estimated_stepping_batches),
                 initial=trainer.global_step,
                 unit="step",
-                file=sys.stdout,
-                mininterval=0.5 if sys.stdout.isatty() else 10,
-                dynamic_ncols=True,
-                bar_format="{desc} {percentage:3.0f}% [{elapsed}<{remaining}]{postfix}",
+                file=sys.stdout if terminal else _Lines(),
+                mininterval=0.5 if terminal else 10,
+                dynamic_ncols=terminal,
+                bar_format="{desc}{percentage:3.0f}% [{elapsed}<{remaining}]{postfix}",
             )
 
     def on_train_batch_end(
@@ -69,7 +71,7 @@ class RunProgress(ProgressBar):
         if self._bar is None:
             return
         self._bar.set_description_str(
-            f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}", refresh=False
+            f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs} ", refresh=False
         )
         if self._bar._time() - self._bar.last_print_t >= self._bar.mininterval:
             self._bar.set_postfix_str(summary_line(trainer.callback_metrics), refresh=False)
@@ -87,6 +89,16 @@ class RunProgress(ProgressBar):
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+class _Lines(io.StringIO):
+    """Turns a bar's redrawings into lines on the standard output."""
+
+    def write(self, text: str) -> int:
+        if line := text.strip():
+            sys.stdout.write(line + "\n")
+            sys.stdout.flush()
+        return len(text)
 
 
 def summary_line(metrics: dict[str, Tensor]) -> str:

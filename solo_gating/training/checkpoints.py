@@ -14,7 +14,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -68,15 +67,6 @@ class Checkpointer(ModelCheckpoint):
             wandb = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
             args = {**self.args, "wandb_run_id": wandb[0].version if wandb else None}
             write_json(Path(str(self.dirpath)) / "args.json", args)
-
-    def on_exception(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
-    ) -> None:
-        """Say how an interrupted run continues."""
-        super().on_exception(trainer, pl_module, exception)
-        last = Path(str(self.dirpath)) / "last.ckpt"
-        if isinstance(exception, KeyboardInterrupt) and last.exists():
-            rank_zero_info(f"interrupted; resume_from_checkpoint={last} continues this run")
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
