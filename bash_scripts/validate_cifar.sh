@@ -20,7 +20,7 @@ source bash_scripts/environment.sh
 pretrain() { # name, config, overrides
     local name=$1 config=$2; shift 2
     if compgen -G "$out/$name/*/*/metrics.json" >/dev/null; then echo "$name: done before"; return; fi
-    # Short runs: AdamW instead of LARS, and a heavier budget loss than the papers' 5.
+    # A short run wants AdamW instead of LARS; see also the gates below.
     "$python" -m solo_gating.main_pretrain --config-name "${config}_$dataset" \
         optimization=adamw name="$name" checkpoint.dir="$out/$name" auto_resume.enabled=true \
         data.format=npz "data.train_path='$data/train*.npz'" "data.val_path='$data/test.npz'" \
@@ -32,7 +32,9 @@ pretrain() { # name, config, overrides
 
 runs=("vicreg vicreg")
 for budget in 0.1 0.3 0.5; do
-    runs+=("vicreg_dual_$budget vicreg_dual gating.target_budget=$budget gating.sparsity_weight=100")
+    # ... a heavier budget loss than the papers' 5, and an encoder that has begun to learn before
+    # its gates do.
+    runs+=("vicreg_dual_$budget vicreg_dual gating.target_budget=$budget gating.sparsity_weight=100 gating.warmup_epochs=3")
 done
 for run in "${runs[@]}"; do
     read -r -a words <<<"$run"

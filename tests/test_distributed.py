@@ -1,0 +1,136 @@
+"""Two processes with a batch of B each give the gradients of one process with 2·B."""
+
+import os
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
+from torch.nn.parallel import DistributedDataParallel
+
+from solo_gating.methods import gated
+
+from .helpers import default_dtype, random_batch, tiny_config, tiny_model
+
+METHODS = ("vicreg_dual", "simsiam_gated")
+LOCAL = "vicreg_dual with shares of each process"
+BATCH = 4  # per process
+
+
+class GlobalBatchNorm(nn.Module):
+    """BatchNorm in training over all processes; PyTorch's SyncBatchNorm refuses CPU tensors."""
+
+    def __init__(self, norm: nn.Module):
+        super().__init__()
+        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        dims = [0, *range(2, x.ndim)]
+        shape = [1, -1] + [1] * (x.ndim - 2)
+        moments = torch.stack([x.mean(dims), x.square().mean(dims)])
+        if dist.is_initialized():
+            moments = all_reduce(moments) / dist.get_world_size()
+        mean, square = moments
+        x = (x - mean.view(shape)) / (square - mean**2 + self.eps).sqrt().view(shape)
+        return x if self.weight is None else x * self.weight.view(shape) + self.bias.view(shape)
+
+
+def synchronise(module: nn.Module) -> None:
+    for name, child in module.named_children():
+        if isinstance(child, nn.modules.batchnorm._BatchNorm):
+            setattr(module, name, GlobalBatchNorm(child))
+        else:
+            synchronise(child)
+
+
+class Step(nn.Module):
+    """A training step as a forward pass, which is what DistributedDataParallel wraps."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch):
+        return self.model.training_step(batch, 0)
+
+
+def rows_of_one_table(rows: slice):
+    """Logistic noise of which each process gets the rows of its images."""
+    rng = np.random.RandomState(5)
+
+    def noise(logits: Tensor) -> Tensor:
+        table = rng.logistic(size=(2 * BATCH, logits.shape[1]))
+        return torch.from_numpy(table[rows])
+
+    return mock.patch("solo_gating.gates.logistic_noise", noise)
+
+
+def gradients(method: str, rows: slice, parallel: bool) -> tuple[dict[str, Tensor], Tensor]:
+    """Of a step with some of the images, and the FLOPs share that was logged."""
+    gating = {"target_budget": 0.1, "sparsity_weight": 1000.0, "bound_weight": 100.0}
+    model = tiny_model(tiny_config(method, gating=gating), epoch=2)
+    synchronise(model)
+    indices, views, targets = random_batch(2 * BATCH)
+    batch = [indices[rows], [view[rows] for view in views], targets[rows]]
+    step = Step(model)
+    with rows_of_one_table(rows):
+        loss = (DistributedDataParallel(step) if parallel else step)(batch)
+        loss.backward()
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return found, model.logged["train_flops_share"]
+
+
+def process(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    rows = slice(rank * BATCH, (rank + 1) * BATCH)
+    with default_dtype(torch.float64):
+        results = {method: gradients(method, rows, parallel=True) for method in METHODS}
+        with mock.patch.object(gated, "global_mean", lambda values: values):
+            results[LOCAL] = gradients("vicreg_dual", rows, parallel=True)
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """What both processes found."""
+    folder = tmp_path_factory.mktemp("processes")
+    torch.multiprocessing.spawn(process, (str(folder),), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def one(method):
+    with default_dtype(torch.float64):
+        return gradients(method, slice(None), parallel=False)
+
+
+def distance(found, expected):
+    """Largest difference of a gradient, relative to that parameter's largest."""
+    assert set(found) == set(expected)
+    floor = 1e-6 * max(value.abs().max() for value in expected.values())
+    return max(
+        ((found[n] - expected[n]).abs().max() / (expected[n].abs().max() + floor)).item()
+        for n in expected
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_give_the_gradients_of_one(method, two):
+    expected, share = one(method)
+    for rank in range(2):
+        found, its_share = two[rank][method]
+        assert distance(found, expected) < 1e-5
+        assert its_share.item() == pytest.approx(share.item(), rel=1e-10)
+    assert any("gate.expand" in name for name in expected)
+
+
+def test_a_budget_of_each_process_s_own_share_would_differ(two):
+    """The check above notices a loss that is not global: the processes' shares differ enough."""
+    expected, _ = one("vicreg_dual")
+    assert distance(two[0][LOCAL][0], expected) > 1e-3
+    assert abs(two[0][LOCAL][1] - two[1][LOCAL][1]) > 1e-3
