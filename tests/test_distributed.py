@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 from torch.nn.parallel import DistributedDataParallel
 
 from solo_gating.methods import gated
@@ -18,6 +17,22 @@ from .helpers import default_dtype, random_batch, tiny_config, tiny_model
 METHODS = ("vicreg_dual", "simsiam_gated")
 LOCAL = "vicreg_dual with shares of each process"
 BATCH = 4  # per process
+
+
+class SumOverProcesses(torch.autograd.Function):
+    """All-reduce; so is its gradient, as every process's loss depends on every process's part."""
+
+    @staticmethod
+    def forward(ctx, x):
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient):
+        total = gradient.clone()
+        dist.all_reduce(total)
+        return total
 
 
 class GlobalBatchNorm(nn.Module):
@@ -32,7 +47,7 @@ class GlobalBatchNorm(nn.Module):
         shape = [1, -1] + [1] * (x.ndim - 2)
         moments = torch.stack([x.mean(dims), x.square().mean(dims)])
         if dist.is_initialized():
-            moments = all_reduce(moments) / dist.get_world_size()
+            moments = SumOverProcesses.apply(moments) / dist.get_world_size()
         mean, square = moments
         x = (x - mean.view(shape)) / (square - mean**2 + self.eps).sqrt().view(shape)
         return x if self.weight is None else x * self.weight.view(shape) + self.bias.view(shape)
@@ -75,10 +90,9 @@ def gradients(method: str, rows: slice, parallel: bool) -> tuple[dict[str, Tenso
     synchronise(model)
     indices, views, targets = random_batch(2 * BATCH)
     batch = [indices[rows], [view[rows] for view in views], targets[rows]]
-    step = Step(model)
+    step = DistributedDataParallel(Step(model)) if parallel else Step(model)
     with rows_of_one_table(rows):
-        loss = (DistributedDataParallel(step) if parallel else step)(batch)
-        loss.backward()
+        step(batch).backward()
     found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     return found, model.logged["train_flops_share"]
 

@@ -53,6 +53,9 @@ def current_knn(base: type[Metric]) -> type[Metric]:
 
         def compute(self) -> tuple[float, float]:
             """Top-1 and top-5 accuracy in percent; (-1, -1) without features."""
+            if not self.train_features or not self.test_features:  # 1.0.2 does not ask
+                self.reset()
+                return -1, -1
             if self.distance_fx == "cosine":
                 for name in ("train_features", "test_features"):
                     features = [F.normalize(part) for part in getattr(self, name)]
