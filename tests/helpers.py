@@ -139,7 +139,7 @@ def write_images(
     """An .npz of random images; every class has a colour of its own, so there is some to learn."""
     rng = np.random.RandomState(seed)
     targets = np.arange(number) % classes
-    colours = rng.randint(60, 196, (classes, 1, 1, 3))
+    colours = np.random.RandomState(42).randint(60, 196, (classes, 1, 1, 3))
     images = (colours[targets] + rng.randint(-60, 60, (number, size, size, 3))).astype(np.uint8)
     np.savez(file, images=images, **({"labels": targets} if labels else {}))
     return file

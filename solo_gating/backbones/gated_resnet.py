@@ -186,6 +186,7 @@ class TwoEncoderResNet(TwoPathResNet):
 
     Args:
         layers: number of blocks of the four stages.
+        separate_bn: no effect: the paths have nothing in common. Accepted like `GatedResNet`'s.
         reduction: the gates' reduction rate r.
         temperature: the gates' sampling temperature τ.
         path: the path taken outside of every scope.
@@ -196,6 +197,7 @@ class TwoEncoderResNet(TwoPathResNet):
         self,
         layers: list[int],
         *,
+        separate_bn: bool = True,
         reduction: int = 4,
         temperature: float = 2 / 3,
         path: str = "dense",

@@ -86,6 +86,7 @@ def draw_curves(folder: Path, target_budget: float | None, title: str) -> Path |
     shown = [panel for panel in panels if any(line[0] in logs for line in panel[2])]
     if not shown:
         return None
+    last = 1 + max(epoch for points in logs.values() for epoch in points)
     figure, axes = plt.subplots(
         1, len(shown), figsize=(4.2 * len(shown), 3.6), layout="constrained", squeeze=False
     )
@@ -108,7 +109,7 @@ def draw_curves(folder: Path, target_budget: float | None, title: str) -> Path |
                     100 * target_budget, color="black", lw=1, ls="-.", label="target budget"
                 )
             axis.set_ylim(0, 100)
-        axis.set(title=heading, xlabel="epoch", ylabel=unit)
+        axis.set(title=heading, xlabel="epoch", ylabel=unit, xlim=(0, last + 1))
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
         if len(axis.get_lines()) > 1:

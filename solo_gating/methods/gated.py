@@ -69,7 +69,7 @@ class GatedMethod(BaseMethod):
         gated = [view for view in passes if view.path == "gated"]
         if gated:
             outs["loss"] = outs["loss"] + self._gates_loss(gated, epoch)
-        self._remember(passes, batch[-1])
+        self._remember(list(passes)[: self.num_large_crops], batch[-1])
         return outs
 
     def _gates_loss(self, passes: list[ForwardPass], epoch: int) -> Tensor:
@@ -104,7 +104,7 @@ class GatedMethod(BaseMethod):
     def _remember(self, passes: Iterable[ForwardPass], targets: Tensor) -> None:
         labelled = targets != -1
         for view in passes:
-            if view.path in self.path_knn and view.features.size(0) == targets.size(0):
+            if view.path in self.path_knn:
                 features = view.features.detach()[labelled]
                 knn: Any = self.path_knn[view.path]
                 knn(train_features=features, train_targets=targets[labelled])

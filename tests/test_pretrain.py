@@ -1,0 +1,384 @@
+"""Whole runs, tiny ones: what they write, how they continue and how they stop."""
+
+import csv
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+from sklearn.neighbors import KNeighborsClassifier
+
+from solo_gating import METHODS, BaseMethod, InputError
+from solo_gating.config import prepare_config
+from solo_gating.data import evaluation_loader
+from solo_gating.flops import count_flops
+from solo_gating.main_flops import report_flops
+from solo_gating.main_pretrain import pretrain
+from solo_gating.methods import gated
+from solo_gating.training.callbacks import NonFiniteLossError
+
+from .helpers import tiny_config, write_images
+from .reference import Reference
+
+STEPS = 3  # per epoch
+
+
+def run_config(folder, method="vicreg_dual", **overrides):
+    """Three steps of 16 images in each epoch; the last validation batch has 7."""
+    cfg = tiny_config(
+        method,
+        max_epochs=3,
+        data={
+            "train_path": str(write_images(folder / "train.npz", 50)),
+            "val_path": str(write_images(folder / "val.npz", 23, seed=1)),
+        },
+        optimizer={"batch_size": 16, "lr": 0.32},  # for 256 images
+        checkpoint={"enabled": True, "dir": str(folder / "runs")},
+        log_every_n_steps=1,
+    )
+    return OmegaConf.merge(cfg, overrides)
+
+
+def run_folder(folder):
+    (found,) = (folder / "runs").glob("*/*")
+    return found
+
+
+def load(file):
+    return torch.load(file, weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def dual(tmp_path_factory):
+    """A finished run of vicreg_dual, with kNN and the final table."""
+    folder = tmp_path_factory.mktemp("dual")
+    cfg = run_config(
+        folder,
+        knn_eval={"enabled": True, "k": 1},
+        final_knn={"enabled": True, "labels_per_class": 3, "draws": 2},
+    )
+    given = cfg.copy()
+    metrics = pretrain(cfg)
+    return SimpleNamespace(cfg=cfg, given=given, metrics=metrics, folder=run_folder(folder))
+
+
+@pytest.fixture(scope="module")
+def encoder(dual):
+    """The trained backbone of that run, from its checkpoint."""
+    backbone = BaseMethod._BACKBONES["resnet18_gated"]("x", **dual.cfg.backbone.kwargs)
+    backbone.fc = torch.nn.Identity()
+    weights = load(dual.folder / "last.ckpt")["state_dict"]
+    backbone.load_state_dict(
+        {k.removeprefix("backbone."): v for k, v in weights.items() if k.startswith("backbone.")}
+    )
+    return backbone.eval()
+
+
+def test_a_run_writes_what_it_says(dual):
+    folder = dual.folder
+    assert json.loads((folder / "metrics.json").read_text()) == dual.metrics
+    args = json.loads((folder / "args.json").read_text())
+    assert args["method"] == "vicreg_dual"
+    assert args["gating"]["views"] == ["gated", "dense"]
+    assert args["optimizer"]["lr"] == pytest.approx(0.02)
+    checkpoint = load(folder / "last.ckpt")
+    assert (checkpoint["epoch"], checkpoint["global_step"]) == (2, 3 * STEPS)
+    with Image.open(folder / "training.png") as picture:
+        assert np.asarray(picture.convert("L")).std() > 10
+    with (folder / "logs/version_0/metrics.csv").open() as lines:
+        rows = list(csv.DictReader(lines))
+    losses = [float(row["train_vicreg_loss_step"]) for row in rows if row["train_vicreg_loss_step"]]
+    assert len(losses) == 3 * STEPS
+    assert np.isfinite(losses).all()
+
+
+def test_both_paths_and_every_loss_are_logged(dual):
+    logged = dual.metrics["logged"]
+    for name in (
+        "train_vicreg_loss",
+        "train_class_loss",
+        "train_budget_loss",
+        "train_bound_loss",
+        "train_flops_share",
+        *(f"val_{path}_{kind}" for path in ("dense", "gated") for kind in ("acc1", "knn_acc1")),
+        "val_flops_share",
+    ):
+        assert np.isfinite(logged[name]), name
+    for path in ("dense", "gated"):
+        assert logged[f"val_{path}_knn_acc1"] > 100 / 3  # the classes have colours
+
+
+def test_validation_figures_are_those_of_the_whole_set(dual, encoder):
+    weights = load(dual.folder / "last.ckpt")["state_dict"]
+    images, targets = zip(*evaluation_loader(dual.cfg, "val"), strict=True)
+    assert [len(batch) for batch in targets] == [16, 7]
+    images, targets = torch.cat(images), torch.cat(targets)
+    reference = Reference(encoder.double().state_dict(), "cifar")
+    with torch.no_grad():
+        _, masks, flops = reference.evaluate(images.double())
+        share = reference.flops_share([mask.double() for mask in masks], images)
+        dense = reference.dense_flops(images.double())
+        encoder.float()
+        logged = dual.metrics["logged"]
+        assert logged["val_flops_share"] == pytest.approx(share.item(), rel=1e-6)
+        assert logged["val_flops_share"] == pytest.approx(
+            flops.double().mean().item() / dense, rel=1e-6
+        )
+        for path in ("dense", "gated"):
+            with encoder.path(path):
+                features = encoder(images)
+            logits = features @ weights["classifier.weight"].T + weights["classifier.bias"]
+            accuracy = 100 * (logits.argmax(dim=1) == targets).double().mean().item()
+            assert logged[f"val_{path}_acc1"] == pytest.approx(accuracy, abs=1e-3)
+
+
+def test_the_final_table_is_scikit_learn_s(dual, encoder):
+    sets = {}
+    for split in ("train", "val"):
+        images, targets = zip(*evaluation_loader(dual.cfg, split), strict=True)
+        sets[split] = torch.cat(images), torch.cat(targets)
+
+    def accuracy(encode):
+        with torch.no_grad():
+            knn = KNeighborsClassifier(1).fit(encode(sets["train"][0]), sets["train"][1])
+            return 100 * knn.score(encode(sets["val"][0]), sets["val"][1])
+
+    def through(path):
+        def encode(images):
+            with encoder.path(path):
+                return encoder(images)
+
+        return encode
+
+    table = dual.metrics
+    assert table["raw"]["knn_top1"] == pytest.approx(accuracy(lambda images: images.flatten(1)))
+    for path in ("dense", "gated"):
+        assert table[path]["knn_top1"] == pytest.approx(accuracy(through(path)))
+    dense = count_flops(encoder, (16, 16)).dense
+    assert table["untrained"]["flops"] == table["dense"]["flops"] == dense
+    cut = 1 - table["logged"]["val_flops_share"]
+    assert table["gated"]["flops_cut"] == pytest.approx(cut, rel=1e-6)
+    assert table["gated"]["flops"] == pytest.approx((1 - cut) * dense, rel=1e-6)
+    for row in ("raw", "untrained", "dense", "gated"):
+        assert 0 <= table[row]["knn_top1_3_per_class"] <= 100
+
+
+def test_main_flops_measures_a_checkpoint(dual, tmp_path):
+    cfg = dual.given.copy()
+    cfg.flops = {"checkpoint": str(dual.folder / "last.ckpt"), "output": str(tmp_path)}
+    measured = report_flops(cfg)
+    assert json.loads((tmp_path / "metrics.json").read_text()) == measured
+    assert measured["flops"]["share"] == pytest.approx(
+        dual.metrics["logged"]["val_flops_share"], rel=1e-6
+    )
+    blocks = sum(block["gated"] for block in measured["blocks"]) + measured["flops"]["stem"]
+    assert blocks == pytest.approx(measured["flops"]["gated"])
+
+
+@pytest.mark.parametrize("method", ["simsiam_gated", "simsiam"])
+def test_simsiam_s_checkpoint_loads_without_running_code_and_continues(method, tmp_path):
+    gating = {"gating": {"warmup_epochs": 1}} if method == "simsiam_gated" else {}
+    cfg = run_config(tmp_path, method, max_epochs=2, **gating)
+    metrics = pretrain(cfg.copy())
+    last = run_folder(tmp_path) / "last.ckpt"
+    assert load(last)["epoch"] == 1
+    names = set(metrics["logged"])
+    assert "train_neg_cos_sim" in names
+    assert ("val_gated_acc1" in names) == ("val_flops_share" in names) == bool(gating)
+    assert "val_dense_acc1" not in names
+    cfg = OmegaConf.merge(cfg, {"max_epochs": 3, "resume_from_checkpoint": str(last)})
+    assert pretrain(cfg)["steps"] == 3 * STEPS
+
+
+@pytest.mark.parametrize("hidden", [True, False])
+def test_images_without_labels_train_too(hidden, tmp_path):
+    """Hidden labels with labelled validation images; or no label and no validation at all."""
+    cfg = run_config(tmp_path, max_epochs=1, knn_eval={"enabled": True, "k": 1})
+    if hidden:
+        cfg.data.no_labels = True
+    else:
+        write_images(tmp_path / "train.npz", 50, labels=False)
+        cfg.data.val_path = None
+    logged = pretrain(cfg)["logged"]
+    assert logged["train_class_loss"] == 0
+    assert np.isfinite(logged["train_vicreg_loss"])
+    assert ("val_gated_acc1" in logged) == hidden
+    assert not [name for name in logged if "knn" in name]
+    weights = load(run_folder(tmp_path) / "last.ckpt")["state_dict"]
+    assert all(torch.isfinite(value).all() for value in weights.values())
+
+
+# Stopping and continuing
+
+
+class Killed(RuntimeError):
+    pass
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """What each step trains with: its number, learning rates, and the bounds' epoch and target.
+
+    `steps.kill_at` kills the run in the middle of an epoch, `steps.spoil_at` ruins that step's
+    images.
+    """
+    record = SimpleNamespace(rates=[], bounds=[], kill_at=None, spoil_at=None)
+    bound_loss = gated.bound_loss
+
+    def on_train_batch_start(self, batch, batch_idx):
+        step = self.trainer.global_step
+        if step == record.kill_at:
+            raise Killed
+        if step == record.spoil_at:
+            batch[1][0].fill_(torch.nan)
+        rates = [group["lr"] for group in self.trainer.optimizers[0].param_groups]
+        record.rates.append((step, self.current_epoch, rates))
+
+    def recording(shares, *args):
+        record.bounds.append(args)
+        return bound_loss(shares, *args)
+
+    monkeypatch.setattr(
+        METHODS["vicreg_dual"], "on_train_batch_start", on_train_batch_start, raising=False
+    )
+    monkeypatch.setattr(gated, "bound_loss", recording)
+    return record
+
+
+def killed_config(folder, **overrides):
+    cfg = run_config(
+        folder,
+        max_epochs=4,
+        optimizer={"name": "adamw", "lr": 0.03, "kwargs": {"betas": [0.9, 0.999]}},
+        scheduler={"warmup_epochs": 1},
+        gating={"bound_decay": 0.3},
+        **{"auto_resume": {"enabled": True}, **overrides},
+    )
+    del cfg.optimizer.kwargs.momentum
+    return cfg
+
+
+@pytest.fixture
+def killed(tmp_path, steps):
+    """A run that was killed in its third epoch, one step after the checkpoint of the second."""
+    steps.kill_at = 2 * STEPS + 1
+    with pytest.raises(Killed):
+        pretrain(killed_config(tmp_path))
+    steps.kill_at = None
+    del steps.rates[-1], steps.bounds[-1]  # the step that was lost
+    return run_folder(tmp_path)
+
+
+def test_a_continued_run_has_the_schedule_of_one_that_was_never_killed(killed, steps, tmp_path):
+    metrics = pretrain(killed_config(tmp_path))
+    assert run_folder(tmp_path) == killed  # the same folder, and no other
+    rates, bounds = steps.rates.copy(), steps.bounds.copy()
+    steps.rates.clear()
+    steps.bounds.clear()
+    (tmp_path / "whole").mkdir()
+    assert pretrain(killed_config(tmp_path / "whole"))["steps"] == metrics["steps"] == 4 * STEPS
+    assert [step[:2] for step in rates] == [step[:2] for step in steps.rates]
+    assert bounds == steps.bounds
+    for ours, theirs in zip(rates, steps.rates, strict=True):
+        assert ours[2] == pytest.approx(theirs[2], rel=1e-9)
+    assert len({rate[2][0] for rate in rates}) > 3 * STEPS  # the rate does change
+    for folder in (tmp_path, tmp_path / "whole"):
+        (states,) = load(run_folder(folder) / "last.ckpt")["optimizer_states"]
+        used = {int(state["step"]) for state in states["state"].values()}
+        assert used == {4 * STEPS}
+    logs = sorted(file.parent.name for file in killed.glob("logs/*/metrics.csv"))
+    assert logs == ["version_0", "version_1"]
+
+
+def test_only_a_run_of_the_same_config_is_continued(killed, steps, tmp_path):
+    seen = len(steps.rates)
+    other = killed_config(tmp_path)
+    other.gating.target_budget = 0.4
+    pretrain(other)
+    first_of_other = steps.rates[seen]
+    assert first_of_other[:2] == (0, 0)
+    assert not (killed / "metrics.json").exists()
+    # The other run is finished: what is continued is still the one that was killed.
+    seen = len(steps.rates)
+    pretrain(killed_config(tmp_path))
+    assert steps.rates[seen][:2] == (2 * STEPS, 2)
+    assert (killed / "metrics.json").exists()
+
+
+def test_old_runs_are_not_continued(killed, steps, tmp_path):
+    seen = len(steps.rates)
+    steps.kill_at = 1
+    with pytest.raises(Killed):
+        pretrain(killed_config(tmp_path, auto_resume={"enabled": True, "max_hours": 0}))
+    assert steps.rates[seen][:2] == (0, 0)
+
+
+def test_a_named_checkpoint_of_another_width_is_refused(killed, tmp_path):
+    cfg = killed_config(tmp_path, resume_from_checkpoint=str(killed / "last.ckpt"))
+    cfg.backbone.kwargs.width = 5
+    before = {file: file.stat().st_mtime_ns for file in killed.rglob("*")}
+    with pytest.raises(InputError, match="is of another architecture"):
+        pretrain(cfg)
+    assert {file: file.stat().st_mtime_ns for file in killed.rglob("*")} == before
+
+
+# Losses that are not finite
+
+
+def is_finite(checkpoint):
+    return all(torch.isfinite(value).all() for value in checkpoint["state_dict"].values())
+
+
+@pytest.mark.parametrize("interval", [1, 100])
+def test_ruined_images_stop_the_run_and_the_last_good_checkpoint_stays(interval, steps, tmp_path):
+    """Whether the check falls on the step itself or on the end of its epoch."""
+    steps.spoil_at = STEPS + 1
+    with pytest.raises(NonFiniteLossError) as error:
+        pretrain(run_config(tmp_path, log_every_n_steps=interval))
+    assert f"is not finite at step {STEPS + 2};" in str(error.value)
+    assert "in epoch 1: train_" in str(error.value)
+    checkpoint = load(run_folder(tmp_path) / "last.ckpt")
+    assert checkpoint["epoch"] == 0
+    assert is_finite(checkpoint)
+
+
+def test_the_part_that_is_not_finite_is_named(steps, tmp_path, monkeypatch):
+    budget_loss, calls = gated.budget_loss, []
+
+    def ruined(*args):
+        calls.append(args)
+        return budget_loss(*args) * (torch.inf if len(calls) == STEPS + 2 else 1)
+
+    monkeypatch.setattr(gated, "budget_loss", ruined)
+    with pytest.raises(NonFiniteLossError, match=rf"train_budget_loss .* at step {STEPS + 2};"):
+        pretrain(run_config(tmp_path))
+
+
+def test_every_checkpoint_is_kept_if_so_configured(tmp_path):
+    cfg = run_config(tmp_path, "vicreg", max_epochs=2, checkpoint={"keep_prev": True})
+    pretrain(cfg)
+    folder = run_folder(tmp_path)
+    assert sorted(file.name for file in folder.glob("*.ckpt")) == [
+        "last.ckpt",
+        "tiny-ep=0.ckpt",
+        "tiny-ep=1.ckpt",
+    ]
+    assert [load(folder / f"tiny-ep={epoch}.ckpt")["epoch"] for epoch in range(2)] == [0, 1]
+    assert load(folder / "last.ckpt")["epoch"] == 1
+
+
+def test_a_run_without_checkpoints_still_writes_its_figures(tmp_path):
+    cfg = run_config(tmp_path, "vicreg", max_epochs=1, checkpoint={"enabled": False})
+    pretrain(cfg)
+    names = {file.name for file in run_folder(tmp_path).iterdir()}
+    assert {"metrics.json", "training.png"} <= names
+    assert "last.ckpt" not in names
+
+
+def test_a_config_is_complete_after_one_pass():
+    """`prepare_config` twice is `prepare_config` once: a continued run finds the same config."""
+    once = prepare_config(tiny_config())
+    assert prepare_config(once.copy()) == once

@@ -1,0 +1,64 @@
+"""The wheel: what is installed is complete."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+COMPOSE = """
+import sys
+from pathlib import Path
+import solo_gating
+from hydra import compose, initialize_config_dir
+from solo_gating.cli import config_names, configs_folder
+from solo_gating.config import prepare_config
+
+site = Path(sys.argv[1])
+assert Path(solo_gating.__file__).is_relative_to(site), solo_gating.__file__
+assert configs_folder().is_relative_to(site), configs_folder()
+with initialize_config_dir(str(configs_folder()), version_base="1.2"):
+    cfg = prepare_config(compose("vicreg_dual_cifar100"))
+print(cfg.gating.target_budget, *config_names())
+"""
+
+
+def test_configs_are_found_in_an_installed_wheel(tmp_path):
+    source, site = tmp_path / "source", tmp_path / "site"
+    source.mkdir()
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in ("solo_gating", "configs"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    build = "from setuptools.build_meta import build_wheel; build_wheel('..')"
+    subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("solo_gating-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        archive.extractall(site)
+    shutil.rmtree(source)
+
+    modules = {str(file.relative_to(ROOT)) for file in (ROOT / "solo_gating").rglob("*.py")}
+    configs = {str(file.relative_to(ROOT)) for file in (ROOT / "configs").rglob("*.yaml")}
+    assert modules <= names
+    assert {f"solo_gating/{file}" for file in configs} <= names
+    tops = {name.split("/")[0] for name in names}
+    assert tops == {"solo_gating", wheel.name.removesuffix("-py3-none-any.whl") + ".dist-info"}
+
+    others = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p not in ("", ".")]
+    path = os.pathsep.join([str(site), *(p for p in others if Path(p) != ROOT)])
+    result = subprocess.run(
+        [sys.executable, "-c", COMPOSE, str(site)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    budget, *found = result.stdout.split()
+    assert budget == "0.5"
+    assert found == sorted(file.stem for file in (ROOT / "configs").glob("*.yaml"))
