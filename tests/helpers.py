@@ -136,7 +136,7 @@ def fixed_noise(seed: int = 0) -> Iterator[None]:
 def write_images(
     file: Path, number: int, seed: int = 0, size: int = 16, labels: bool = True, classes: int = 3
 ) -> Path:
-    """An .npz of random images; every class has a colour of its own, so there is some to learn."""
+    """An .npz of random images; every class has a colour of its own."""
     rng = np.random.RandomState(seed)
     targets = np.arange(number) % classes
     colours = np.random.RandomState(42).randint(60, 196, (classes, 1, 1, 3))

@@ -107,8 +107,6 @@ def test_both_paths_and_every_loss_are_logged(dual):
         "val_flops_share",
     ):
         assert np.isfinite(logged[name]), name
-    for path in ("dense", "gated"):
-        assert logged[f"val_{path}_knn_acc1"] > 100 / 3  # the classes have colours
 
 
 def test_validation_figures_are_those_of_the_whole_set(dual, encoder):
