@@ -56,9 +56,9 @@ def pretrain(cfg: DictConfig) -> dict[str, Any]:
     val = None if cfg.data.val_path is None else evaluation_loader(cfg, "val")
     trainer = build_trainer(cfg)
     scale_learning_rates(cfg, trainer.world_size)
+    model = _build(cfg)  # completes the config, with which checkpoints are compared
     checkpoint = _checkpoint_to_continue(cfg)
     folder = checkpoint.parent if checkpoint else new_run_folder(cfg)
-    model = _build(cfg)
     if checkpoint is not None:
         check_architecture(model, read_checkpoint(checkpoint, "resume_from_checkpoint"), checkpoint)
     attach_outputs(trainer, cfg, folder)

@@ -99,7 +99,7 @@ def _read(file: str, key: str, num_classes: int) -> tuple[np.ndarray, np.ndarray
             labels = archive["labels"] if "labels" in names else None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, LZMAError) as error:
         raise InputError(f"{key}: cannot read {file!r} as .npz ({error})") from error
-    except AttributeError as error:  # np.load gave a bare array
+    except (AttributeError, TypeError) as error:  # np.load gave a bare array
         raise InputError(
             f"{key}: {file!r} is a single array, accepted is an .npz archive"
         ) from error

@@ -9,12 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import Metric
 
+_BANKS = ("train_features", "train_targets", "test_features", "test_targets")
+
 
 def current_knn(base: type[Metric]) -> type[Metric]:
     """solo-learn's WeightedKNNClassifier for torchmetrics ≥ 1.
 
-    Both lines pass `compute_on_step` to torchmetrics, which has removed it; 1.0.2 forgets to
-    normalise the features for the cosine distance (on 1.0.8 doing it again changes nothing).
+    Both lines pass `compute_on_step` to torchmetrics, which has removed it. Both count the classes
+    of the test images only and fail where the training images have more; 1.0.2 also fails without
+    features, and forgets to normalise them for the cosine distance. The vote is the same.
     """
 
     class WeightedKNNClassifier(base):  # type: ignore[misc,valid-type]
@@ -44,7 +47,7 @@ def current_knn(base: type[Metric]) -> type[Metric]:
             self.max_distance_matrix_size = max_distance_matrix_size
             self.distance_fx = distance_fx
             self.epsilon = epsilon
-            for name in ("train_features", "train_targets", "test_features", "test_targets"):
+            for name in _BANKS:
                 self.add_state(name, default=[], persistent=False)
 
         def forward(self, *args: Any, **kwargs: Any) -> None:
@@ -53,14 +56,28 @@ def current_knn(base: type[Metric]) -> type[Metric]:
 
         def compute(self) -> tuple[float, float]:
             """Top-1 and top-5 accuracy in percent; (-1, -1) without features."""
-            if not self.train_features or not self.test_features:  # 1.0.2 does not ask
-                self.reset()
+            banks = {name: list(getattr(self, name)) for name in _BANKS}
+            self.reset()
+            if not all(sum(map(len, parts)) for parts in banks.values()):
                 return -1, -1
+            train, labels, test, targets = (torch.cat(banks[name]) for name in _BANKS)
             if self.distance_fx == "cosine":
-                for name in ("train_features", "test_features"):
-                    features = [F.normalize(part) for part in getattr(self, name)]
-                    setattr(self, name, features)
-            return super().compute()
+                train, test = F.normalize(train), F.normalize(test)
+            classes = int(max(labels.max(), targets.max())) + 1
+            correct = torch.zeros(2)
+            chunk = max(1, self.max_distance_matrix_size // len(train))
+            for queries, truth in zip(test.split(chunk), targets.split(chunk), strict=True):
+                if self.distance_fx == "cosine":
+                    weights = torch.exp(queries @ train.T / self.T)
+                else:
+                    weights = 1 / (torch.cdist(queries, train) + self.epsilon)
+                weights, neighbours = weights.topk(min(self.k, len(train)))
+                votes = weights.new_zeros(len(queries), classes)
+                votes.scatter_add_(1, labels[neighbours], weights)
+                hits = votes.topk(min(5, classes)).indices == truth[:, None]
+                correct += torch.stack([hits[:, 0].sum(), hits.sum()]).cpu()
+            top1, top5 = (100 * correct / len(test)).tolist()
+            return top1, top5
 
     return WeightedKNNClassifier
 

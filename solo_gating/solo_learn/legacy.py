@@ -21,9 +21,11 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torchvision
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_gather
 
 from ..errors import InputError
 from .fixes import current_knn
@@ -39,7 +41,6 @@ import solo.methods.vicreg as solo_vicreg
 from solo.methods import METHODS as SOLO_METHODS
 from solo.utils.knn import WeightedKNNClassifier as _WeightedKNNClassifier
 from solo.utils.metrics import accuracy_at_k
-from solo.utils.misc import gather
 from solo.utils.pretrain_dataloader import (
     FullTransformPipeline,
     NCropAugmentation,
@@ -236,6 +237,12 @@ NNSiam = _bridged("nnsiam", queue_size=65536)
 
 def _over_all_processes(loss: Any) -> Any:
     """The modern line computes these losses over the batches of all processes; 1.0.2 does not."""
+
+    def gather(z: Tensor) -> Tensor:
+        if not (dist.is_available() and dist.is_initialized()):
+            return z
+        return torch.cat(all_gather(z))  # unlike 1.0.2's own, with the gradient of every process
+
     return lambda z1, z2, **kwargs: loss(gather(z1), gather(z2), **kwargs)
 
 

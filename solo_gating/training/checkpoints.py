@@ -51,12 +51,13 @@ class Checkpointer(ModelCheckpoint):
     def __init__(self, cfg: DictConfig, folder: Path):
         super().__init__(
             dirpath=folder,
-            filename=f"{cfg.name}-{{epoch}}" if cfg.checkpoint.keep_prev else "last",
+            filename=f"{cfg.name}-ep={{epoch}}" if cfg.checkpoint.keep_prev else "last",
             save_top_k=-1 if cfg.checkpoint.keep_prev else 1,
             save_last=cfg.checkpoint.keep_prev,
             every_n_epochs=cfg.checkpoint.frequency,
             save_on_train_epoch_end=True,
             enable_version_counter=False,
+            auto_insert_metric_name=False,
         )
         self.args = plain(cfg)
 

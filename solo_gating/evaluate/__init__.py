@@ -1,0 +1,1 @@
+"""Nearest neighbours, tables and pictures of what was trained."""
