@@ -19,7 +19,7 @@ if [ -z "${PYTHON:-}" ]; then
         [ -n "$base" ] || { echo "error: no Python 3.10 to 3.13 found" >&2; exit 2; }
         echo "installing into .venv (a few minutes, once) with $("$base" --version)"
         "$base" -m venv .venv
-        .venv/bin/python -m pip install --disable-pip-version-check -e ".[dev]"
+        .venv/bin/python -m pip install --no-compile --disable-pip-version-check -e ".[dev]"
         .venv/bin/python -m pip install --disable-pip-version-check --no-deps solo-learn==1.0.2
         touch "$stamp"
     fi
