@@ -25,7 +25,11 @@ from .gated_resnet import (
 from .resnet import ResNet
 
 _DEPTHS = {"resnet18": [2, 2, 2, 2], "resnet34": [3, 4, 6, 3]}
-_KINDS: dict[str, type[ResNet]] = {"gated": GatedResNet, "two_encoders": TwoEncoderResNet, "plain": ResNet}
+_KINDS: dict[str, type[ResNet]] = {
+    "gated": GatedResNet,
+    "two_encoders": TwoEncoderResNet,
+    "plain": ResNet,
+}
 
 
 def _build(
