@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import hydra
 from omegaconf import DictConfig
@@ -35,14 +36,14 @@ def config_names() -> list[str]:
     return sorted(file.stem for file in configs_folder().glob("*.yaml"))
 
 
-def run(task: Callable[[DictConfig], None]) -> None:
+def run(task: Callable[[DictConfig], Any]) -> None:
     """Run an entry point under Hydra, with the process's arguments.
 
     `--help` without a config prints the entry point's module docstring and the configs; a user's
     mistake (`InputError`) or a loss that is not finite ends the process with one sentence.
 
     Args:
-        task: takes the composed config.
+        task: takes the composed config; what it returns is dropped.
     """
     arguments = sys.argv[1:]
     has_config = any(re.match(r"(--config-name|-cn|-cp|--config-path)\b", a) for a in arguments)
@@ -63,7 +64,7 @@ def run(task: Callable[[DictConfig], None]) -> None:
         _fail(str(error))
 
 
-def _guarded(task: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
+def _guarded(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], None]:
     # Inside Hydra, which would print a stack trace for any exception.
     def guarded(cfg: DictConfig) -> None:
         try:

@@ -7,7 +7,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from .data import DATASETS, FORMATS, NUM_CLASSES, check_augmentations, count_class_folders
 from .errors import InputError
-from .gating_config import GatingConfig, require
+from .gating_config import GatingConfig, is_int, require
 from .methods import GATED_METHODS, check_gated_backbone
 from .solo_learn import METHODS, BaseMethod
 
@@ -161,12 +161,7 @@ def _one_of(key: str, value: Any, accepted: Any) -> None:
 
 
 def _at_least(key: str, value: Any, least: int) -> None:
-    require(
-        key,
-        value,
-        lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= least,
-        f"an integer ≥ {least}",
-    )
+    require(key, value, lambda v: is_int(v, least), f"an integer ≥ {least}")
 
 
 def _number(key: str, value: Any) -> None:

@@ -77,9 +77,9 @@ class GatingConfig:
         for key in ("sparsity_weight", "bound_weight", "bound_decay"):
             require(f"gating.{key}", getattr(self, key), _is_not_negative, "a number ≥ 0")
         require("gating.temperature", self.temperature, _is_positive, "a number > 0")
-        require("gating.reduction", self.reduction, lambda v: _is_int(v, 1), "an integer ≥ 1")
+        require("gating.reduction", self.reduction, lambda v: is_int(v, 1), "an integer ≥ 1")
         require(
-            "gating.warmup_epochs", self.warmup_epochs, lambda v: _is_int(v, 0), "an integer ≥ 0"
+            "gating.warmup_epochs", self.warmup_epochs, lambda v: is_int(v, 0), "an integer ≥ 0"
         )
         require(
             "gating.separate_bn", self.separate_bn, lambda v: isinstance(v, bool), "true or false"
@@ -156,5 +156,6 @@ def _is_positive(value: Any) -> bool:
     return _is_number(value) and value > 0
 
 
-def _is_int(value: Any, least: int) -> bool:
+def is_int(value: Any, least: int) -> bool:
+    """Whether a config value is an integer, not a truth value, of at least `least`."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least

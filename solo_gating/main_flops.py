@@ -178,12 +178,7 @@ def _first_images(cfg: DictConfig) -> DataLoader:
 
 def main() -> None:
     """Entry point."""
-    run(hydra_task)
-
-
-def hydra_task(cfg: DictConfig) -> None:
-    """`report_flops`, as Hydra calls it."""
-    report_flops(cfg)
+    run(report_flops)
 
 
 if __name__ == "__main__":

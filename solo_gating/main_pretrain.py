@@ -113,12 +113,7 @@ def _final_table(cfg: DictConfig, model: Any, device: torch.device) -> dict[str,
 
 def main() -> None:
     """Entry point."""
-    run(hydra_task)
-
-
-def hydra_task(cfg: DictConfig) -> None:
-    """`pretrain`, as Hydra calls it."""
-    pretrain(cfg)
+    run(pretrain)
 
 
 if __name__ == "__main__":
