@@ -5,9 +5,10 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from .checks import at_least, is_not_negative, one_of, require
 from .data import DATASETS, FORMATS, NUM_CLASSES, check_augmentations, count_class_folders
 from .errors import InputError
-from .gating_config import GatingConfig, is_int, require
+from .gating_config import GatingConfig
 from .methods import GATED_METHODS, check_gated_backbone
 from .solo_learn import METHODS, BaseMethod
 
@@ -73,30 +74,18 @@ def prepare_config(cfg: DictConfig) -> DictConfig:
     for key in ("method", "backbone.name", "data.dataset", "data.train_path", "optimizer.name"):
         if OmegaConf.select(cfg, key, default=None) is None or OmegaConf.is_missing(cfg, key):
             raise InputError(f"{key}: missing, a pre-training config needs it")
-    _one_of("method", cfg.method, [m for m in METHODS if m not in ("base", "linear")])
-    _one_of("backbone.name", cfg.backbone.name, BaseMethod._BACKBONES)
-    _one_of("data.dataset", cfg.data.dataset, DATASETS)
-    _one_of("data.format", cfg.data.format, FORMATS)
-    _one_of("optimizer.name", cfg.optimizer.name, BaseMethod._OPTIMIZERS)
-    _at_least("max_epochs", cfg.max_epochs, 1)
-    _at_least("optimizer.batch_size", cfg.optimizer.get("batch_size"), 2)  # for BatchNorm
-    _at_least("data.num_workers", cfg.data.num_workers, 0)
-    _number("optimizer.lr", cfg.optimizer.get("lr"))
+    one_of("method", cfg.method, [m for m in METHODS if m not in ("base", "linear")])
+    one_of("backbone.name", cfg.backbone.name, BaseMethod._BACKBONES)
+    one_of("data.dataset", cfg.data.dataset, DATASETS)
+    one_of("data.format", cfg.data.format, FORMATS)
+    at_least("max_epochs", cfg.max_epochs, 1)
+    at_least("data.num_workers", cfg.data.num_workers, 0)
+    check_optimizer(cfg.optimizer, least_batch=2)  # for BatchNorm
     fraction = cfg.data.fraction
     if fraction != -1 and not 0 < fraction < 1:
         raise InputError(
             f"data.fraction: found {fraction!r}, accepted is a number in (0, 1), or -1"
         )
-    for key, value in _OPTIMIZER_DEFAULTS.get(cfg.optimizer.name, {}).items():
-        cfg.optimizer.kwargs.setdefault(key, value)
-    known = inspect.signature(BaseMethod._OPTIMIZERS[cfg.optimizer.name]).parameters
-    for key in cfg.optimizer.kwargs:
-        if key not in known and not any(p.kind is p.VAR_KEYWORD for p in known.values()):
-            raise InputError(
-                f"optimizer.kwargs.{key}: {cfg.optimizer.name} has no such argument, accepted are "
-                f"{', '.join(known)}; `~optimizer.kwargs.{key}` removes it"
-            )
-
     check_augmentations(cfg.get("augmentations"))
     big = cfg.augmentations[0].crop_size
     crops = {True: 0, False: 0}
@@ -107,7 +96,7 @@ def prepare_config(cfg: DictConfig) -> DictConfig:
         raise InputError(
             f"augmentations: found {crops[True]} crops of {big} pixels, {cfg.method!r} compares 2"
         )
-    cfg.data.num_classes = _num_classes(cfg.data)
+    cfg.data.num_classes = number_of_classes(cfg.data)
     if cfg.final_knn.enabled and (cfg.data.val_path is None or cfg.data.no_labels):
         raise InputError("final_knn.enabled: found true, which needs data.val_path and labels")
 
@@ -120,6 +109,30 @@ def prepare_config(cfg: DictConfig) -> DictConfig:
             f"{', '.join(sorted(GATED_METHODS))}"
         )
     return cfg
+
+
+def check_optimizer(optimizer: DictConfig, least_batch: int = 1) -> None:
+    """Complete and check a config's group `optimizer`, in place.
+
+    Args:
+        optimizer: name, batch_size, lr, weight_decay, kwargs.
+        least_batch: the smallest batch that is accepted.
+
+    Raises:
+        InputError: naming the key, what was found and what is accepted.
+    """
+    one_of("optimizer.name", optimizer.get("name"), BaseMethod._OPTIMIZERS)
+    at_least("optimizer.batch_size", optimizer.get("batch_size"), least_batch)
+    require("optimizer.lr", optimizer.get("lr"), is_not_negative, "a number ≥ 0")
+    for key, value in _OPTIMIZER_DEFAULTS.get(optimizer.name, {}).items():
+        optimizer.kwargs.setdefault(key, value)
+    known = inspect.signature(BaseMethod._OPTIMIZERS[optimizer.name]).parameters
+    for key in optimizer.kwargs:
+        if key not in known and not any(p.kind is p.VAR_KEYWORD for p in known.values()):
+            raise InputError(
+                f"optimizer.kwargs.{key}: {optimizer.name} has no such argument, accepted are "
+                f"{', '.join(known)}; `~optimizer.kwargs.{key}` removes it"
+            )
 
 
 def scale_learning_rates(cfg: DictConfig, world_size: int) -> None:
@@ -137,7 +150,16 @@ def scale_learning_rates(cfg: DictConfig, world_size: int) -> None:
     cfg.optimizer.classifier_lr *= scale
 
 
-def _num_classes(data: DictConfig) -> int:
+def number_of_classes(data: DictConfig) -> int:
+    """The number of classes that a config's `data` has.
+
+    Args:
+        data: known data sets have theirs, folders of labelled images are counted, else
+            `num_classes` says it.
+
+    Raises:
+        InputError: if it is missing, or not the data set's.
+    """
     if data.dataset in NUM_CLASSES:
         known = NUM_CLASSES[data.dataset]
         if data.num_classes not in (None, known):
@@ -152,17 +174,5 @@ def _num_classes(data: DictConfig) -> int:
                 f"data.train_path: {str(data.train_path)!r} does not exist or has no class folders"
             )
         return folders
-    _at_least("data.num_classes", data.num_classes, 1)
+    at_least("data.num_classes", data.num_classes, 1)
     return data.num_classes
-
-
-def _one_of(key: str, value: Any, accepted: Any) -> None:
-    require(key, value, lambda v: v in accepted, "one of " + ", ".join(sorted(accepted)))
-
-
-def _at_least(key: str, value: Any, least: int) -> None:
-    require(key, value, lambda v: is_int(v, least), f"an integer ≥ {least}")
-
-
-def _number(key: str, value: Any) -> None:
-    require(key, value, lambda v: isinstance(v, (int, float)) and v >= 0, "a number ≥ 0")

@@ -39,13 +39,16 @@ class ChannelGate(nn.Module):
     logits = W₂ · relu(BN(W₁ · avgpool(x))), with W₁ of C_in → C_in / reduction and
     W₂ of C_in / reduction → C_out (unification paper, Eq. 2; a squeeze-and-excitation
     bottleneck). In training the mask is sampled (`gumbel_sigmoid`); in evaluation it is
-    logits ≥ 0, so that it is known before the block's first convolution runs.
+    logits ≥ threshold, so that it is known before the block's first convolution runs.
 
     Args:
         in_channels: C_in, channels of the block's input.
         out_channels: C_out, channels that the block's first convolution computes.
         reduction: r, the bottleneck's reduction rate.
         temperature: τ of the sampling in training.
+
+    Attributes:
+        threshold: of the logits in evaluation; 0 in the papers, higher means fewer channels.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class ChannelGate(nn.Module):
         super().__init__()
         hidden = max(1, in_channels // reduction)
         self.temperature = temperature
+        self.threshold = 0.0
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.reduce = nn.Conv2d(in_channels, hidden, kernel_size=1, bias=False)
         self.norm = nn.BatchNorm2d(hidden)
@@ -63,7 +67,7 @@ class ChannelGate(nn.Module):
             nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
 
     def logits(self, x: Tensor) -> Tensor:
-        """B × C_in × H × W → B × C_out; positive means: compute the channel."""
+        """B × C_in × H × W → B × C_out; at least the threshold means: compute the channel."""
         hidden = self.relu(self.norm(self.reduce(self.pool(x))))
         return self.expand(hidden).flatten(1)
 
@@ -72,4 +76,4 @@ class ChannelGate(nn.Module):
         logits = self.logits(x)
         if self.training:
             return gumbel_sigmoid(logits, self.temperature)
-        return (logits >= 0).to(torch.promote_types(logits.dtype, torch.float32))
+        return (logits >= self.threshold).to(torch.promote_types(logits.dtype, torch.float32))

@@ -7,6 +7,14 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from .backbones import checked_path
+from .checks import (
+    at_least,
+    is_not_negative,
+    is_positive,
+    is_share,
+    require,
+    true_or_false,
+)
 from .errors import InputError
 
 
@@ -73,21 +81,17 @@ class GatingConfig:
         return gating
 
     def _check(self, cfg: DictConfig) -> None:
-        require("gating.target_budget", self.target_budget, _is_share, "a number in (0, 1]")
+        require("gating.target_budget", self.target_budget, is_share, "a number in (0, 1]")
         for key in ("sparsity_weight", "bound_weight", "bound_decay"):
-            require(f"gating.{key}", getattr(self, key), _is_not_negative, "a number ≥ 0")
-        require("gating.temperature", self.temperature, _is_positive, "a number > 0")
-        require("gating.reduction", self.reduction, lambda v: is_int(v, 1), "an integer ≥ 1")
-        require(
-            "gating.warmup_epochs", self.warmup_epochs, lambda v: is_int(v, 0), "an integer ≥ 0"
-        )
-        require(
-            "gating.separate_bn", self.separate_bn, lambda v: isinstance(v, bool), "true or false"
-        )
+            require(f"gating.{key}", getattr(self, key), is_not_negative, "a number ≥ 0")
+        require("gating.temperature", self.temperature, is_positive, "a number > 0")
+        at_least("gating.reduction", self.reduction, 1)
+        at_least("gating.warmup_epochs", self.warmup_epochs, 0)
+        true_or_false("gating.separate_bn", self.separate_bn)
         require(
             "gating.bound_target",
             self.bound_target,
-            lambda v: v in ("sqrt", "budget") or _is_share(v),
+            lambda v: v in ("sqrt", "budget") or is_share(v),
             "sqrt, budget or a number in (0, 1]",
         )
         data = cfg.get("data") or {}
@@ -128,34 +132,3 @@ def check_key(key: str) -> None:
     """
     if key not in _KEYS.split(", "):
         raise InputError(f"gating.{key}: no such key, accepted are {_KEYS}")
-
-
-def require(key: str, value: Any, accepted: Any, wording: str) -> None:
-    """Refuse a config value.
-
-    Raises:
-        InputError: if `accepted(value)` is false: "key: found value, accepted is wording".
-    """
-    if not accepted(value):
-        raise InputError(f"{key}: found {value!r}, accepted is {wording}")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_share(value: Any) -> bool:
-    return _is_number(value) and 0 < value <= 1
-
-
-def _is_not_negative(value: Any) -> bool:
-    return _is_number(value) and value >= 0
-
-
-def _is_positive(value: Any) -> bool:
-    return _is_number(value) and value > 0
-
-
-def is_int(value: Any, least: int) -> bool:
-    """Whether a config value is an integer, not a truth value, of at least `least`."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -100,6 +101,23 @@ class TwoPathResNet(ResNet):
         """B × 3 × H × W → (features B × C, one mask B × C_out for each block)."""
         raise NotImplementedError
 
+    @property
+    def threshold(self) -> float:
+        """The gates' threshold in evaluation: a channel is computed if its logit is at least this.
+
+        0 as in the papers; it may be set at any time, to a number for all gates. Higher means fewer
+        channels (`evaluate.dial.calibrate` finds the one for a share of the FLOPs). It is a choice
+        of whoever uses the network and in no checkpoint.
+        """
+        return self.gated_blocks[0].gate.threshold
+
+    @threshold.setter
+    def threshold(self, value: float) -> None:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
+            raise InputError(f"threshold: found {value!r}, accepted is a number")
+        for block in self.gated_blocks:
+            block.gate.threshold = float(value)
+
     @contextmanager
     def path(self, *paths: str) -> Iterator[deque[ForwardPass]]:
         """Choose the path of every forward pass inside a `with` block.
@@ -144,6 +162,7 @@ class GatedResNet(TwoPathResNet):
             the shortcuts' are shared, as in the authors' code.
         reduction: the gates' reduction rate r.
         temperature: the gates' sampling temperature τ.
+        threshold: of the gates' logits in evaluation.
         kwargs: those of `TwoPathResNet`.
 
     Raises:
@@ -157,11 +176,13 @@ class GatedResNet(TwoPathResNet):
         separate_bn: bool = True,
         reduction: int = 4,
         temperature: float = 2 / 3,
+        threshold: float = 0.0,
         **kwargs: Any,
     ):
         super().__init__(layers, block=GatedBasicBlock, **kwargs)
         for block in self.gated_blocks:
             block.add_gate(reduction, temperature, separate_bn)
+        self.threshold = threshold
 
     @property
     def gated_blocks(self) -> list[GatedBasicBlock]:
@@ -189,6 +210,7 @@ class TwoEncoderResNet(TwoPathResNet):
         separate_bn: no effect: the paths have nothing in common. Accepted like `GatedResNet`'s.
         reduction: the gates' reduction rate r.
         temperature: the gates' sampling temperature τ.
+        threshold: of the gates' logits in evaluation.
         path: the path taken outside of every scope.
         kwargs: those of `ResNet`, for both encoders.
     """
@@ -200,6 +222,7 @@ class TwoEncoderResNet(TwoPathResNet):
         separate_bn: bool = True,
         reduction: int = 4,
         temperature: float = 2 / 3,
+        threshold: float = 0.0,
         path: str = "dense",
         **kwargs: Any,
     ):
@@ -208,6 +231,7 @@ class TwoEncoderResNet(TwoPathResNet):
             layers, separate_bn=False, reduction=reduction, temperature=temperature, **kwargs
         )
         self.gated_net.fc = nn.Identity()
+        self.threshold = threshold
 
     @property
     def gated_blocks(self) -> list[GatedBasicBlock]:

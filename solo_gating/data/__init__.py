@@ -7,7 +7,12 @@ from omegaconf import DictConfig
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import InputError
-from .augmentations import check_augmentations, evaluation_transform, training_transform
+from .augmentations import (
+    check_augmentations,
+    classification_transform,
+    evaluation_transform,
+    training_transform,
+)
 from .datasets import DATASETS, FORMATS, NUM_CLASSES, count_class_folders, fraction_of, open_dataset
 
 
@@ -42,33 +47,59 @@ def training_loader(cfg: DictConfig) -> DataLoader:
             f"optimizer.batch_size: found {cfg.optimizer.batch_size} with {len(dataset)} training "
             "images, accepted is at most their number (an incomplete last batch is dropped)"
         )
-    return _loader(Indexed(dataset), cfg, shuffle=True, drop_last=True)
+    return _loader(Indexed(dataset), cfg, cfg.optimizer.batch_size, shuffle=True, drop_last=True)
 
 
-def evaluation_loader(cfg: DictConfig, split: str) -> DataLoader:
+def evaluation_loader(cfg: DictConfig, split: str, batch_size: int | None = None) -> DataLoader:
     """Batches `[images, targets]` without augmentation.
 
     Args:
         cfg: a complete config.
         split: "train" or "val".
+        batch_size: default: `optimizer.batch_size`.
 
     Raises:
         InputError: for data that cannot be used.
     """
+    transform = evaluation_transform(cfg.data.dataset, cfg.augmentations)
+    dataset = _images(cfg, split, transform)
+    return _loader(dataset, cfg, batch_size or cfg.optimizer.batch_size)
+
+
+def classification_loader(cfg: DictConfig) -> DataLoader:
+    """Shuffled batches `[images, targets]`, cropped and flipped, to train a classifier on.
+
+    Args:
+        cfg: a complete config.
+
+    Raises:
+        InputError: for data that cannot be used.
+    """
+    dataset = _images(cfg, "train", classification_transform(cfg.data.dataset, cfg.augmentations))
+    return _loader(dataset, cfg, cfg.optimizer.batch_size, shuffle=True)
+
+
+def _images(cfg: DictConfig, split: str, transform: Any) -> Any:
     if cfg.data[f"{split}_path"] is None:
         raise InputError(f"data.{split}_path: missing, there are no images to evaluate on")
-    transform = evaluation_transform(cfg.data.dataset, cfg.augmentations)
     dataset: Any = open_dataset(cfg.data, split, transform)
     if split == "train" and cfg.data.fraction > 0:
         dataset = fraction_of(dataset, cfg.data.fraction)
-    return _loader(dataset, cfg, shuffle=False, drop_last=False)
+    return dataset
 
 
-def _loader(dataset: Any, cfg: DictConfig, *, shuffle: bool, drop_last: bool) -> DataLoader:
+def _loader(
+    dataset: Any,
+    cfg: DictConfig,
+    batch_size: int,
+    *,
+    shuffle: bool = False,
+    drop_last: bool = False,
+) -> DataLoader:
     workers = cfg.data.num_workers
     return DataLoader(
         dataset,
-        batch_size=cfg.optimizer.batch_size,
+        batch_size=batch_size,
         shuffle=shuffle,
         drop_last=drop_last,
         num_workers=workers,
@@ -82,6 +113,7 @@ __all__ = [
     "FORMATS",
     "NUM_CLASSES",
     "check_augmentations",
+    "classification_loader",
     "count_class_folders",
     "evaluation_loader",
     "training_loader",

@@ -91,17 +91,33 @@ def evaluation_transform(dataset: str, views: ListConfig) -> transforms.Compose:
     solo-learn's own evaluation normalises CIFAR-100 with CIFAR-10's statistics; this does not.
     """
     size = views[0].crop_size
-    normalise = next(
-        step
-        for step in view_transform(dataset, views[0]).transforms
-        if isinstance(step, transforms.Normalize)
-    )
     resize = round(size * 256 / 224) if size >= 224 else size
     return transforms.Compose(
         [
             transforms.Resize(resize),
             transforms.CenterCrop(size),
             transforms.ToTensor(),
-            normalise,
+            _normalisation(dataset, views),
         ]
     )
+
+
+def classification_transform(dataset: str, views: ListConfig) -> transforms.Compose:
+    """The augmentation of linear evaluation: a random crop of 8 to 100 % of the area, and a flip.
+
+    As solo-learn's (`prepare_transforms` of `solo/data/classification_dataloader.py`), at the size
+    and with the normalisation of `evaluation_transform`.
+    """
+    return transforms.Compose(
+        [
+            transforms.RandomResizedCrop(views[0].crop_size, scale=(0.08, 1.0)),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            _normalisation(dataset, views),
+        ]
+    )
+
+
+def _normalisation(dataset: str, views: ListConfig) -> transforms.Normalize:
+    steps = view_transform(dataset, views[0]).transforms
+    return next(step for step in steps if isinstance(step, transforms.Normalize))

@@ -1,7 +1,6 @@
 """Checkpoints as solo-learn lays them out, and finding the one to continue from."""
 
 import json
-import os
 import pickle
 import random
 import string
@@ -18,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ..errors import InputError
+from ..files import write_json
 
 # What may differ between a run and its continuation.
 _FREE_TO_CHANGE = (
@@ -74,14 +74,6 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     """A config as a dictionary, interpolations resolved."""
     content = OmegaConf.to_container(cfg, resolve=True)
     return {str(key): value for key, value in content.items()}  # type: ignore[union-attr]
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(part, path)
 
 
 def read_args(folder: Path) -> dict[str, Any]:

@@ -1,0 +1,57 @@
+"""Checks of config values, all with the same words."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from .errors import InputError
+
+
+def require(key: str, value: Any, accepted: Callable[[Any], Any], wording: str) -> None:
+    """Refuse a config value.
+
+    Raises:
+        InputError: if `accepted(value)` is false: "key: found value, accepted is wording".
+    """
+    if not accepted(value):
+        raise InputError(f"{key}: found {value!r}, accepted is {wording}")
+
+
+def one_of(key: str, value: Any, accepted: Any) -> None:
+    """Refuse what is not among some names."""
+    require(key, value, lambda v: v in accepted, "one of " + ", ".join(sorted(accepted)))
+
+
+def at_least(key: str, value: Any, least: int) -> None:
+    """Refuse what is not an integer of at least `least`."""
+    require(key, value, lambda v: is_int(v, least), f"an integer ≥ {least}")
+
+
+def true_or_false(key: str, value: Any) -> None:
+    """Refuse what is not a truth value."""
+    require(key, value, lambda v: isinstance(v, bool), "true or false")
+
+
+def is_int(value: Any, least: int) -> bool:
+    """Whether a config value is an integer, not a truth value, of at least `least`."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def is_number(value: Any) -> bool:
+    """Whether a config value is a finite number, not a truth value."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_not_negative(value: Any) -> bool:
+    """Whether a config value is a number ≥ 0."""
+    return is_number(value) and value >= 0
+
+
+def is_positive(value: Any) -> bool:
+    """Whether a config value is a number > 0."""
+    return is_number(value) and value > 0
+
+
+def is_share(value: Any) -> bool:
+    """Whether a config value is a number in (0, 1]."""
+    return is_positive(value) and value <= 1
