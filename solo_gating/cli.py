@@ -4,8 +4,10 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import hydra
@@ -14,6 +16,8 @@ from omegaconf import DictConfig
 from .errors import InputError
 from .gating_config import check_key
 from .training.callbacks import NonFiniteLossError
+
+EVALUATIONS = ("linear", "knn", "policy", "umap")
 
 # Like solo-learn's scripts: no folder and no log file of Hydra's own.
 _QUIET_HYDRA = (
@@ -31,12 +35,24 @@ def configs_folder() -> Path:
     return installed if installed.is_dir() else package.parent / "configs"
 
 
-def config_names() -> list[str]:
-    """The configs that `--config-name` accepts without `--config-path`."""
-    return sorted(file.stem for file in configs_folder().glob("*.yaml"))
+def config_names(evaluation: str | None = None) -> list[str]:
+    """The configs that `--config-name` accepts without `--config-path`.
+
+    Args:
+        evaluation: "linear", "knn", ... for that evaluation's; None for those of pre-training.
+    """
+    names = sorted(file.stem for file in configs_folder().glob("*.yaml"))
+    kinds = {name: name.split("_")[0] for name in names}
+    if evaluation is None:
+        return [name for name in names if kinds[name] not in (*EVALUATIONS, "run")]
+    return [name for name in names if kinds[name] == evaluation]
 
 
-def run(task: Callable[[DictConfig], Any]) -> None:
+def run(
+    task: Callable[[DictConfig], Any],
+    evaluation: str | None = None,
+    flags: Mapping[str, str | None] = MappingProxyType({}),
+) -> None:
     """Run an entry point under Hydra, with the process's arguments.
 
     `--help` without a config prints the entry point's module docstring and the configs; a user's
@@ -44,45 +60,90 @@ def run(task: Callable[[DictConfig], Any]) -> None:
 
     Args:
         task: takes the composed config; what it returns is dropped.
+        evaluation: the evaluation it does, whose config of the same name is the default; None for
+            what needs a pre-training's config.
+        flags: config keys that may also be given as `--key value` or, where this says the value,
+            as a bare `--key`.
     """
-    arguments = sys.argv[1:]
+    sys.argv[1:] = arguments = _flags_to_overrides(sys.argv[1:], flags)
     has_config = any(re.match(r"(--config-name|-cn|-cp|--config-path)\b", a) for a in arguments)
     if not has_config:
         explanation = inspect.getdoc(sys.modules[task.__module__]) or ""
+        names = config_names(evaluation)
         if {"-h", "--help"} & set(arguments):
-            print(f"{explanation}\n\nconfigs:\n  " + "\n  ".join(config_names()))
+            print(f"{explanation}\n\nconfigs:\n  " + "\n  ".join(names))
             return
-        _fail(f"--config-name: missing, accepted are {', '.join(config_names())}")
+        if evaluation is None:
+            _fail(f"--config-name: missing, accepted are {', '.join(names)}")
     # Lightning starts DDP's other processes with this argv, which then holds them already.
     sys.argv += [flag for flag in _QUIET_HYDRA if flag not in arguments]
     try:
         for argument in arguments:
             if key := re.match(r"\+{0,2}gating\.(\w+)=", argument):
                 check_key(key[1])
-        hydra.main(version_base="1.2", config_path=str(configs_folder()))(_guarded(task))()
+        hydra.main(version_base="1.2", config_path=str(configs_folder()), config_name=evaluation)(
+            _guarded(task, evaluation)
+        )()
     except InputError as error:
         _fail(str(error))
 
 
-def _guarded(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], None]:
+def _flags_to_overrides(arguments: list[str], flags: Mapping[str, str | None]) -> list[str]:
+    """`--calibrate 0.3` and `--calibrate=0.3` become `calibrate=0.3`, which is Hydra's language."""
+    overrides: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        name, _, value = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--") or name not in flags:
+            overrides.append(argument)
+            continue
+        value = value or flags[name] or next(rest, "")
+        if not value:
+            _fail(f"--{name}: needs a value")
+        overrides.append(f"{name}={value}")
+    return overrides
+
+
+def _guarded(
+    task: Callable[[DictConfig], Any], evaluation: str | None
+) -> Callable[[DictConfig], None]:
     # Inside Hydra, which would print a stack trace for any exception.
     def guarded(cfg: DictConfig) -> None:
-        try:
+        with one_sentence_errors(evaluation):
             task(cfg)
-        except (InputError, NonFiniteLossError) as error:
-            if os.environ.get("HYDRA_FULL_ERROR"):
-                raise
-            _fail(str(error))
-        except SystemExit as stop:  # how Lightning ends at Ctrl-C
-            if not isinstance(stop.__context__, KeyboardInterrupt):
-                raise
-            _fail(
-                "interrupted; the same command with auto_resume.enabled=true continues from the "
-                "last checkpoint",
-                130,
-            )
 
     return guarded
+
+
+@contextmanager
+def one_sentence_errors(evaluation: str | None = None) -> Iterator[None]:
+    """End the process with one sentence for a user's mistake, a loss that is not finite, or Ctrl-C.
+
+    With HYDRA_FULL_ERROR=1 in the environment the stack trace is shown.
+
+    Args:
+        evaluation: as in `run`.
+    """
+    try:
+        yield
+    except (InputError, NonFiniteLossError) as error:
+        if os.environ.get("HYDRA_FULL_ERROR"):
+            raise
+        _fail(str(error))
+    except SystemExit as stop:  # how Lightning ends at Ctrl-C
+        if not isinstance(stop.__context__, KeyboardInterrupt):
+            raise
+        _interrupted(evaluation)
+    except KeyboardInterrupt:
+        _interrupted(evaluation)
+
+
+def _interrupted(evaluation: str | None) -> None:
+    if evaluation is None:
+        how = "with auto_resume.enabled=true continues from the last checkpoint"
+    else:
+        how = "continues after what was finished"
+    _fail(f"interrupted; the same command {how}", 130)
 
 
 def _fail(sentence: str, code: int = 2) -> None:

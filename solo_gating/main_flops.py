@@ -25,9 +25,10 @@ from .backbones import ResNet, TwoPathResNet
 from .cli import run
 from .config import prepare_config
 from .data import evaluation_loader
-from .evaluate.knn import extract_channels
+from .evaluate.features import extract
+from .files import write_json
 from .flops import BackboneFlops, count_flops, count_parameters
-from .training.checkpoints import check_architecture, read_checkpoint, write_json
+from .training.checkpoints import check_architecture, read_checkpoint
 
 
 def report_flops(cfg: DictConfig) -> dict[str, Any]:
@@ -50,7 +51,8 @@ def report_flops(cfg: DictConfig) -> dict[str, Any]:
             channels, source = channels_at(flops, budget), f"at the target budget {budget}"
         else:
             loader = _first_images(cfg)
-            channels = extract_channels(backbone, loader).double().mean(dim=0)
+            counted = extract(backbone, loader, "gated").channels
+            channels = counted.double().mean(dim=0)  # type: ignore[union-attr]
             source = f"measured on {len(loader.dataset)} images"  # type: ignore[arg-type]
     metrics = summarise(backbone, flops, channels)
     metrics["resolution"] = [size, size]

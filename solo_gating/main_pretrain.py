@@ -27,13 +27,14 @@ from .cli import run
 from .config import prepare_config, scale_learning_rates
 from .data import evaluation_loader, training_loader
 from .evaluate.curves import draw_curves
+from .evaluate.encoder import describe_pretraining
 from .evaluate.final_table import final_table, format_table
+from .files import write_json
 from .training.checkpoints import (
     check_architecture,
     find_checkpoint,
     new_run_folder,
     read_checkpoint,
-    write_json,
 )
 from .training.trainer import attach_outputs, build_trainer
 
@@ -67,16 +68,24 @@ def pretrain(cfg: DictConfig) -> dict[str, Any]:
         print(f"{'continuing' if checkpoint else 'writing to'} {folder}", flush=True)
     trainer.fit(model, train, val, ckpt_path=checkpoint)
     metrics: dict[str, Any] = {
+        "pretraining": describe_pretraining(cfg, trainer.current_epoch, folder / "last.ckpt"),
+        "data": {
+            "dataset": cfg.data.dataset,
+            "train_images": len(train.dataset),  # type: ignore[arg-type]
+            "val_images": len(val.dataset) if val else 0,  # type: ignore[arg-type]
+            "resolution": [cfg.augmentations[0].crop_size] * 2,
+        },
         "epochs": trainer.current_epoch,
         "steps": trainer.global_step,
         "logged": {name: float(value) for name, value in trainer.callback_metrics.items()},
     }
+    if cfg.final_knn.enabled:  # on every process: each computes its share of the features
+        table = _final_table(cfg, model, trainer.strategy.root_device)
+        metrics.update(table)
     if not trainer.is_global_zero:
         return metrics
 
     if cfg.final_knn.enabled:
-        table = _final_table(cfg, model, trainer.strategy.root_device)
-        metrics.update(table)
         print(f"\n{format_table(table)}\n")
     write_json(folder / "metrics.json", metrics)
     picture = draw_curves(folder, (cfg.get("gating") or {}).get("target_budget"), cfg.name)

@@ -45,7 +45,7 @@ def test_every_row_of_the_papers_has_a_config():
         assert f"vicreg_dual_{variant}_cifar100" in names
 
 
-@pytest.mark.parametrize("name", [name for name in config_names() if name != "run"])
+@pytest.mark.parametrize("name", config_names())
 def test_a_shipped_config_is_complete_and_consistent(name):
     cfg = prepare_config(shipped(name))
     method, data = cfg.name.rsplit("-", 1)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from .knn import extract_features, knn_top1, knn_top1_few_labels
+from .features import extract
+from .knn import knn_top1, knn_top1_few_labels
 
 Row = dict[str, float]
 
@@ -52,7 +53,11 @@ def final_table(
         return figures
 
     def encoder(net: nn.Module, path: str | None) -> Callable[[DataLoader], Any]:
-        return lambda loader: extract_features(net, loader, path)
+        def encode(loader: DataLoader) -> tuple[Tensor, Tensor, float | None]:
+            found = extract(net, loader, path)
+            return found.features, found.targets, found.flops
+
+        return encode
 
     table = {"raw": row(raw_pixels), "untrained": row(encoder(untrained, paths[0] and "dense"))}
     for path in paths:

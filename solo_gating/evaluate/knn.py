@@ -1,80 +1,12 @@
 """Nearest-neighbour accuracy of frozen features, with solo-learn's classifier."""
 
-from collections.abc import Iterable, Iterator
-
 import numpy as np
-import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
-from ..backbones import ResNet, TwoPathResNet
-from ..flops import count_flops, selected_channels
 from ..solo_learn import WeightedKNNClassifier
 
-
-@torch.no_grad()
-def extract_features(
-    backbone: nn.Module, loader: Iterable, path: str | None = None
-) -> tuple[Tensor, Tensor, float | None]:
-    """Features of every image, in evaluation mode.
-
-    Args:
-        backbone: without a classifier; its mode is put back afterwards.
-        loader: batches `[images, targets]`.
-        path: "gated" or "dense" for a backbone with two paths; None for its default.
-
-    Returns:
-        features N × C and targets N, on the CPU, and the mean FLOPs per image, exact over the
-        set (None for a backbone that is not one of this package's).
-    """
-    features, targets, channels = [], [], []
-    resolution = (0, 0)
-    for images, labels, batch_features, masks in _passes(backbone, loader, path):
-        features.append(batch_features.float().cpu())
-        targets.append(labels)
-        resolution = (images.shape[-2], images.shape[-1])
-        if masks:
-            channels.append(selected_channels(masks).long().cpu())
-    flops = None
-    if isinstance(backbone, ResNet):
-        cost = count_flops(backbone, resolution)
-        flops = float(cost.dense)
-        if channels:
-            flops = cost.gated(torch.cat(channels)).double().mean().item()
-    return torch.cat(features), torch.cat(targets), flops
-
-
-@torch.no_grad()
-def extract_channels(backbone: TwoPathResNet, loader: Iterable) -> Tensor:
-    """Numbers of channels that the gates select, in evaluation mode.
-
-    Args:
-        backbone: its mode is put back afterwards.
-        loader: batches `[images, targets]`.
-
-    Returns:
-        int64, N × L, on the CPU: for each image and block.
-    """
-    masks = (masks for *_, masks in _passes(backbone, loader, "gated"))
-    return torch.cat([selected_channels(batch).long().cpu() for batch in masks])
-
-
-def _passes(
-    backbone: nn.Module, loader: Iterable, path: str | None
-) -> Iterator[tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]]:
-    """Images, targets, features and masks of every batch, in evaluation mode."""
-    device = next(backbone.parameters()).device
-    was_training = backbone.training
-    backbone.eval()
-    try:
-        for images, labels in loader:
-            if isinstance(backbone, TwoPathResNet):
-                with backbone.path(*([path] if path else [])) as passes:
-                    features = backbone(images.to(device))
-                yield images, labels, features, passes[-1].masks
-            else:
-                yield images, labels, backbone(images.to(device)), ()
-    finally:
-        backbone.train(was_training)
+DISTANCES = ("euclidean", "cosine")
 
 
 def knn_top1(
@@ -82,19 +14,29 @@ def knn_top1(
     test: tuple[Tensor, Tensor],
     k: int = 1,
     distance: str = "euclidean",
+    temperature: float = 0.07,
+    normalise: bool = False,
 ) -> float:
     """Top-1 accuracy in percent; the papers' Tables 4 to 6 have k = 1, euclidean, not normalised.
+
+    Neighbours vote with 1 / distance, or exp(cosine / temperature). Distances are computed in
+    pieces of some 5 million, so that memory hardly grows beyond the features themselves.
 
     Args:
         train: features N × C and targets N; unlabelled images (-1) are left out.
         test: features M × C and targets M.
         k: number of neighbours.
         distance: "euclidean" or "cosine".
+        temperature: of the cosine's weights; no effect on euclidean ones.
+        normalise: scale every feature vector to length 1 (the cosine always does).
     """
-    knn = WeightedKNNClassifier(k=k, distance_fx=distance)
+    knn = WeightedKNNClassifier(k=k, T=temperature, distance_fx=distance)
     labelled = train[1] >= 0
-    knn.update(train_features=train[0][labelled], train_targets=train[1][labelled])
-    knn.update(test_features=test[0], test_targets=test[1])
+    bank, queries = train[0][labelled], test[0]
+    if normalise:
+        bank, queries = F.normalize(bank), F.normalize(queries)
+    knn.update(train_features=bank, train_targets=train[1][labelled])
+    knn.update(test_features=queries, test_targets=test[1])
     top1, _ = knn.compute()
     return float(top1)
 

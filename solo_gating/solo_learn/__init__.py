@@ -6,42 +6,47 @@ is broken on both under current versions of torchmetrics and PyTorch. The rest o
 written against the modern API. No solo-learn code is copied here.
 """
 
+import warnings
+
 from .line import installed_line
 
 LINE = installed_line()
 
-if LINE == "modern":
-    from .modern import (
-        LARS,
-        METHODS,
-        BarlowTwins,
-        BaseMethod,
-        FullTransformPipeline,
-        LinearModel,
-        NCropAugmentation,
-        SimCLR,
-        SimSiam,
-        VICReg,
-        WeightedKNNClassifier,
-        accuracy_at_k,
-        build_transform_pipeline,
-    )
-else:
-    from .legacy import (
-        LARS,
-        METHODS,
-        BarlowTwins,
-        BaseMethod,
-        FullTransformPipeline,
-        LinearModel,
-        NCropAugmentation,
-        SimCLR,
-        SimSiam,
-        VICReg,
-        WeightedKNNClassifier,
-        accuracy_at_k,
-        build_transform_pipeline,
-    )
+with warnings.catch_warnings():
+    # solo-learn decorates with torch.cuda.amp, which PyTorch has renamed.
+    warnings.filterwarnings("ignore", message=".*torch.cuda.amp.*", category=FutureWarning)
+    if LINE == "modern":
+        from .modern import (
+            LARS,
+            METHODS,
+            BarlowTwins,
+            BaseMethod,
+            FullTransformPipeline,
+            LinearModel,
+            NCropAugmentation,
+            SimCLR,
+            SimSiam,
+            VICReg,
+            WeightedKNNClassifier,
+            accuracy_at_k,
+            build_transform_pipeline,
+        )
+    else:
+        from .legacy import (
+            LARS,
+            METHODS,
+            BarlowTwins,
+            BaseMethod,
+            FullTransformPipeline,
+            LinearModel,
+            NCropAugmentation,
+            SimCLR,
+            SimSiam,
+            VICReg,
+            WeightedKNNClassifier,
+            accuracy_at_k,
+            build_transform_pipeline,
+        )
 
 from .fixes import mend
 

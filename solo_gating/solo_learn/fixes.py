@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import Metric
 
+_QUERIES_AT_ONCE = 1024
 _BANKS = ("train_features", "train_targets", "test_features", "test_targets")
 
 
@@ -17,7 +18,8 @@ def current_knn(base: type[Metric]) -> type[Metric]:
 
     Both lines pass `compute_on_step` to torchmetrics, which has removed it. Both count the classes
     of the test images only and fail where the training images have more; 1.0.2 also fails without
-    features, and forgets to normalise them for the cosine distance. The vote is the same.
+    features, and forgets to normalise them for the cosine distance. Both hold the distances of
+    some queries to all training images at once. The vote is the same.
     """
 
     class WeightedKNNClassifier(base):  # type: ignore[misc,valid-type]
@@ -64,20 +66,39 @@ def current_knn(base: type[Metric]) -> type[Metric]:
             if self.distance_fx == "cosine":
                 train, test = F.normalize(train), F.normalize(test)
             classes = int(max(labels.max(), targets.max())) + 1
-            correct = torch.zeros(2)
-            chunk = max(1, self.max_distance_matrix_size // len(train))
-            for queries, truth in zip(test.split(chunk), targets.split(chunk), strict=True):
+            correct = torch.zeros(2, dtype=torch.float64)
+            rows = min(len(test), _QUERIES_AT_ONCE)
+            columns = max(1, self.max_distance_matrix_size // rows)
+            for queries, truth in zip(test.split(rows), targets.split(rows), strict=True):
+                nearness, neighbours = self._nearest(queries, train, labels, columns)
                 if self.distance_fx == "cosine":
-                    weights = torch.exp(queries @ train.T / self.T)
+                    weights = torch.exp(nearness / self.T)
                 else:
-                    weights = 1 / (torch.cdist(queries, train) + self.epsilon)
-                weights, neighbours = weights.topk(min(self.k, len(train)))
+                    weights = 1 / (self.epsilon - nearness)
                 votes = weights.new_zeros(len(queries), classes)
-                votes.scatter_add_(1, labels[neighbours], weights)
+                votes.scatter_add_(1, neighbours, weights)
                 hits = votes.topk(min(5, classes)).indices == truth[:, None]
                 correct += torch.stack([hits[:, 0].sum(), hits.sum()]).cpu()
             top1, top5 = (100 * correct / len(test)).tolist()
             return top1, top5
+
+        def _nearest(
+            self, queries: Tensor, train: Tensor, labels: Tensor, columns: int
+        ) -> tuple[Tensor, Tensor]:
+            """Nearness (cosine, or minus the distance) and labels of the k nearest, B × k each."""
+            best = queries.new_empty(len(queries), 0)
+            best_labels = labels.new_empty(len(queries), 0)
+            for part, part_labels in zip(train.split(columns), labels.split(columns), strict=True):
+                if self.distance_fx == "cosine":
+                    nearness = queries @ part.T
+                else:
+                    nearness = -torch.cdist(queries, part)
+                nearness, index = nearness.topk(min(self.k, len(part)))
+                best = torch.cat([best, nearness], dim=1)
+                best_labels = torch.cat([best_labels, part_labels[index]], dim=1)
+                best, order = best.topk(min(self.k, best.shape[1]))
+                best_labels = best_labels.gather(1, order)
+            return best, best_labels
 
     return WeightedKNNClassifier
 

@@ -1,6 +1,7 @@
 """The modern line (GitHub's 1.0.6 to 1.0.8): its own names, with the kNN that runs today."""
 
 import solo.methods.base
+import solo.utils.knn
 from solo.data.pretrain_dataloader import (
     FullTransformPipeline,
     NCropAugmentation,
@@ -15,6 +16,7 @@ from .fixes import current_knn
 
 WeightedKNNClassifier = current_knn(_WeightedKNNClassifier)
 solo.methods.base.WeightedKNNClassifier = WeightedKNNClassifier
+solo.utils.knn.WeightedKNNClassifier = WeightedKNNClassifier  # for solo-learn's main_knn.py
 
 __all__ = [
     "LARS",

@@ -1,0 +1,198 @@
+"""The dial: the threshold on the gates' logits that makes the gated path use a given share."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+from torch import Tensor
+
+from ..backbones import TwoPathResNet
+from ..errors import InputError
+from ..files import write_picture
+from ..flops import count_flops, selected_channels
+from .curves import DENSE, GATED, NEUTRAL
+
+_LARGEST = 1e6
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A position of the dial: the logits' threshold, and the share of the FLOPs that it gives."""
+
+    threshold: float
+    share: float
+
+
+def calibrate(
+    backbone: TwoPathResNet, images: Tensor, share: float, tolerance: float = 1e-4
+) -> Setting:
+    """Find the threshold at which the gated path uses a share of the dense FLOPs.
+
+    A bisection, since a gate sees what the gates before it let through. The backbone's own
+    threshold is put back afterwards.
+
+    Args:
+        backbone: a gated encoder; evaluated in evaluation mode.
+        images: unlabelled, N × 3 × H × W; some hundred will do.
+        share: F^R / F^O to reach, gates included, in (0, 1].
+        tolerance: how far the share may stay off; with few images and channels it cannot always
+            be met, and the nearest that was found is returned.
+
+    Raises:
+        InputError: for a share that no threshold gives.
+    """
+    lowest = lowest_share(backbone, (images.shape[-2], images.shape[-1]))
+    if not lowest <= share <= 1:
+        raise InputError(
+            f"calibrate: found {share}, accepted are shares from {lowest:.4f} (stem, shortcuts and "
+            "gates alone) to 1"
+        )
+
+    def at(threshold: float) -> Setting:
+        backbone.threshold = threshold
+        return Setting(threshold, mean_share(backbone, images))
+
+    before = backbone.threshold
+    try:
+        fewer, more = at(1.0), at(-1.0)
+        while fewer.share > share and fewer.threshold < _LARGEST:
+            fewer = at(2 * fewer.threshold)
+        while more.share < share and more.threshold > -_LARGEST:
+            more = at(2 * more.threshold)
+        best = min((fewer, more, at(0.0)), key=lambda s: abs(s.share - share))
+        while abs(best.share - share) > tolerance:
+            middle = (fewer.threshold + more.threshold) / 2
+            if math.isclose(fewer.threshold, more.threshold, rel_tol=1e-6, abs_tol=1e-7):
+                break
+            setting = at(middle)
+            best = min((best, setting), key=lambda s: abs(s.share - share))
+            fewer, more = (setting, more) if setting.share < share else (fewer, setting)
+        return best
+    finally:
+        backbone.threshold = before
+
+
+def lowest_share(backbone: TwoPathResNet, resolution: tuple[int, int]) -> float:
+    """F^R / F^O without a single channel: what stem, shortcuts and gates cost.
+
+    Args:
+        backbone: a gated encoder.
+        resolution: height and width of the images.
+    """
+    flops = count_flops(backbone, resolution)
+    return flops.fixed / flops.dense
+
+
+@torch.no_grad()
+def mean_share(backbone: TwoPathResNet, images: Tensor) -> float:
+    """F^R / F^O of the gated path on images, in evaluation mode, at the backbone's threshold.
+
+    Args:
+        backbone: a gated encoder; its mode is put back afterwards.
+        images: N × 3 × H × W.
+    """
+    flops = count_flops(backbone, (images.shape[-2], images.shape[-1]))
+    device = next(backbone.parameters()).device
+    was_training = backbone.training
+    backbone.eval()
+    try:
+        channels = []
+        with backbone.path("gated") as passes:
+            for batch in images.split(128):
+                backbone(batch.to(device))
+                channels.append(selected_channels(passes[-1].masks).double().cpu())
+    finally:
+        backbone.train(was_training)
+    return float(flops.share(torch.cat(channels)).mean())
+
+
+def sweep(
+    backbone: TwoPathResNet,
+    images: Tensor,
+    shares: Iterable[float],
+    evaluate: Callable[[], dict[str, float]],
+) -> list[dict[str, float]]:
+    """Evaluate the gated path at several positions of the dial, and at the threshold it has.
+
+    Args:
+        backbone: a gated encoder; its threshold is put back afterwards.
+        images: to calibrate on, as in `calibrate`.
+        shares: of the FLOPs.
+        evaluate: gives figures of the backbone as it is.
+
+    Returns:
+        For each position, in order of the thresholds from high to low, what `evaluate` gives, with
+        `threshold`, `calibrated_share` and `asked` (None for the position that was there before).
+    """
+    before = backbone.threshold
+    settings: list[tuple[float | None, Setting]] = [
+        (None, Setting(before, mean_share(backbone, images)))
+    ]
+    settings += [(share, calibrate(backbone, images, share)) for share in shares]
+    points = []
+    try:
+        for asked, setting in sorted(settings, key=lambda s: -s[1].threshold):
+            backbone.threshold = setting.threshold
+            point: dict[str, Any] = {
+                "asked": asked,
+                "threshold": setting.threshold,
+                "calibrated_share": setting.share,
+            }
+            points.append(point | evaluate())
+    finally:
+        backbone.threshold = before
+    return points
+
+
+def draw_sweep(
+    points: list[dict[str, Any]],
+    dense: float,
+    target_budget: float | None,
+    path: Path,
+    title: str,
+) -> None:
+    """Draw accuracy against FLOPs for the positions of the dial.
+
+    Args:
+        points: from `sweep`, with `share` and `knn_top1`.
+        dense: the dense path's accuracy.
+        target_budget: t_d of the pre-training, drawn as a line; None for none.
+        path: of the PNG.
+        title: above the curve.
+    """
+    figure, axis = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+    shares = [100 * point["share"] for point in points]
+    accuracies = [point["knn_top1"] for point in points]
+    axis.plot(shares, accuracies, "-o", color=GATED, ms=4, label="gated path, threshold turned")
+    own = next(point for point in points if point["asked"] is None)
+    axis.plot(
+        100 * own["share"],
+        own["knn_top1"],
+        "*",
+        color=GATED,
+        ms=15,
+        mec="black",
+        ls="",
+        label=f"gated path as it is (threshold {own['threshold']:g})",
+    )
+    axis.plot(100, dense, "s", color=DENSE, ms=8, ls="", label="dense path")
+    if target_budget is not None:
+        axis.axvline(
+            100 * target_budget, color=NEUTRAL, ls="-.", lw=1, label="target budget of training"
+        )
+    axis.set(
+        xlabel="FLOPs, % of the dense path's",
+        ylabel="1-NN accuracy, %",
+        xlim=(0, 104),
+    )
+    axis.set_title(title, fontsize="medium")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize="small")
+    write_picture(path, figure)

@@ -1,0 +1,175 @@
+"""Encoders from checkpoints, ready to be evaluated."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from ..backbones import PATHS, TwoPathResNet
+from ..errors import InputError
+from ..solo_learn import METHODS, BaseMethod
+from ..training.checkpoints import check_architecture, read_checkpoint
+
+KEY = "pretrained_feature_extractor"
+HEADS = ("backbone", "projector")
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A frozen encoder and where it comes from.
+
+    Attributes:
+        backbone: without a classifier, in evaluation mode.
+        head: what follows it: nothing (`nn.Identity`) or the projector of pre-training.
+        args: the pre-training's complete config, its `args.json`.
+        checkpoint: the file.
+        epochs: epochs of pre-training.
+    """
+
+    backbone: nn.Module
+    head: nn.Module
+    args: DictConfig
+    checkpoint: Path
+    epochs: int
+
+    @property
+    def trained_paths(self) -> tuple[str, ...]:
+        """The paths that pre-training took, dense first; ("dense",) for a network with one."""
+        if not isinstance(self.backbone, TwoPathResNet):
+            return ("dense",)
+        views = (self.args.get("gating") or {}).get("views") or PATHS
+        return tuple(path for path in ("dense", "gated") if path in views)
+
+    def paths(self, wanted: str) -> tuple[str, ...]:
+        """The paths that a config's `path` means.
+
+        Args:
+            wanted: "dense", "gated", or "both" for all that were trained.
+
+        Raises:
+            InputError: for another word, or a gated path that the network does not have.
+        """
+        if wanted == "both":
+            return self.trained_paths
+        if wanted not in PATHS:
+            raise InputError(f"path: found {wanted!r}, accepted are dense, gated and both")
+        if wanted == "gated" and not isinstance(self.backbone, TwoPathResNet):
+            raise InputError(
+                f"path: found gated, the encoder of {str(self.checkpoint)!r} "
+                f"({self.args.backbone.name}) has no gates; accepted is dense"
+            )
+        return (wanted,)
+
+    def description(self) -> dict[str, Any]:
+        """The key `pretraining` of every `metrics.json`: which pre-training this was."""
+        return describe_pretraining(self.args, self.epochs, self.checkpoint)
+
+
+def describe_pretraining(args: DictConfig, epochs: int, checkpoint: Path | None) -> dict[str, Any]:
+    """What identifies a pre-training among others: method, data, network, length, budget, seed.
+
+    Args:
+        args: a complete pre-training config.
+        epochs: epochs done.
+        checkpoint: its file, if there is one.
+    """
+
+    def group(key: str) -> Any:
+        return OmegaConf.to_container(args[key]) if args.get(key) else None
+
+    return {
+        "name": args.get("name"),
+        "method": args.method,
+        "dataset": args.data.dataset,
+        "backbone": args.backbone.name,
+        "width": (args.backbone.get("kwargs") or {}).get("width", 64),
+        "epochs": epochs,
+        "target_budget": (args.get("gating") or {}).get("target_budget"),
+        "gating": group("gating"),
+        "method_kwargs": group("method_kwargs"),
+        "optimizer": group("optimizer"),
+        "fraction": args.data.get("fraction", -1),
+        "seed": args.get("seed"),
+        "checkpoint": None if checkpoint is None else str(checkpoint),
+    }
+
+
+def load_encoder(checkpoint: str | Path, head: str = "backbone") -> Encoder:
+    """Load the encoder of any pre-training of this package or of solo-learn's modern line.
+
+    Args:
+        checkpoint: a Lightning checkpoint with solo-learn's `args.json` beside it.
+        head: "backbone" for the backbone's features, "projector" for the projections.
+
+    Raises:
+        InputError: for files that are missing, damaged, or do not belong together.
+    """
+    if head not in HEADS:
+        raise InputError(f"features: found {head!r}, accepted are {', '.join(HEADS)}")
+    path = Path(checkpoint)
+    content = read_checkpoint(path, KEY)
+    args = _read_args(path)
+    state = content["state_dict"]
+    if args.backbone.name in ("resnet18", "resnet34"):  # the same network, whose FLOPs are known
+        args.backbone.name += "_plain"
+    if head == "backbone":
+        # The base class is the backbone with solo-learn's changes to it, whatever the method.
+        model = _build(METHODS["base"], args, path)
+        _load(model.backbone, _below("backbone", state), path)
+        projector: nn.Module = nn.Identity()
+    else:
+        if args.method not in METHODS:
+            raise InputError(f"features: method {args.method!r} is not known, accepted is backbone")
+        model = _build(METHODS[args.method], args, path)
+        if not hasattr(model, "projector"):
+            raise InputError(f"features: method {args.method!r} has no projector")
+        _load(model.backbone, _below("backbone", state), path)
+        _load(model.projector, _below("projector", state), path)
+        projector = model.projector
+    model.eval().requires_grad_(False)
+    return Encoder(model.backbone, projector, args, path, int(content.get("epoch", -1)) + 1)
+
+
+def _read_args(checkpoint: Path) -> DictConfig:
+    file = checkpoint.parent / "args.json"
+    if not file.is_file():
+        raise InputError(
+            f"{KEY}: there is no args.json beside {str(checkpoint)!r}; solo-learn writes it there, "
+            "and it says which network this is"
+        )
+    try:
+        args = OmegaConf.create(json.loads(file.read_text()))
+    except (ValueError, OSError) as error:
+        raise InputError(f"{KEY}: cannot read {str(file)!r} ({error})") from error
+    for key in ("method", "backbone.name", "data.dataset", "data.num_classes"):
+        if not isinstance(args, DictConfig) or OmegaConf.select(args, key) is None:
+            raise InputError(
+                f"{KEY}: {str(file)!r} lacks {key}, accepted is solo-learn's args.json"
+            )
+    return args
+
+
+def _build(cls: Any, args: DictConfig, path: Path) -> Any:
+    if args.backbone.name not in BaseMethod._BACKBONES:
+        raise InputError(
+            f"{KEY}: the backbone {args.backbone.name!r} of {str(path)!r} is not known, accepted "
+            f"are {', '.join(sorted(BaseMethod._BACKBONES))}"
+        )
+    return cls(args.copy())
+
+
+def _below(name: str, state: dict[str, Any]) -> dict[str, Any]:
+    """The part of a state dict that belongs to a submodule."""
+    return {
+        key.removeprefix(f"{name}."): value
+        for key, value in state.items()
+        if key.startswith(f"{name}.")
+    }
+
+
+def _load(module: nn.Module, state: dict[str, Any], path: Path) -> None:
+    check_architecture(module, {"state_dict": state}, path)
+    module.load_state_dict(state)

@@ -1,0 +1,200 @@
+"""What the evaluations of a frozen encoder share: config, hardware, data, and where results go."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric import Fabric
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from omegaconf import DictConfig, OmegaConf
+from torch.utils.data import DataLoader
+
+from ..backbones import TwoPathResNet
+from ..checks import at_least, is_number, require
+from ..config import DEFAULTS, number_of_classes
+from ..data import check_augmentations, evaluation_loader
+from ..errors import InputError
+from ..files import read_json, write_json
+from ..flops import count_flops
+from ..training.checkpoints import plain
+from .encoder import Encoder, load_encoder
+from .features import Extraction, extract
+
+# The sizes at which solo-learn's main_linear.py shows the images of a data set.
+_CROP_SIZES = {"cifar10": 32, "cifar100": 32, "stl10": 96, "imagenet100": 224, "imagenet": 224}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """An encoder, images, and a folder for what comes out.
+
+    Attributes:
+        kind: "linear", "knn", ...
+        cfg: the complete config: `data` and `augmentations` are those of the evaluation.
+        fabric: Lightning's processes and devices.
+        encoder: on this process's device.
+        paths: those to evaluate.
+        loaders: images without augmentation, of each split that was asked for.
+        settings: all that decides the result, but for path and seeds.
+        folder: for the results; the same for the same settings.
+    """
+
+    kind: str
+    cfg: DictConfig
+    fabric: Fabric
+    encoder: Encoder
+    paths: tuple[str, ...]
+    loaders: dict[str, DataLoader]
+    settings: dict[str, Any]
+    folder: Path
+
+    def extract(self, split: str, path: str) -> Extraction:
+        """Features, decisions and FLOPs of a split on one path."""
+        with self.fabric.autocast():
+            return extract(self.encoder.backbone, self.loaders[split], path, self.encoder.head)
+
+    def extract_labelled(self, split: str, path: str) -> Extraction:
+        """The same, of a split that needs labels.
+
+        Raises:
+            InputError: if none of the images has one.
+        """
+        found = self.extract(split, path)
+        if not (found.targets >= 0).any():
+            raise InputError(
+                f"data.{split}_path: no image has a label, accepted for this evaluation are "
+                "labelled images (data.no_labels=false)"
+            )
+        return found
+
+    def say(self, line: str) -> None:
+        """Tell the user, once, however many processes there are."""
+        self.fabric.print(line, flush=True)
+
+    def write(self, rows: dict[str, dict[str, Any]], train_images: int) -> dict[str, Any]:
+        """Write `metrics.json`, keeping what it holds of other paths.
+
+        Args:
+            rows: the figures of each path.
+            train_images: how many images had a part in them, besides the validation images.
+
+        Returns:
+            What the file then holds.
+        """
+        file = self.folder / "metrics.json"
+        metrics: dict[str, Any] = read_json(file) if file.is_file() else {}
+        metrics |= {
+            "evaluation": self.kind,
+            "pretraining": self.encoder.description(),
+            "data": {
+                "dataset": self.cfg.data.dataset,
+                "train_images": train_images,
+                "val_images": len(self.loaders["val"].dataset),  # type: ignore[arg-type]
+                "resolution": [self.cfg.augmentations[0].crop_size] * 2,
+            },
+            "settings": self.settings,
+            **rows,
+        }
+        if self.fabric.is_global_zero:
+            write_json(file, metrics)
+        self.say(str(file))
+        return metrics
+
+
+def prepare_evaluation(
+    cfg: DictConfig, kind: str, settings: tuple[str, ...], splits: tuple[str, ...]
+) -> Evaluation:
+    """Check a config, start the processes, load encoder and images, before any long work.
+
+    The images are those of pre-training unless `data` names others. Images of another data set
+    have the size and the normalisation with which solo-learn evaluates it.
+
+    Args:
+        cfg: an evaluation's config; completed in place.
+        kind: the evaluation's name, in paths and in `metrics.json`.
+        settings: the config keys that decide this evaluation's result, besides the data.
+        splits: of the images, "train" and "val", whose features are wanted.
+
+    Raises:
+        InputError: naming the key, what was found and what is accepted.
+    """
+    OmegaConf.set_struct(cfg, False)
+    if OmegaConf.is_missing(cfg, "pretrained_feature_extractor"):
+        raise InputError("pretrained_feature_extractor: missing, accepted is a checkpoint's path")
+    at_least("batch_size", cfg.batch_size, 1)
+    require("threshold", cfg.threshold, is_number, "a number")
+    encoder = load_encoder(cfg.pretrained_feature_extractor, cfg.get("features", "backbone"))
+    paths = encoder.paths(cfg.path)
+    if isinstance(encoder.backbone, TwoPathResNet):
+        encoder.backbone.threshold = cfg.threshold
+    elif cfg.threshold:
+        raise InputError(
+            f"threshold: found {cfg.threshold}, the encoder has no gates; accepted is 0"
+        )
+    _complete_data(cfg, encoder.args)
+    loaders = {split: evaluation_loader(cfg, split, cfg.batch_size) for split in splits}
+    fabric = _launch(cfg)
+    encoder.backbone.to(fabric.device)
+    encoder.head.to(fabric.device)
+
+    config = plain(cfg)
+    decisive = {
+        key: config[key]
+        for key in (*settings, "threshold", "features", "precision")
+        if key in config
+    }
+    free = ("num_workers", "num_large_crops", "num_small_crops")
+    data = {key: value for key, value in config["data"].items() if key not in free}
+    identity = json.dumps(
+        [decisive, data, cfg.augmentations[0].crop_size, encoder.epochs], sort_keys=True
+    )
+    name = f"{kind}-{cfg.data.dataset}-{hashlib.sha1(identity.encode()).hexdigest()[:6]}"
+    folder = Path(cfg.output) if cfg.output else encoder.checkpoint.parent / "evaluation" / name
+    return Evaluation(kind, cfg, fabric, encoder, paths, loaders, decisive, folder)
+
+
+def flops_row(found: Extraction, encoder: Encoder) -> dict[str, float]:
+    """The keys `flops` and, on the gated path, `flops_cut` of a row; empty if they are not known."""
+    if found.flops is None:
+        return {}
+    row = {"flops": found.flops}
+    if found.channels is not None:
+        dense = count_flops(encoder.backbone, found.resolution).dense  # type: ignore[arg-type]
+        row["flops_cut"] = 1 - found.flops / dense
+    return row
+
+
+def _complete_data(cfg: DictConfig, args: DictConfig) -> None:
+    """The evaluation's `data` and `augmentations`, from the config and the pre-training's."""
+    given = cfg.get("data") or OmegaConf.create()
+    base = OmegaConf.create({} if given.get("dataset") else args.data)
+    cfg.data = OmegaConf.merge(DEFAULTS["data"], base, given)
+    if cfg.data.dataset != args.data.dataset and not given.get("train_path"):
+        raise InputError(f"data.train_path: missing for data.dataset={cfg.data.dataset}")
+    cfg.data.split = "train"  # STL-10's labelled part
+    cfg.data.num_classes = number_of_classes(cfg.data)
+    view = OmegaConf.create(dict((args.get("augmentations") or [{}])[0]))
+    if cfg.data.dataset != args.data.dataset:
+        view.crop_size = _CROP_SIZES.get(cfg.data.dataset, view.get("crop_size"))
+    if cfg.crop_size is not None:
+        at_least("crop_size", cfg.crop_size, 1)
+        view.crop_size = cfg.crop_size
+    cfg.augmentations = OmegaConf.create([view])
+    check_augmentations(cfg.augmentations)
+
+
+def _launch(cfg: DictConfig) -> Fabric:
+    try:
+        fabric = Fabric(
+            accelerator=cfg.accelerator,
+            devices=cfg.devices,
+            num_nodes=cfg.num_nodes,
+            strategy=cfg.strategy,
+            precision=cfg.precision,
+        )
+    except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
+        raise InputError(f"Lightning refuses this hardware: {error}") from error
+    fabric.launch()
+    return fabric

@@ -1,0 +1,232 @@
+"""The channel policy: which channels a gated encoder uses on a set of images.
+
+A policy is a JSON file that other commands read:
+
+    {
+      "schema": "solo-gating policy 1",
+      "backbone": {"name": "resnet18_gated", "kwargs": {...}},
+      "resolution": [32, 32],           height and width of the images
+      "images": 10000,                  N
+      "threshold": 0.0,                 of the gates' logits
+      "target_budget": 0.3,             t_d of the pre-training, or null
+      "share": 0.331,                   F^R / F^O, mean over the images
+      "share_std": 0.02,                its standard deviation over the images
+      "blocks": [{
+        "name": "layer1.0",
+        "channels": 64,                 C_out
+        "selected": [10000, 0, 17, ...],   by how many of the N images each channel was selected
+        "always_on": 20,                number of channels selected by all images,
+        "always_off": 30,               ... by none,
+        "input_dependent": 14,          ... by some
+        "active": 0.37,                 mean share of the channels that an image selects
+        "active_std": 0.04              its standard deviation over the images
+      }, ...],
+      "classes": [{"label": 0, "images": 100, "share": 0.33, "active": [0.4, ...]}, ...]
+    }
+
+`classes` holds each class's mean share and its mean active share in each block; it is empty for
+images without labels.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..backbones import TwoPathResNet
+from ..errors import InputError
+from ..files import read_json, write_picture
+from ..flops import BackboneFlops, count_flops
+from .features import Extraction
+
+SCHEMA = "solo-gating policy 1"
+
+# Okabe and Ito's colour-blind safe palette, dark enough to be told apart in grey.
+_KINDS = {
+    "always_on": ("always on", "#0072B2"),
+    "input_dependent": ("input dependent", "#E69F00"),
+    "always_off": ("always off", "#DDDDDD"),
+}
+
+
+@dataclass(frozen=True)
+class BlockPolicy:
+    """The policy of one block; see the module's docstring."""
+
+    name: str
+    channels: int
+    selected: list[int]
+    always_on: int
+    always_off: int
+    input_dependent: int
+    active: float
+    active_std: float
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The policy of an encoder; see the module's docstring."""
+
+    backbone: dict[str, Any]
+    resolution: list[int]
+    images: int
+    threshold: float
+    target_budget: float | None
+    share: float
+    share_std: float
+    blocks: list[BlockPolicy]
+    classes: list[dict[str, Any]]
+
+    def to_json(self) -> dict[str, Any]:
+        """What the file holds."""
+        return {"schema": SCHEMA, **asdict(self)}
+
+
+def policy_of(
+    backbone: TwoPathResNet,
+    found: Extraction,
+    name: str,
+    kwargs: dict[str, Any],
+    target_budget: float | None,
+) -> Policy:
+    """Make a policy from the decisions on a set of images.
+
+    Args:
+        backbone: the gated encoder.
+        found: its gated path on N images.
+        name: the backbone's name in solo-learn's registry.
+        kwargs: what it was built with.
+        target_budget: t_d of its pre-training.
+    """
+    if found.channels is None:
+        raise InputError("path: found dense, a policy is of the gated path")
+    flops = count_flops(backbone, found.resolution)
+    shares = flops.share(found.channels.double())
+    images = len(found.channels)
+    blocks = []
+    for block, active, selected in zip(
+        flops.blocks, found.channels.double().T, found.selected, strict=True
+    ):
+        on, off = int((selected == images).sum()), int((selected == 0).sum())
+        blocks.append(
+            BlockPolicy(
+                name=block.name,
+                channels=block.channels,
+                selected=selected.tolist(),
+                always_on=on,
+                always_off=off,
+                input_dependent=block.channels - on - off,
+                active=float(active.mean()) / block.channels,
+                active_std=float(active.std(correction=0)) / block.channels,
+            )
+        )
+    return Policy(
+        backbone={"name": name, "kwargs": kwargs},
+        resolution=list(found.resolution),
+        images=images,
+        threshold=backbone.threshold,
+        target_budget=target_budget,
+        share=float(shares.mean()),
+        share_std=float(shares.std(correction=0)),
+        blocks=blocks,
+        classes=_classes(flops, found.channels.double(), found.targets),
+    )
+
+
+def _classes(flops: BackboneFlops, channels: Tensor, targets: Tensor) -> list[dict[str, Any]]:
+    total = torch.tensor([block.channels for block in flops.blocks], dtype=torch.float64)
+    rows = []
+    for label in targets[targets >= 0].unique().tolist():
+        mine = channels[targets == label]
+        rows.append(
+            {
+                "label": label,
+                "images": len(mine),
+                "share": float(flops.share(mine).mean()),
+                "active": (mine.mean(dim=0) / total).tolist(),
+            }
+        )
+    return rows
+
+
+def read_policy(path: str | Path, key: str = "policy") -> Policy:
+    """Read a policy file.
+
+    Args:
+        path: what `main_policy` wrote.
+        key: the config key that names it, for messages.
+
+    Raises:
+        InputError: if it is missing, damaged, or no policy.
+    """
+    content = read_json(Path(path), key)
+    if content.pop("schema", None) != SCHEMA:
+        raise InputError(
+            f"{key}: {str(path)!r} is no policy, accepted is main_policy's policy.json"
+        )
+    try:
+        blocks = [BlockPolicy(**block) for block in content.pop("blocks")]
+        return Policy(blocks=blocks, **content)
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{key}: {str(path)!r} is incomplete ({error})") from error
+
+
+def draw_policy(policy: Policy, path: Path, title: str) -> None:
+    """Stacked bars per block: channels always on, input dependent, always off (papers, Figure 1).
+
+    Args:
+        policy: what to draw.
+        path: of the PNG.
+        title: above the bars.
+    """
+    width = max(6.0, 0.62 * len(policy.blocks) + 2)
+    figure, axis = plt.subplots(figsize=(width, 4.2), layout="constrained")
+    positions = np.arange(len(policy.blocks))
+    bottom = np.zeros(len(policy.blocks))
+    for kind, (label, colour) in _KINDS.items():
+        heights = np.array([100 * getattr(b, kind) / b.channels for b in policy.blocks])
+        axis.bar(positions, heights, 0.8, bottom, label=label, color=colour, edgecolor="white")
+        for x, (height, start, block) in enumerate(
+            zip(heights, bottom, policy.blocks, strict=True)
+        ):
+            if height >= 6:
+                ink = "white" if kind == "always_on" else "black"
+                axis.text(
+                    x - 0.12,
+                    start + height / 2,
+                    str(getattr(block, kind)),
+                    ha="center",
+                    va="center",
+                    color=ink,
+                    fontsize="small",
+                )
+        bottom += heights
+    axis.errorbar(
+        positions + 0.22,  # beside the numbers
+        [100 * block.active for block in policy.blocks],
+        [100 * block.active_std for block in policy.blocks],
+        fmt="D",
+        color="black",
+        ms=5,
+        mfc="white",
+        capsize=3,
+        label="used by an image (mean ± std)",
+    )
+    names = [f"{block.name.removeprefix('layer')}\n{block.channels}" for block in policy.blocks]
+    axis.set_xticks(positions, names)
+    axis.set(
+        xlabel="block (stage.block), and its number of channels",
+        ylabel="channels, %",
+        ylim=(0, 100),
+        xlim=(-0.6, len(policy.blocks) - 0.4),
+    )
+    figure.legend(loc="outside lower center", ncols=4, fontsize="small", frameon=False)
+    axis.set_title(title, fontsize="medium")
+    write_picture(path, figure)

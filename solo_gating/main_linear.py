@@ -1,0 +1,125 @@
+"""Linear evaluation of a frozen encoder, on its dense and its gated path.
+
+    python -m solo_gating.main_linear --config-name linear_cifar100 \\
+        pretrained_feature_extractor=PATH/last.ckpt [key=value ...]
+
+    path=dense|gated|both       default: both, if both were trained
+    seeds=5                     classifiers to train; the result is mean ± std over them
+    augment=false               compute features once, for all epochs and seeds: much faster, and
+                                not quite the published recipe
+    dataset=cifar10             other images than the checkpoint's (transfer), from data.train_path,
+                                data.val_path, data.format
+    threshold=0.4               of the gates (main_policy --calibrate)
+
+Without --config-name: the images of pre-training. Writes metrics.json and a file for each finished
+classifier into a folder beside the checkpoint (output=...); the same command again trains only the
+missing ones.
+"""
+
+import time
+from typing import Any
+
+import numpy as np
+from omegaconf import DictConfig
+
+from .checks import at_least, true_or_false
+from .cli import run
+from .config import check_optimizer
+from .data import classification_loader
+from .evaluate.evaluation import Evaluation, flops_row, prepare_evaluation
+from .evaluate.features import Extraction
+from .evaluate.linear import train_on_features, train_on_images
+from .files import read_json, write_json
+
+_SETTINGS = ("max_epochs", "augment", "optimizer", "scheduler")
+
+
+def evaluate_linear(cfg: DictConfig) -> dict[str, Any]:
+    """Train the missing classifiers and write the figures of all.
+
+    Args:
+        cfg: a linear-evaluation config; completed in place.
+
+    Returns:
+        What `metrics.json` holds.
+
+    Raises:
+        InputError: before training, for a config, checkpoint or data that cannot be used.
+    """
+    at_least("seeds", cfg.seeds, 1)
+    at_least("max_epochs", cfg.max_epochs, 1)
+    true_or_false("augment", cfg.augment)
+    check_optimizer(cfg.optimizer)
+    splits = ("val",) if cfg.augment else ("train", "val")
+    evaluation = prepare_evaluation(cfg, "linear", _SETTINGS, splits)
+    augmented = classification_loader(cfg) if cfg.augment else None
+    rows = {}
+    for path in evaluation.paths:
+        val = evaluation.extract_labelled("val", path)
+        results = _train_missing(evaluation, path, augmented, val)
+        rows[path] = summarise(results) | flops_row(val, evaluation.encoder)
+    train: Any = (augmented or evaluation.loaders["train"]).dataset
+    evaluation.say("\n" + format_rows(rows) + "\n")
+    return evaluation.write(rows, len(train))
+
+
+def _train_missing(
+    evaluation: Evaluation, path: str, augmented: Any, val: Extraction
+) -> list[dict[str, float]]:
+    """Each seed's result: from its file, or from a training whose result then gets one."""
+    cfg, results = evaluation.cfg, []
+    train = None
+    for seed in range(cfg.seed, cfg.seed + cfg.seeds):
+        file = evaluation.folder / f"{path}-seed{seed}.json"
+        if not file.is_file():
+            start = time.perf_counter()
+            if augmented is not None:
+                result = train_on_images(evaluation, path, augmented, val, seed)
+            else:
+                train = train or evaluation.extract_labelled("train", path)
+                result = train_on_features(cfg, train, val, seed, evaluation.fabric.device)
+            result["seconds"] = time.perf_counter() - start
+            if evaluation.fabric.is_global_zero:
+                write_json(file, result)
+            evaluation.say(f"{path}, seed {seed}: top-1 {result['top1']:.2f} %")
+            evaluation.fabric.barrier()
+        results.append(read_json(file))
+    return results
+
+
+def summarise(results: list[dict[str, float]]) -> dict[str, Any]:
+    """A row of `metrics.json`: mean and standard deviation over seeds, as in the papers' tables.
+
+    The deviation is that of a sample (n − 1); absent for a single seed.
+    """
+    top1 = [result["top1"] for result in results]
+    row: dict[str, Any] = {
+        "linear_top1": float(np.mean(top1)),
+        "linear_top5": float(np.mean([result["top5"] for result in results])),
+        "linear_top1_seeds": top1,
+    }
+    if len(top1) > 1:
+        row["linear_top1_std"] = float(np.std(top1, ddof=1))
+    return row
+
+
+def format_rows(rows: dict[str, dict[str, Any]]) -> str:
+    """The rows as text."""
+    lines = [f"{'linear, %':<10} {'top-1':>14} {'top-5':>7} {'FLOPs/image':>13} {'cut':>7}"]
+    for path, row in rows.items():
+        top1 = f"{row['linear_top1']:.2f}"
+        if "linear_top1_std" in row:
+            top1 += f" ± {row['linear_top1_std']:.2f}"
+        flops = f"{row['flops']:.4g}" if "flops" in row else "–"
+        cut = f"{row['flops_cut']:.2%}" if "flops_cut" in row else "–"
+        lines.append(f"{path:<10} {top1:>14} {row['linear_top5']:>7.2f} {flops:>13} {cut:>7}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Entry point."""
+    run(evaluate_linear, evaluation="linear")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""Which channels a gated encoder uses on a set of images, and the dial for its FLOPs.
+
+    python -m solo_gating.main_policy pretrained_feature_extractor=PATH/last.ckpt [key=value ...]
+
+    --calibrate 0.3     find the threshold at which the gated path uses 0.3 of the dense FLOPs, on
+                        calibration_images=512 training images (no labels), and use it; evaluations
+                        take it as threshold=...
+    --sweep             also 1-NN accuracy against FLOPs, at every share of shares=[0.05,...,1.0]
+    dataset=cifar10     other images than the checkpoint's, from data.train_path, data.val_path
+
+On the validation images: writes policy.json (a file that other commands read; its schema is in
+solo_gating/evaluate/policy.py), policy.csv, policy.png and metrics.json, and for a sweep sweep.csv
+and sweep.png, into a folder beside the checkpoint (output=...).
+"""
+
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from .checks import at_least, is_share, require, true_or_false
+from .cli import run
+from .evaluate.dial import calibrate, draw_sweep, lowest_share, sweep
+from .evaluate.evaluation import Evaluation, flops_row, prepare_evaluation
+from .evaluate.knn import knn_top1
+from .evaluate.policy import Policy, draw_policy, policy_of
+from .files import write_csv, write_json
+from .training.checkpoints import plain
+
+_SETTINGS = ("calibrate", "calibration_images")
+
+
+def evaluate_policy(cfg: DictConfig) -> dict[str, Any]:
+    """Count, draw and write the policy; calibrate and sweep on demand.
+
+    Args:
+        cfg: a policy config; completed in place.
+
+    Returns:
+        What `metrics.json` holds.
+
+    Raises:
+        InputError: before any long work, for a config, checkpoint or data that cannot be used.
+    """
+    require("path", cfg.path, lambda v: v == "gated", "gated")
+    require(
+        "calibrate", cfg.calibrate, lambda v: v is None or is_share(v), "a number in (0, 1] or null"
+    )
+    true_or_false("sweep", cfg.sweep)
+    at_least("calibration_images", cfg.calibration_images, 1)
+    shares: Any = plain(cfg)["shares"]
+    require(
+        "shares",
+        shares,
+        lambda v: isinstance(v, list) and v and all(is_share(share) for share in v),
+        "a list of numbers in (0, 1]",
+    )
+    turned = cfg.sweep or cfg.calibrate is not None
+    evaluation = prepare_evaluation(
+        cfg, "policy", _SETTINGS, ("train", "val") if turned else ("val",)
+    )
+    backbone: Any = evaluation.encoder.backbone
+    images = _calibration_images(evaluation) if turned else torch.empty(0)
+    row: dict[str, Any] = {}
+    if cfg.calibrate is not None:
+        setting = calibrate(backbone, images, cfg.calibrate)
+        backbone.threshold = setting.threshold
+        row["calibrated_share"] = setting.share
+        evaluation.say(
+            f"threshold={setting.threshold:.6g} gives {setting.share:.4f} of the dense FLOPs on "
+            f"{len(images)} training images"
+        )
+    found = evaluation.extract("val", "gated")
+    policy = policy_of(
+        backbone,
+        found,
+        evaluation.encoder.args.backbone.name,
+        OmegaConf.to_container(evaluation.encoder.args.backbone.kwargs),  # type: ignore[arg-type]
+        evaluation.encoder.description()["target_budget"],
+    )
+    evaluation.say(format_policy(policy))
+    row |= flops_row(found, evaluation.encoder)
+    row |= {"threshold": policy.threshold, "share": policy.share, "share_std": policy.share_std}
+    _write_policy(evaluation, policy)
+    if cfg.sweep:
+        row["sweep"] = _sweep(evaluation, images, shares, policy.target_budget)
+    return evaluation.write({"gated": row}, len(images))
+
+
+def _calibration_images(evaluation: Evaluation) -> Tensor:
+    """Some training images, spread evenly over the set, whose folders may be in order of class."""
+    dataset: Any = evaluation.loaders["train"].dataset
+    number = min(evaluation.cfg.calibration_images, len(dataset))
+    chosen = [index * len(dataset) // number for index in range(number)]
+    images, _ = default_collate([dataset[index] for index in chosen])
+    return images
+
+
+def _write_policy(evaluation: Evaluation, policy: Policy) -> None:
+    if not evaluation.fabric.is_global_zero:
+        return
+    folder = evaluation.folder
+    write_json(folder / "policy.json", policy.to_json())
+    columns = (
+        "name",
+        "channels",
+        "always_on",
+        "input_dependent",
+        "always_off",
+        "active",
+        "active_std",
+    )
+    write_csv(
+        folder / "policy.csv",
+        [{key: getattr(block, key) for key in columns} for block in policy.blocks],
+    )
+    title = f"Channels of {evaluation.encoder.args.get('name')} on {policy.images:,} images, "
+    title += f"{policy.share:.1%} of the FLOPs"
+    if policy.target_budget is not None:
+        title += f" (target budget {policy.target_budget:.0%})"
+    draw_policy(policy, folder / "policy.png", title)
+
+
+def _sweep(
+    evaluation: Evaluation, images: Tensor, shares: list[float], target_budget: float | None
+) -> list[dict[str, Any]]:
+    backbone: Any = evaluation.encoder.backbone
+
+    def accuracy(path: str) -> dict[str, float]:
+        train = evaluation.extract_labelled("train", path)
+        val = evaluation.extract_labelled("val", path)
+        figures = {
+            "knn_top1": knn_top1((train.features, train.targets), (val.features, val.targets))
+        }
+        if path == "gated":
+            row = flops_row(val, evaluation.encoder)
+            figures |= {"share": 1 - row["flops_cut"], "flops": row["flops"]}
+            evaluation.say(
+                f"{figures['share']:>7.1%} of the FLOPs: 1-NN {figures['knn_top1']:.2f} % "
+                f"(threshold {backbone.threshold:.4g})"
+            )
+        return figures
+
+    lowest = lowest_share(backbone, (images.shape[-2], images.shape[-1]))
+    possible = [share for share in shares if share >= lowest]
+    if len(possible) < len(shares):
+        evaluation.say(
+            f"shares below {lowest:.1%} are left out: stem, shortcuts and gates cost that"
+        )
+    dense = accuracy("dense")["knn_top1"]
+    evaluation.say(f"dense path: 1-NN {dense:.2f} %")
+    points = sweep(backbone, images, possible, lambda: accuracy("gated"))
+    if evaluation.fabric.is_global_zero:
+        write_csv(evaluation.folder / "sweep.csv", points)
+        draw_sweep(
+            points,
+            dense,
+            target_budget,
+            evaluation.folder / "sweep.png",
+            f"{evaluation.encoder.args.get('name')}, one checkpoint, threshold turned",
+        )
+    return points
+
+
+def format_policy(policy: Policy) -> str:
+    """The policy as text, a line for each block."""
+    lines = [
+        f"\n{'block':<10} {'channels':>9} {'always on':>10} {'depends':>8} {'always off':>11} "
+        f"{'used by an image':>17}"
+    ]
+    for block in policy.blocks:
+        used = f"{block.active:.1%} ± {block.active_std:.1%}"
+        lines.append(
+            f"{block.name:<10} {block.channels:>9} {block.always_on:>10} "
+            f"{block.input_dependent:>8} {block.always_off:>11} {used:>17}"
+        )
+    lines.append(
+        f"\n{policy.share:.2%} ± {policy.share_std:.2%} of the dense FLOPs on {policy.images:,} "
+        f"images (threshold {policy.threshold:.6g})\n"
+    )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Entry point."""
+    run(evaluate_policy, evaluation="policy", flags={"calibrate": None, "sweep": "true"})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""UMAP of a frozen encoder's features, dense and gated side by side, coloured by class.
+
+    python -m solo_gating.main_umap pretrained_feature_extractor=PATH/last.ckpt [key=value ...]
+
+    classes=10 images=5000      of the validation images: the first classes, at most so many images
+    path=dense|gated|both       default: both, if both were trained
+    dataset=cifar10             other images than the checkpoint's, from data.train_path, data.val_path
+
+Needs `pip install umap-learn` (the extra `umap`). Writes umap.png, umap.csv and metrics.json into a
+folder beside the checkpoint (output=...).
+"""
+
+from typing import Any
+
+import numpy as np
+from omegaconf import DictConfig
+from torch import Tensor
+
+from .checks import at_least, is_not_negative, require
+from .cli import run
+from .evaluate.embedding import MOST_CLASSES, draw_embeddings, embed, load_umap
+from .evaluate.evaluation import flops_row, prepare_evaluation
+from .files import write_csv
+
+_SETTINGS = ("classes", "images", "neighbours", "min_dist", "seed")
+
+
+def evaluate_umap(cfg: DictConfig) -> dict[str, Any]:
+    """Embed the validation images' features and draw them.
+
+    Args:
+        cfg: a UMAP config; completed in place.
+
+    Returns:
+        What `metrics.json` holds.
+
+    Raises:
+        InputError: before any long work, for a config, checkpoint or data that cannot be used, or
+            if umap-learn is missing.
+    """
+    require("classes", cfg.classes, lambda v: v in range(1, MOST_CLASSES + 1), "1 to 10")
+    at_least("images", cfg.images, 10)
+    at_least("neighbours", cfg.neighbours, 2)
+    require("min_dist", cfg.min_dist, is_not_negative, "a number ≥ 0")
+    load_umap()
+    evaluation = prepare_evaluation(cfg, "umap", _SETTINGS, ("val",))
+    rows, embeddings, chosen = {}, {}, np.empty(0)
+    for path in evaluation.paths:
+        found = evaluation.extract("val", path)
+        rows[path] = flops_row(found, evaluation.encoder)
+        chosen, targets = choose(found.targets, cfg.classes, cfg.images)
+        heading = f"{path} path"
+        if "flops_cut" in rows[path]:
+            heading += f", {1 - rows[path]['flops_cut']:.0%} of the FLOPs"
+        embeddings[heading] = embed(found.features[chosen], cfg.neighbours, cfg.min_dist, cfg.seed)
+    if evaluation.fabric.is_global_zero:
+        dataset: Any = evaluation.loaders["val"].dataset
+        labels = sorted(set(targets.tolist()))
+        known = getattr(dataset, "classes", None)
+        names = [
+            "unlabelled" if label < 0 else known[label] if known else f"class {label}"
+            for label in labels
+        ]
+        draw_embeddings(
+            embeddings,
+            np.searchsorted(labels, targets),
+            names,
+            evaluation.folder / "umap.png",
+            f"{evaluation.encoder.args.get('name')}: {len(chosen):,} images of {cfg.data.dataset}",
+        )
+        columns = {
+            f"{path}_{axis}": points[:, index]
+            for path, points in zip(rows, embeddings.values(), strict=True)
+            for index, axis in enumerate("xy")
+        }
+        write_csv(
+            evaluation.folder / "umap.csv",
+            [
+                {"image": int(image), "label": int(label)}
+                | {key: float(values[row]) for key, values in columns.items()}
+                for row, (image, label) in enumerate(zip(chosen, targets, strict=True))
+            ],
+        )
+        evaluation.say(str(evaluation.folder / "umap.png"))
+    return evaluation.write(rows, 0)
+
+
+def choose(targets: Tensor, classes: int, images: int) -> tuple[np.ndarray, np.ndarray]:
+    """Some images of the first classes, spread evenly over the set; unlabelled ones are a class.
+
+    Args:
+        targets: of all images.
+        classes: how many classes.
+        images: at most so many.
+
+    Returns:
+        Indices of the images, and their targets.
+    """
+    labels = targets.unique()[:classes]
+    found = np.flatnonzero(np.isin(targets.numpy(), labels.numpy()))
+    if len(found) > images:
+        found = found[np.linspace(0, len(found) - 1, images).astype(int)]
+    return found, targets.numpy()[found]
+
+
+def main() -> None:
+    """Entry point."""
+    run(evaluate_umap, evaluation="umap")
+
+
+if __name__ == "__main__":
+    main()
