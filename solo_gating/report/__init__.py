@@ -1,0 +1,1 @@
+"""A report of all measured figures beside the published ones."""

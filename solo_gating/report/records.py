@@ -1,0 +1,317 @@
+"""The accuracies in `metrics.json` files, one record for each path of each evaluation."""
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+
+METRICS = ("linear", "knn")
+PATHS = ("dense", "gated")
+
+# What an evaluation does if its `settings` do not say otherwise; so does a pre-training's own 1-NN.
+_DEFAULT_SETTINGS = {
+    "linear": {"threshold": 0.0, "precision": "32-true"},
+    "knn": {
+        "k": 1,
+        "distance": "euclidean",
+        "normalise": False,
+        "features": "backbone",
+        "threshold": 0.0,
+        "precision": "32-true",
+    },
+}
+
+
+@dataclass(frozen=True)
+class Record:
+    """An accuracy of one path of one encoder.
+
+    Attributes:
+        file: the `metrics.json`.
+        pretraining: its key of that name: method, data set, backbone, width, epochs, seed, ...
+        metric: "linear" or "knn".
+        settings: of the evaluation, complete.
+        data: of the evaluation: `dataset`, `train_images`, `val_images`, `resolution`.
+        path: "dense" or "gated".
+        value: top-1 accuracy in percent.
+        std: over the linear classifiers of this encoder, if there are several.
+        flops: per image.
+        flops_cut: 1 − share of the dense FLOPs, on the gated path.
+        own: written by the pre-training itself rather than by an evaluation.
+    """
+
+    file: Path
+    pretraining: dict[str, Any]
+    metric: str
+    settings: dict[str, Any]
+    data: dict[str, Any]
+    path: str
+    value: float
+    std: float | None = None
+    flops: float | None = None
+    flops_cut: float | None = None
+    own: bool = False
+
+    @property
+    def variant(self) -> str:
+        """The method, with what the papers vary: a second encoder, the invariance loss.
+
+        These are Tables 5 and 6 of the unification paper. Another backbone than the papers'
+        ResNet-18 is named, so that no table of theirs takes it.
+        """
+        method, backbone = self.pretraining["method"], self.pretraining["backbone"]
+        gated = method.endswith(("_dual", "_gated"))
+        name = method
+        if gated and backbone == "resnet18_two_encoders":
+            name += "_two_encoders"
+        elif backbone not in (("resnet18_gated",) if gated else ("resnet18", "resnet18_plain")):
+            name += f" ({backbone})"
+        if (self.pretraining.get("method_kwargs") or {}).get("sim_loss_weight") == 0:
+            name += "_no_invariance"
+        return name
+
+    @property
+    def as_in_the_papers(self) -> bool:
+        """Whether it is a linear accuracy, or 1-NN as in the papers' Tables 4 to 6."""
+        wanted = {"k": 1, "distance": "euclidean", "normalise": False, "features": "backbone"}
+        return self.metric == "linear" or all(self.settings[k] == v for k, v in wanted.items())
+
+    @property
+    def images(self) -> str:
+        """Numbers of training and test images of the evaluation."""
+        counts = [self.data.get(f"{split}_images") for split in ("train", "val")]
+        return " / ".join("–" if count is None else f"{count:,}" for count in counts)
+
+    @property
+    def checkpoint(self) -> Path:
+        """The evaluated file, as far as it is known."""
+        named = self.pretraining.get("checkpoint")
+        return Path(named) if named else self.file.parent / "last.ckpt"
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A `metrics.json` that gave nothing, and why."""
+
+    file: Path
+    reason: str
+
+
+class _UnusableError(ValueError):
+    pass
+
+
+def read_records(folders: Sequence[Path]) -> tuple[list[Record], list[Skipped]]:
+    """All accuracies below some folders.
+
+    Args:
+        folders: searched recursively; one may lie in another.
+
+    Returns:
+        The records, in the order of their files' paths, and the files that were skipped. Files of
+        evaluations that give no accuracy ("policy", "umap", ...) are in neither.
+
+    Raises:
+        InputError: for something that is not a folder, or if there is no record at all.
+    """
+    for folder in folders:
+        if not folder.is_dir():
+            found = "a file" if folder.exists() else "absent"
+            raise InputError(f"RUN_DIR: {str(folder)!r} is {found}, accepted are folders of runs")
+    files = {
+        file.resolve(): file for folder in folders for file in sorted(folder.rglob("metrics.json"))
+    }
+    named = ", ".join(repr(str(folder)) for folder in folders)
+    if not files:
+        raise InputError(f"RUN_DIR: there is no metrics.json below {named}")
+    records: list[Record] = []
+    skipped: list[Skipped] = []
+    for file in sorted(files.values()):
+        try:
+            records += _read(file)
+        except _UnusableError as error:
+            skipped.append(Skipped(file, str(error)))
+    if not records:
+        why = f"; {str(skipped[0].file)!r}: {skipped[0].reason}" if skipped else ""
+        raise InputError(
+            f"RUN_DIR: found {len(files)} metrics.json below {named}, none with the accuracy of a "
+            f"pre-training or of an evaluation (linear, knn){why}"
+        )
+    return _without_copies(_without_superseded(records)), skipped
+
+
+def _read(file: Path) -> list[Record]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise _UnusableError(f"cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise _UnusableError(f"is not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise _UnusableError("holds no JSON object")
+    metric = content.get("evaluation")
+    if metric is not None and metric not in METRICS:
+        return []
+    if "pretraining" not in content:
+        raise _UnusableError("has no key `pretraining`, which says of which run it is")
+    own = metric is None
+    metric = metric or "knn"
+    rows = {path: content[path] for path in PATHS if path in content}
+    if not rows:
+        raise _UnusableError("holds no accuracy, neither `dense` nor `gated`")
+    pretraining = _pretraining(content)
+    data = _data(content)
+    settings = _settings(content, metric)
+    return [
+        Record(
+            file=file,
+            pretraining=pretraining,
+            metric=metric,
+            settings=settings | varied,
+            data=data,
+            path=path,
+            value=value,
+            std=_number(row, f"{metric}_top1_std", path, optional=True),
+            flops=_number(row, "flops", path, optional=True),
+            flops_cut=_number(row, "flops_cut", path, optional=True),
+            own=own,
+        )
+        for path, row in rows.items()
+        for varied, value in _accuracies(row, path, metric)
+    ]
+
+
+def _accuracies(row: Any, path: str, metric: str) -> list[tuple[dict[str, Any], float]]:
+    """A row's accuracies with the settings in which they differ."""
+    if not isinstance(row, dict):
+        raise _UnusableError(f"`{path}` is {row!r}, accepted is an object")
+    # main_knn lists every combination of its settings that it has tried.
+    listed = row.get("knn") if metric == "knn" else None
+    found = [
+        (
+            {k: v for k, v in one.items() if k in _DEFAULT_SETTINGS["knn"]},
+            _accuracy(one, "knn_top1", path),
+        )
+        for one in (listed if isinstance(listed, list) else [])
+        if isinstance(one, dict)
+    ]
+    return found or [({}, _accuracy(row, f"{metric}_top1", path))]
+
+
+def _pretraining(content: dict[str, Any]) -> dict[str, Any]:
+    where = "pretraining"
+    found = _object(content, where)
+    for key in ("method", "dataset", "backbone"):
+        _text(found, key, where)
+    for key in ("epochs", "width"):
+        _number(found, key, where)
+    for key in ("target_budget", "seed"):
+        _number(found, key, where, optional=True)
+    if not isinstance(found.get("method_kwargs") or {}, dict):
+        raise _UnusableError(f"`{where}.method_kwargs` is {found['method_kwargs']!r}")
+    if not isinstance(found.get("checkpoint") or "", str):
+        raise _UnusableError(f"`{where}.checkpoint` is {found['checkpoint']!r}, accepted is a path")
+    return found
+
+
+def _data(content: dict[str, Any]) -> dict[str, Any]:
+    found = _object(content, "data")
+    _text(found, "dataset", "data")
+    for key in ("train_images", "val_images"):
+        _number(found, key, "data", optional=True)
+    return found
+
+
+def _settings(content: dict[str, Any], metric: str) -> dict[str, Any]:
+    given = dict(_object(content, "settings")) if "settings" in content else {}
+    # The number of classifiers changes the deviation, not the accuracy.
+    given.pop("seeds", None)
+    if "max_epochs" in given:
+        given["epochs"] = given.pop("max_epochs")
+    settings = _DEFAULT_SETTINGS[metric] | given
+    if metric == "knn" and settings["distance"] == "euclidean":
+        settings.pop("temperature", None)  # which has no effect there
+    return settings
+
+
+def _object(content: dict[str, Any], key: str) -> dict[str, Any]:
+    if not isinstance(content.get(key), dict):
+        raise _UnusableError(f"`{key}` is {content.get(key, 'missing')!r}, accepted is an object")
+    return content[key]
+
+
+def _text(found: dict[str, Any], key: str, where: str) -> str:
+    if not isinstance(found.get(key), str):
+        raise _UnusableError(
+            f"`{where}.{key}` is {found.get(key, 'missing')!r}, accepted is a name"
+        )
+    return found[key]
+
+
+def _number(
+    found: dict[str, Any], key: str, where: str, optional: bool = False
+) -> float | int | None:
+    value = found.get(key)
+    if value is None and optional:
+        return None
+    # JSON as Python reads it may hold NaN and Infinity.
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise _UnusableError(
+            f"`{where}.{key}` is {found.get(key, 'missing')!r}, accepted is a number"
+        )
+    return value
+
+
+def _accuracy(row: dict[str, Any], key: str, path: str) -> float:
+    value = _number(row, key, path)
+    if value is None or not 0 <= value <= 100:
+        raise _UnusableError(f"`{path}.{key}` is {value!r}, accepted is 0 to 100")
+    return float(value)
+
+
+def _without_superseded(records: list[Record]) -> list[Record]:
+    """Leave out a pre-training's own 1-NN where an evaluation of the same checkpoint has it."""
+    evaluated = [r for r in records if r.metric == "knn" and r.as_in_the_papers and not r.own]
+    return [
+        record
+        for record in records
+        if not record.own
+        or not any(
+            other.path == record.path
+            and other.data["dataset"] == record.data["dataset"]
+            and other.settings["threshold"] == 0
+            and _same_checkpoint(other, record)
+            for other in evaluated
+        )
+    ]
+
+
+def _same_checkpoint(one: Record, other: Record) -> bool:
+    # Runs are copied between machines, and a path may be relative: a run's folder and file decide,
+    # together with what is known of the run. The backbone may have got solo-gating's name.
+    return one.checkpoint.parts[-2:] == other.checkpoint.parts[-2:] and all(
+        one.pretraining.get(key) == other.pretraining.get(key)
+        for key in {*one.pretraining, *other.pretraining} - {"checkpoint", "backbone"}
+    )
+
+
+def _without_copies(records: Iterable[Record]) -> list[Record]:
+    """Keep the first of several files that say the same of the same checkpoint."""
+    kept: dict[str, Record] = {}
+    for r in records:
+        same = [
+            r.pretraining,
+            str(r.checkpoint),
+            r.settings,
+            r.data,
+            r.path,
+            r.value,
+            r.std,
+            r.metric,
+        ]
+        kept.setdefault(json.dumps(same, sort_keys=True), r)
+    return list(kept.values())
