@@ -35,7 +35,7 @@ setup(
         ),
     ],
     package_dir={"solo_gating.configs": "configs"},
-    package_data={"": ["*.yaml"]},
+    package_data={"": ["*.yaml"], "solo_gating.report": ["published.json"]},
     python_requires=">=3.10,<3.14",
     install_requires=[
         "torch>=2.4",
@@ -58,13 +58,19 @@ setup(
         "umap": ["umap-learn"],
         "export": ["onnx", "onnxruntime"],
         "wandb": ["wandb"],
-        "dev": ["pytest", "ruff", "mypy", "build"],
+        "dev": ["pytest", "ruff", "mypy", "build", "umap-learn"],
     },
     entry_points={
         "console_scripts": [
             "solo-gating = solo_gating.__main__:main",
             "solo-gating-pretrain = solo_gating.main_pretrain:main",
             "solo-gating-flops = solo_gating.main_flops:main",
+            "solo-gating-linear = solo_gating.main_linear:main",
+            "solo-gating-knn = solo_gating.main_knn:main",
+            "solo-gating-policy = solo_gating.main_policy:main",
+            "solo-gating-umap = solo_gating.main_umap:main",
+            "solo-gating-report = solo_gating.main_report:main",
+            "solo-gating-export = solo_gating.main_export:main",
         ]
     },
     classifiers=[

@@ -1,29 +1,51 @@
 """Run a script of solo-learn's own with the plugin registered.
 
-    python -m solo_gating PATH/TO/main_pretrain.py --config-path ... --config-name ... [key=value]
+    python -m solo_gating [--path gated] [--threshold 0.4] PATH/TO/main_linear.py [its arguments]
 
-solo-learn's `main_pretrain.py`, `main_linear.py`, ... (modern line) then know the methods and
-backbones of solo-gating by name.
+solo-learn's `main_pretrain.py`, `main_linear.py`, `main_knn.py`, `main_umap.py`, ... (modern line)
+then know the methods and backbones of solo-gating by name. `--path gated` makes every backbone that
+they build take its gated path where nothing else is said (default: dense), `--threshold` sets the
+gates' threshold; a script may say so itself too, with backbone.kwargs.path, backbone.kwargs.threshold.
 """
 
+import argparse
 import runpy
 import sys
+from functools import partial
 from pathlib import Path
 
 import solo_gating
 
+from .backbones import GATED_BACKBONES, PATHS
+from .solo_learn import BaseMethod
+
 
 def main() -> None:
     """Entry point."""
-    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
-        print(__doc__)
-        print("methods:  ", ", ".join(sorted(solo_gating.GATED_METHODS)))
-        print("backbones:", ", ".join(sorted(solo_gating.BACKBONES)))
+    parser = argparse.ArgumentParser(
+        prog="python -m solo_gating",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=(
+            f"methods:   {', '.join(sorted(solo_gating.GATED_METHODS))}\n"
+            f"backbones: {', '.join(sorted(solo_gating.BACKBONES))}"
+        ),
+    )
+    parser.add_argument("--path", choices=PATHS, default=argparse.SUPPRESS)
+    parser.add_argument("--threshold", type=float, default=argparse.SUPPRESS)
+    parser.add_argument("script", nargs="?")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER)
+    options = vars(parser.parse_args())
+    name, arguments = options.pop("script"), options.pop("arguments")
+    if name is None:
+        parser.print_help()
         return
-    script = Path(sys.argv[1])
+    script = Path(name)
     if not script.is_file():
         sys.exit(f"error: {str(script)!r} is not a file, accepted is the path of a Python script")
-    sys.argv = sys.argv[1:]
+    for backbone in GATED_BACKBONES:
+        BaseMethod._BACKBONES[backbone] = partial(BaseMethod._BACKBONES[backbone], **options)
+    sys.argv = [name, *arguments]
     sys.path.insert(0, str(script.resolve().parent))
     runpy.run_path(str(script), run_name="__main__")
 

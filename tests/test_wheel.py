@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 import solo_gating
 from hydra import compose, initialize_config_dir
-from solo_gating.cli import config_names, configs_folder
+from solo_gating.cli import EVALUATIONS, config_names, configs_folder
 from solo_gating.config import prepare_config
 
 site = Path(sys.argv[1])
@@ -22,7 +22,8 @@ assert Path(solo_gating.__file__).is_relative_to(site), solo_gating.__file__
 assert configs_folder().is_relative_to(site), configs_folder()
 with initialize_config_dir(str(configs_folder()), version_base="1.2"):
     cfg = prepare_config(compose("vicreg_dual_cifar100"))
-print(cfg.gating.target_budget, *config_names())
+evaluations = [name for kind in EVALUATIONS for name in config_names(kind)]
+print(cfg.gating.target_budget, "run", *config_names(), *evaluations)
 """
 
 
@@ -45,6 +46,7 @@ def test_configs_are_found_in_an_installed_wheel(tmp_path):
     configs = {str(file.relative_to(ROOT)) for file in (ROOT / "configs").rglob("*.yaml")}
     assert modules <= names
     assert {f"solo_gating/{file}" for file in configs} <= names
+    assert "solo_gating/report/published.json" in names
     tops = {name.split("/")[0] for name in names}
     assert tops == {"solo_gating", wheel.name.removesuffix("-py3-none-any.whl") + ".dist-info"}
 
@@ -61,4 +63,4 @@ def test_configs_are_found_in_an_installed_wheel(tmp_path):
     assert result.returncode == 0, result.stderr
     budget, *found = result.stdout.split()
     assert budget == "0.5"
-    assert found == sorted(file.stem for file in (ROOT / "configs").glob("*.yaml"))
+    assert sorted(found) == sorted(file.stem for file in (ROOT / "configs").glob("*.yaml"))

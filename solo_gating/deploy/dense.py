@@ -1,0 +1,83 @@
+"""The dense encoder of a checkpoint on its own, for readers that do not know this package."""
+
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from ..errors import InputError
+from ..evaluate.encoder import Encoder
+from ..methods import GATED_METHODS
+from ..solo_learn import METHODS
+
+_OURS = ("gated", "two_encoders", "plain")
+
+
+def dense_state_dict(encoder: Encoder) -> dict[str, Tensor]:
+    """The dense path's weights under torchvision's names, without `fc`.
+
+    Args:
+        encoder: its width and stem are what they are; at width 64 with the ImageNet stem the
+            weights fit `torchvision.models.resnet18` strictly, apart from its `fc`.
+    """
+    # The gated path's own weights all have "gate" in their names: gate, gated_bn1, gated_net.
+    return {
+        name: value
+        for name, value in encoder.backbone.state_dict().items()
+        if not any(part.startswith("gate") for part in name.split("."))
+    }
+
+
+def solo_learn_args(encoder: Encoder) -> dict[str, Any]:
+    """The pre-training's `args.json` for the method without gates and torchvision's backbone.
+
+    Args:
+        encoder: of a run with a ResNet of width 64, the only one that solo-learn has.
+
+    Raises:
+        InputError: for another width, or a stem that solo-learn would not build.
+    """
+    args: Any = OmegaConf.to_container(encoder.args, resolve=True)
+    kwargs = args["backbone"].get("kwargs") or {}
+    width, stem = kwargs.get("width", 64), kwargs.get("stem", "imagenet")
+    if width != 64:
+        raise InputError(
+            f"format: found solo-learn with an encoder of width {width}; solo-learn has 64 only"
+        )
+    small = args["data"]["dataset"] in ("cifar10", "cifar100")
+    if small != (stem == "cifar"):
+        raise InputError(
+            f"format: found solo-learn with the {stem} stem on {args['data']['dataset']}; solo-learn "
+            "has the cifar stem on cifar10 and cifar100 only"
+        )
+    method = args["method"]
+    if method in GATED_METHODS:
+        plain = GATED_METHODS[method].__bases__[0]
+        method = next(name for name, cls in METHODS.items() if cls is plain)
+    depth, _, kind = args["backbone"]["name"].partition("_")
+    own = ("width", "stem", "path", "threshold", "reduction", "temperature", "separate_bn")
+    args["method"] = method
+    args["backbone"] = {
+        "name": depth if kind in _OURS else args["backbone"]["name"],
+        "kwargs": {key: value for key, value in kwargs.items() if key not in own},
+    }
+    args.pop("gating", None)
+    return args
+
+
+def solo_learn_checkpoint(encoder: Encoder) -> dict[str, Any]:
+    """The checkpoint's content for `solo_learn_args`: dense weights, and the rest of the method's.
+
+    Args:
+        encoder: whose checkpoint is read again.
+    """
+    content = torch.load(encoder.checkpoint, map_location="cpu", weights_only=True)
+    state = {
+        name: value
+        for name, value in content["state_dict"].items()
+        if not name.startswith(("backbone.", "path_knn."))
+    }
+    state |= {f"backbone.{name}": value for name, value in dense_state_dict(encoder).items()}
+    kept = ("epoch", "global_step", "pytorch-lightning_version")
+    return {key: content[key] for key in kept if key in content} | {"state_dict": state}
