@@ -20,11 +20,12 @@ source bash_scripts/environment.sh
 pretrain() { # name, config, overrides
     local name=$1 config=$2; shift 2
     if compgen -G "$out/$name/*/*/metrics.json" >/dev/null; then echo "$name: done before"; return; fi
-    # A short run wants AdamW instead of LARS; see also the gates below.
+    # A short run wants AdamW instead of LARS and many small steps; see also the gates below.
     "$python" -m solo_gating.main_pretrain --config-name "${config}_$dataset" \
         optimization=adamw name="$name" checkpoint.dir="$out/$name" auto_resume.enabled=true \
         data.format=npz "data.train_path='$data/train*.npz'" "data.val_path='$data/test.npz'" \
         data.num_workers=1 max_epochs=30 precision=32-true log_every_n_steps=10 \
+        optimizer.batch_size=64 optimizer.lr=6e-3 scheduler.warmup_epochs=3 \
         check_val_every_n_epoch=5 method_kwargs.proj_hidden_dim=512 \
         method_kwargs.proj_output_dim=512 backbone.kwargs.width=16 \
         final_knn.enabled=true "$@"
@@ -34,7 +35,7 @@ runs=("vicreg vicreg")
 for budget in 0.1 0.3 0.5; do
     # ... a heavier budget loss than the papers' 5, and an encoder that has begun to learn before
     # its gates do.
-    runs+=("vicreg_dual_$budget vicreg_dual gating.target_budget=$budget gating.sparsity_weight=100 gating.warmup_epochs=3")
+    runs+=("vicreg_dual_$budget vicreg_dual gating.target_budget=$budget gating.sparsity_weight=100 gating.warmup_epochs=6")
 done
 for run in "${runs[@]}"; do
     read -r -a words <<<"$run"

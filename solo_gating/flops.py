@@ -130,7 +130,9 @@ def count_flops(backbone: ResNet, resolution: tuple[int, int]) -> BackboneFlops:
             conv1=macs(block.conv1),
             conv2=macs(block.conv2),
             shortcut=0 if block.downsample is None else macs(block.downsample[0]),
-            gate=macs(block.gate.reduce) + macs(block.gate.expand) if gated else 0,
+            gate=sum(macs(conv) for conv in (block.gate.reduce, block.gate.expand))
+            if getattr(block, "gate", None)
+            else 0,
         )
         for layer in (encoder.layer1, encoder.layer2, encoder.layer3, encoder.layer4)
         for block in layer

@@ -1,10 +1,32 @@
-"""Turn a checkpoint into files that others can read.
+"""Turn a checkpoint into a network that others can run.
 
-python -m solo_gating.main_export --checkpoint PATH/last.ckpt --path dense --output DIR
+    python -m solo_gating.main_export --checkpoint PATH/last.ckpt --path dense --output DIR
+    python -m solo_gating.main_export --checkpoint PATH/last.ckpt --policy PATH/policy.json \\
+        --keep dynamic --gates keep --format onnx --output DIR [key=value ...]
 
---format torch        model.pt: a state dict for torchvision.models.resnet18 (without `fc`)
---format solo-learn   args.json and last.ckpt of the method without gates (vicreg for
-                      vicreg_dual), which solo-learn's scripts read without this plugin
+The gated path becomes a physically smaller network, from a policy of main_policy:
+
+    --keep dynamic      the channels that at least one of the policy's images selected (default)
+    --keep always_on    those that all images selected
+    --keep top:0.3      the most often selected ones, with which the network has 0.3 of the FLOPs
+    --gates keep        gates choose among them: exactly the gated path on the policy's images, and on
+                        every image that needs no removed channel
+    --gates drop        all of them are computed for every image: an approximation
+    --multiple 8        numbers of channels are rounded up to a multiple
+
+Formats:
+
+    torch               dense: model.pt, a state dict for torchvision.models.resnet18 (without `fc`);
+                        gated: model.pt2, which torch.export.load reads without this package, and
+                        model.pt with `architecture` and `state_dict` of backbones.SlicedResNet
+    onnx                model.onnx, any batch size; compared with PyTorch under ONNX Runtime, on
+                        images where there are some
+    openvino-via-onnx   model.xml and model.bin
+    solo-learn          dense: args.json and last.ckpt of the method without gates (vicreg for
+                        vicreg_dual), which solo-learn's scripts read without this plugin
+
+With --evaluate, or with key=value (data.train_path=..., data.val_path=..., dataset=cifar10), 1-NN
+accuracy before and after is measured on the validation images. export.json says what was made.
 """
 
 import argparse
@@ -13,58 +35,205 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+from torch import Tensor, nn
 
-from .cli import one_sentence_errors
-from .deploy.dense import dense_state_dict, solo_learn_args, solo_learn_checkpoint
-from .evaluate.encoder import load_encoder
+from .backbones import TwoPathResNet
+from .cli import configs_folder, one_sentence_errors
+from .deploy.dense import dense_network, dense_state_dict, solo_learn_args, solo_learn_checkpoint
+from .deploy.onnx import run_onnx, to_onnx, to_openvino
+from .deploy.static import kept_channels, slice_encoder, static_flops
+from .errors import InputError
+from .evaluate.encoder import Encoder, load_encoder
+from .evaluate.evaluation import Evaluation, prepare_evaluation
+from .evaluate.features import extract
+from .evaluate.knn import knn_top1
+from .evaluate.policy import read_policy
 from .files import write_bytes, write_json
+from .flops import count_flops
+
+FORMATS = ("torch", "onnx", "openvino-via-onnx", "solo-learn")
 
 
-def export(checkpoint: Path, form: str, output: Path) -> list[Path]:
-    """Write the dense encoder of a checkpoint.
+def export(options: argparse.Namespace) -> dict[str, Any]:
+    """Write the files and measure what was asked for.
 
     Args:
-        checkpoint: with `args.json` beside it.
-        form: "torch" or "solo-learn".
-        output: folder for the files.
+        options: as parsed by `main`.
 
     Returns:
-        The files.
+        What `export.json` holds.
 
     Raises:
-        InputError: for a checkpoint that cannot be used, or does not fit the format.
+        InputError: before anything is written, for what cannot be used or does not fit.
     """
-    encoder = load_encoder(checkpoint)
-    if form == "torch":
-        file = output / "model.pt"
-        _save(file, dense_state_dict(encoder))
-        return [file]
-    args, content = solo_learn_args(encoder), solo_learn_checkpoint(encoder)
-    files = [output / "args.json", output / "last.ckpt"]
-    write_json(files[0], args)
-    _save(files[1], content)
-    return files
+    encoder = load_encoder(options.checkpoint)
+    _check(options, encoder)
+    size = options.resolution or encoder.args.augmentations[0].crop_size
+    evaluation = _evaluation(options) if options.evaluate or options.overrides else None
+    if options.path == "dense":
+        dense = dense_network(encoder)
+        net: nn.Module = dense
+        report: dict[str, Any] = {"path": "dense", "flops": count_flops(dense, (size, size)).dense}
+    else:
+        net, report = _static(options, encoder, size)
+    report |= {"checkpoint": str(options.checkpoint), "resolution": [size, size]}
+    if evaluation is not None:
+        if options.path == "gated":
+            evaluation.encoder.backbone.threshold = report["threshold"]
+        report |= _accuracies(evaluation, options.path, net)
+    images, real = _examples(evaluation, size)
+    files = _contents(options, encoder, net, images, real, report)
+    for name, content in files.items():
+        write_bytes(options.output / name, content)
+    write_json(options.output / "export.json", report)
+    return report | {"files": [str(options.output / name) for name in (*files, "export.json")]}
 
 
-def _save(file: Path, content: Any) -> None:
+def _check(options: argparse.Namespace, encoder: Encoder) -> None:
+    if options.path is None:
+        options.path = "dense" if options.policy is None else "gated"
+    encoder.paths(options.path)
+    if options.path == "dense" and options.policy is not None:
+        raise InputError("policy: found one for the dense path, accepted is --path gated")
+    if options.path == "gated" and options.policy is None:
+        raise InputError("policy: missing, the gated path needs main_policy's policy.json")
+    if options.path == "gated" and options.format == "solo-learn":
+        raise InputError(
+            "format: found solo-learn, which has no gated path; accepted is --path dense"
+        )
+
+
+def _evaluation(options: argparse.Namespace) -> Evaluation:
+    overrides = [f"pretrained_feature_extractor='{options.checkpoint}'", *options.overrides]
+    with initialize_config_dir(str(configs_folder()), version_base="1.2"):
+        cfg: DictConfig = compose("knn", overrides=[*overrides, "hydra.run.dir=."])
+    return prepare_evaluation(cfg, "knn", (), ("train", "val"))
+
+
+def _static(
+    options: argparse.Namespace, encoder: Encoder, size: int
+) -> tuple[nn.Module, dict[str, Any]]:
+    backbone: Any = encoder.backbone
+    policy = read_policy(options.policy, "policy")
+    backbone.threshold = policy.threshold
+    flops = count_flops(backbone, (size, size))
+    kept = kept_channels(policy, flops, options.keep, options.multiple)
+    net = slice_encoder(backbone, kept, options.gates == "keep")
+    cost = static_flops(net, (size, size))
+    return net, {
+        "path": "gated",
+        "policy": str(options.policy),
+        "keep": options.keep,
+        "gates": options.gates,
+        "threshold": policy.threshold,
+        "hidden": [len(indices) for indices in kept.channels],
+        "flops": cost,  # all kept channels computed
+        "flops_cut": 1 - cost / flops.dense,
+    }
+
+
+def _accuracies(evaluation: Evaluation, path: str, net: nn.Module) -> dict[str, Any]:
+    def accuracy(backbone: nn.Module) -> float:
+        ours = path if isinstance(backbone, TwoPathResNet) else None
+        train, val = (extract(backbone, evaluation.loaders[s], ours) for s in ("train", "val"))
+        return knn_top1((train.features, train.targets), (val.features, val.targets))
+
+    device = evaluation.fabric.device
+    before, after = accuracy(evaluation.encoder.backbone), accuracy(net.to(device))
+    net.to("cpu")
+    return {"knn_top1_before": before, "knn_top1_after": after}
+
+
+def _examples(evaluation: Evaluation | None, size: int) -> tuple[Tensor, bool]:
+    """Some images to trace and to compare on, and whether they are real ones."""
+    if evaluation is None:
+        return torch.randn(8, 3, size, size, generator=torch.Generator().manual_seed(0)), False
+    images, _ = next(iter(evaluation.loaders["val"]))
+    return images[:64], True
+
+
+def _contents(
+    options: argparse.Namespace,
+    encoder: Encoder,
+    net: nn.Module,
+    images: Tensor,
+    real: bool,
+    report: dict[str, Any],
+) -> dict[str, bytes]:
+    """The files' names and contents; figures of their check go into the report."""
+    if options.format == "solo-learn":
+        args = solo_learn_args(encoder)
+        write_json(options.output / "args.json", args)
+        return {"last.ckpt": _saved(solo_learn_checkpoint(encoder))}
+    if options.format == "torch":
+        if options.path == "dense":
+            return {"model.pt": _saved(dense_state_dict(encoder))}
+        batch = torch.export.Dim("batch")
+        program = torch.export.export(net, (images,), dynamic_shapes=({0: batch},))
+        buffer = io.BytesIO()
+        torch.export.save(program, buffer)
+        weights = {"architecture": net.architecture, "state_dict": net.state_dict()}
+        return {"model.pt2": buffer.getvalue(), "model.pt": _saved(weights)}
+    model = to_onnx(net, images)
+    with torch.no_grad():
+        expected = net(images)
+    found = run_onnx(model, images)
+    if found is not None:
+        difference = (found - expected).abs().max() / expected.abs().max().clamp_min(1e-12)
+        report["onnx_relative_difference"] = float(difference)
+        report["onnx_checked_on"] = f"{len(images)} {'images' if real else 'random images'}"
+    if options.format == "openvino-via-onnx":
+        return to_openvino(model)
+    return {"model.onnx": model}
+
+
+def _saved(content: Any) -> bytes:
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    write_bytes(file, buffer.getvalue())
+    return buffer.getvalue()
+
+
+def format_export(report: dict[str, Any]) -> str:
+    """What was made, as text."""
+    lines = [f"{report['path']} path: {report['flops']:,} FLOPs per image"]
+    if "hidden" in report:
+        lines[0] += f", {report['flops_cut']:.1%} fewer than the dense encoder"
+        lines.append(f"channels inside the blocks: {', '.join(map(str, report['hidden']))}")
+    if "knn_top1_before" in report:
+        lines.append(
+            f"1-NN accuracy: {report['knn_top1_before']:.2f} % before, "
+            f"{report['knn_top1_after']:.2f} % after"
+        )
+    if "onnx_relative_difference" in report:
+        lines.append(
+            f"ONNX Runtime and PyTorch differ by {report['onnx_relative_difference']:.1e} of the "
+            f"largest feature, on {report['onnx_checked_on']}"
+        )
+    return "\n".join([*lines, *report["files"]])
 
 
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m solo_gating.main_export",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("--path", choices=("dense",), default="dense")
-    parser.add_argument("--format", choices=("torch", "solo-learn"), default="torch")
+    parser.add_argument("--path", choices=("dense", "gated"))
+    parser.add_argument("--policy", type=Path)
+    parser.add_argument("--keep", default="dynamic")
+    parser.add_argument("--gates", choices=("keep", "drop"), default="keep")
+    parser.add_argument("--multiple", type=int, default=8)
+    parser.add_argument("--format", choices=FORMATS, default="torch")
+    parser.add_argument("--resolution", type=int, help="default: pre-training's crop size")
     parser.add_argument("--output", type=Path, required=True)
-    options = parser.parse_args()
+    parser.add_argument("--evaluate", action="store_true")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
     with one_sentence_errors():
-        for file in export(options.checkpoint, options.format, options.output):
-            print(file)
+        print(format_export(export(parser.parse_args())))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from .gated_resnet import (
     checked_path,
 )
 from .resnet import ResNet
+from .sliced_resnet import SlicedResNet
 
 _DEPTHS = {"resnet18": [2, 2, 2, 2], "resnet34": [3, 4, 6, 3]}
 _KINDS: dict[str, type[ResNet]] = {
@@ -55,6 +56,7 @@ __all__ = [
     "GatedBasicBlock",
     "GatedResNet",
     "ResNet",
+    "SlicedResNet",
     "TwoEncoderResNet",
     "TwoPathResNet",
     "checked_path",

@@ -4,8 +4,9 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..backbones import ResNet
 from ..errors import InputError
 from ..evaluate.encoder import Encoder
 from ..methods import GATED_METHODS
@@ -27,6 +28,28 @@ def dense_state_dict(encoder: Encoder) -> dict[str, Tensor]:
         for name, value in encoder.backbone.state_dict().items()
         if not any(part.startswith("gate") for part in name.split("."))
     }
+
+
+def dense_network(encoder: Encoder) -> ResNet:
+    """The dense path as torchvision's ResNet, without `fc`, in evaluation mode.
+
+    Args:
+        encoder: of one of this package's backbones.
+
+    Raises:
+        InputError: for another backbone.
+    """
+    source = encoder.backbone
+    if not isinstance(source, ResNet):
+        raise InputError(f"checkpoint: the backbone {encoder.args.backbone.name!r} is no ResNet")
+    net = ResNet(
+        [len(getattr(source, f"layer{stage}")) for stage in (1, 2, 3, 4)],
+        width=source.bn1.num_features,
+        stem="cifar" if isinstance(source.maxpool, nn.Identity) else "imagenet",
+    )
+    net.fc = nn.Identity()
+    net.load_state_dict(dense_state_dict(encoder))
+    return net.eval().requires_grad_(False)
 
 
 def solo_learn_args(encoder: Encoder) -> dict[str, Any]:

@@ -110,7 +110,7 @@ def _share_of_process(loader: Any) -> Iterable:
     if world == 1:
         return loader
     images = range(rank, len(loader.dataset), world)
-    if not images:
+    if len(loader.dataset) < world:  # on every process, or the others would wait
         raise InputError(
             f"devices: found {world} processes for {len(loader.dataset)} images, accepted is at "
             "most one for each image"
@@ -123,23 +123,24 @@ def _share_of_process(loader: Any) -> Iterable:
     )
 
 
-def _of_all_processes(rows: Tensor) -> Tensor:
-    """Every process's rows, put back into the images' order."""
+def _gather(mine: Tensor) -> list[Tensor]:
+    """Every process's tensor, in the order of the processes."""
     _, world = _processes()
     if world == 1:
-        return rows
-    parts: list[Tensor | None] = [None] * world
-    dist.all_gather_object(parts, rows)
-    whole = torch.empty_like(torch.cat(parts))  # type: ignore[arg-type]
+        return [mine]
+    parts: list[Any] = [None] * world
+    dist.all_gather_object(parts, mine)
+    return parts
+
+
+def _of_all_processes(rows: Tensor) -> Tensor:
+    """Every process's rows, put back into the images' order."""
+    parts = _gather(rows)
+    whole = torch.empty_like(torch.cat(parts))
     for index, part in enumerate(parts):
-        whole[index::world] = part  # type: ignore[assignment]
+        whole[index :: len(parts)] = part
     return whole
 
 
 def _sum_over_processes(counts: Tensor) -> Tensor:
-    _, world = _processes()
-    if world == 1:
-        return counts
-    parts: list[Tensor | None] = [None] * world
-    dist.all_gather_object(parts, counts)
-    return torch.stack(parts).sum(dim=0)  # type: ignore[arg-type]
+    return torch.stack(_gather(counts)).sum(dim=0)

@@ -155,6 +155,7 @@ def train_on_images(
         logger=CSVLogger(evaluation.folder, name=f"logs-{path}", version=f"seed{seed}"),
         enable_checkpointing=False,
         enable_model_summary=False,
+        enable_progress_bar=cfg.enable_progress_bar,
     )
     with _on_path(backbone, path), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*validation_step.*")  # see ValidationAccuracy

@@ -13,8 +13,9 @@ from .line import installed_line
 LINE = installed_line()
 
 with warnings.catch_warnings():
-    # solo-learn decorates with torch.cuda.amp, which PyTorch has renamed.
-    warnings.filterwarnings("ignore", message=".*torch.cuda.amp.*", category=FutureWarning)
+    # solo-learn imports what PyTorch and timm have renamed since, and replaces models of timm's.
+    warnings.simplefilter("ignore", FutureWarning)
+    warnings.filterwarnings("ignore", message="Overwriting .* in registry")
     if LINE == "modern":
         from .modern import (
             LARS,

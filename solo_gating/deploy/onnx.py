@@ -1,0 +1,88 @@
+"""ONNX files of encoders, checked against PyTorch."""
+
+import io
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError
+
+
+def to_onnx(net: nn.Module, images: Tensor) -> bytes:
+    """An ONNX model with the input `images`, B × 3 × H × W, and the output `features`, B × C.
+
+    The batch is free, height and width are those of the example; the opset is the current one of
+    PyTorch's exporter.
+
+    Args:
+        net: in evaluation mode, on the CPU.
+        images: an example, at least 2 images.
+
+    Raises:
+        InputError: if the packages of the extra `export` are missing.
+    """
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise InputError(
+            "format: onnx needs onnx and onnxscript: pip install 'solo-gating[export]', or pip "
+            f"install onnx onnxscript onnxruntime ({error})"
+        ) from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's own deprecations
+        program = torch.onnx.export(
+            net,
+            (images,),
+            input_names=["images"],
+            output_names=["features"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            dynamo=True,
+            verbose=False,
+        )
+    content = io.BytesIO()
+    program.save(content)  # type: ignore[union-attr,arg-type]
+    return content.getvalue()
+
+
+def run_onnx(model: bytes, images: Tensor) -> Tensor | None:
+    """Features of an ONNX model under ONNX Runtime, B × C; None if that is not installed.
+
+    Args:
+        model: from `to_onnx`.
+        images: B × 3 × H × W.
+    """
+    try:
+        import onnxruntime
+    except ImportError:
+        return None
+    session: Any = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    (features,) = session.run(None, {"images": np.ascontiguousarray(images.numpy())})
+    return torch.from_numpy(features)
+
+
+def to_openvino(model: bytes) -> dict[str, bytes]:
+    """OpenVINO's `model.xml` and `model.bin` of an ONNX model.
+
+    Args:
+        model: from `to_onnx`.
+
+    Raises:
+        InputError: if openvino is missing.
+    """
+    try:
+        import openvino
+    except ImportError as error:
+        raise InputError(
+            f"format: openvino-via-onnx needs openvino: pip install openvino ({error})"
+        ) from error
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder) / "model.onnx", Path(folder) / "model.xml"
+        source.write_bytes(model)
+        openvino.save_model(openvino.convert_model(source), target, compress_to_fp16=False)
+        return {file.name: file.read_bytes() for file in (target, target.with_suffix(".bin"))}
