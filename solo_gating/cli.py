@@ -97,8 +97,9 @@ def _flags_to_overrides(arguments: list[str], flags: Mapping[str, str | None]) -
         if not argument.startswith("--") or name not in flags:
             overrides.append(argument)
             continue
-        value = value or flags[name] or next(rest, "")
-        if not value:
+        if "=" not in argument:
+            value = flags[name] or next(rest, "")
+        if not value or value.startswith("--"):
             _fail(f"--{name}: needs a value")
         overrides.append(f"{name}={value}")
     return overrides

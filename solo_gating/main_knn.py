@@ -72,6 +72,8 @@ def evaluate_knn(cfg: DictConfig) -> dict[str, Any]:
 def _combinations(cfg: DictConfig) -> list[dict[str, Any]]:
     """Every combination of settings, checked; the temperature only where it has an effect."""
     values = {key: _listed(cfg[key]) for key in ("k", "distance", "temperature")}
+    for key, listed in values.items():
+        require(key, listed, len, "a value, or a list of at least one")
     for k in values["k"]:
         require("k", k, lambda v: is_int(v, 1), "an integer ≥ 1, or a list of them")
     for distance in values["distance"]:

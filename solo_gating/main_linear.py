@@ -20,7 +20,7 @@ import time
 from typing import Any
 
 import numpy as np
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from .checks import at_least, true_or_false
 from .cli import run
@@ -46,6 +46,7 @@ def evaluate_linear(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         InputError: before training, for a config, checkpoint or data that cannot be used.
     """
+    OmegaConf.set_struct(cfg, False)  # for the optimiser's defaults
     at_least("seeds", cfg.seeds, 1)
     at_least("max_epochs", cfg.max_epochs, 1)
     true_or_false("augment", cfg.augment)
@@ -65,29 +66,34 @@ def evaluate_linear(cfg: DictConfig) -> dict[str, Any]:
 
 def _train_missing(
     evaluation: Evaluation, path: str, augmented: Any, val: Extraction
-) -> list[dict[str, float]]:
+) -> list[dict[str, Any]]:
     """Each seed's result: from its file, or from a training whose result then gets one."""
-    cfg, results = evaluation.cfg, []
-    train = None
+    cfg, train = evaluation.cfg, None
+    results: list[dict[str, Any]] = []
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
         file = evaluation.folder / f"{path}-seed{seed}.json"
-        if not file.is_file():
+        result = read_json(file) if file.is_file() else {}
+        if result.get("settings") != evaluation.identity:
             start = time.perf_counter()
             if augmented is not None:
-                result = train_on_images(evaluation, path, augmented, val, seed)
+                accuracies = train_on_images(evaluation, path, augmented, val, seed)
             else:
                 train = train or evaluation.extract_labelled("train", path)
-                result = train_on_features(cfg, train, val, seed, evaluation.fabric.device)
-            result["seconds"] = time.perf_counter() - start
+                accuracies = train_on_features(cfg, train, val, seed, evaluation.fabric.device)
+            result = {
+                **accuracies,
+                "seconds": time.perf_counter() - start,
+                "settings": evaluation.identity,
+            }
             if evaluation.fabric.is_global_zero:
                 write_json(file, result)
             evaluation.say(f"{path}, seed {seed}: top-1 {result['top1']:.2f} %")
             evaluation.fabric.barrier()
-        results.append(read_json(file))
+        results.append(result)
     return results
 
 
-def summarise(results: list[dict[str, float]]) -> dict[str, Any]:
+def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:
     """A row of `metrics.json`: mean and standard deviation over seeds, as in the papers' tables.
 
     The deviation is that of a sample (n − 1); absent for a single seed.

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..errors import InputError
 from .augmentations import (
@@ -70,12 +70,21 @@ def classification_loader(cfg: DictConfig) -> DataLoader:
     """Shuffled batches `[images, targets]`, cropped and flipped, to train a classifier on.
 
     Args:
-        cfg: a complete config.
+        cfg: a complete config. Images without a label are left out.
 
     Raises:
-        InputError: for data that cannot be used.
+        InputError: for data that cannot be used, or if no image has a label.
     """
     dataset = _images(cfg, "train", classification_transform(cfg.data.dataset, cfg.augmentations))
+    targets = getattr(dataset, "targets", None)
+    if targets is not None and min(targets) < 0:
+        labelled = [index for index, target in enumerate(targets) if target >= 0]
+        if not labelled:
+            raise InputError(
+                "data.train_path: no image has a label, accepted for a classifier are labelled "
+                "images (data.no_labels=false)"
+            )
+        dataset = Subset(dataset, labelled)
     return _loader(dataset, cfg, cfg.optimizer.batch_size, shuffle=True)
 
 

@@ -1,6 +1,5 @@
 """Encoders from checkpoints, ready to be evaluated."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from torch import nn
 
 from ..backbones import PATHS, TwoPathResNet
 from ..errors import InputError
+from ..files import read_json
 from ..solo_learn import METHODS, BaseMethod
 from ..training.checkpoints import check_architecture, read_checkpoint
 
@@ -140,12 +140,9 @@ def _read_args(checkpoint: Path) -> DictConfig:
             f"{KEY}: there is no args.json beside {str(checkpoint)!r}; solo-learn writes it there, "
             "and it says which network this is"
         )
-    try:
-        args = OmegaConf.create(json.loads(file.read_text()))
-    except (ValueError, OSError) as error:
-        raise InputError(f"{KEY}: cannot read {str(file)!r} ({error})") from error
+    args = OmegaConf.create(read_json(file, KEY))
     for key in ("method", "backbone.name", "data.dataset", "data.num_classes"):
-        if not isinstance(args, DictConfig) or OmegaConf.select(args, key) is None:
+        if OmegaConf.select(args, key) is None:
             raise InputError(
                 f"{KEY}: {str(file)!r} lacks {key}, accepted is solo-learn's args.json"
             )
@@ -158,7 +155,15 @@ def _build(cls: Any, args: DictConfig, path: Path) -> Any:
             f"{KEY}: the backbone {args.backbone.name!r} of {str(path)!r} is not known, accepted "
             f"are {', '.join(sorted(BaseMethod._BACKBONES))}"
         )
-    return cls(args.copy())
+    try:
+        return cls(args.copy())
+    except InputError:
+        raise
+    except Exception as error:  # whatever a foreign file makes solo-learn and torchvision say
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"{KEY}: the args.json beside {str(path)!r} describes no network ({reason})"
+        ) from error
 
 
 def _below(name: str, state: dict[str, Any]) -> dict[str, Any]:

@@ -38,7 +38,8 @@ class Evaluation:
         paths: those to evaluate.
         loaders: images without augmentation, of each split that was asked for.
         settings: all that decides the result, but for path and seeds.
-        folder: for the results; the same for the same settings.
+        identity: of settings, data and checkpoint: equal for equal results.
+        folder: for the results; by default one for each identity.
     """
 
     kind: str
@@ -48,6 +49,7 @@ class Evaluation:
     paths: tuple[str, ...]
     loaders: dict[str, DataLoader]
     settings: dict[str, Any]
+    identity: str
     folder: Path
 
     def extract(self, split: str, path: str) -> Extraction:
@@ -74,7 +76,7 @@ class Evaluation:
         self.fabric.print(line, flush=True)
 
     def write(self, rows: dict[str, dict[str, Any]], train_images: int) -> dict[str, Any]:
-        """Write `metrics.json`, keeping what it holds of other paths.
+        """Write `metrics.json`, keeping what it holds of other paths in the same settings.
 
         Args:
             rows: the figures of each path.
@@ -84,8 +86,10 @@ class Evaluation:
             What the file then holds.
         """
         file = self.folder / "metrics.json"
-        metrics: dict[str, Any] = read_json(file) if file.is_file() else {}
+        before = read_json(file) if file.is_file() else {}
+        metrics = before if before.get("identity") == self.identity else {}
         metrics |= {
+            "identity": self.identity,
             "evaluation": self.kind,
             "pretraining": self.encoder.description(),
             "data": {
@@ -147,12 +151,11 @@ def prepare_evaluation(
     }
     free = ("num_workers", "num_large_crops", "num_small_crops")
     data = {key: value for key, value in config["data"].items() if key not in free}
-    identity = json.dumps(
-        [decisive, data, cfg.augmentations[0].crop_size, encoder.epochs], sort_keys=True
-    )
-    name = f"{kind}-{cfg.data.dataset}-{hashlib.sha1(identity.encode()).hexdigest()[:6]}"
+    decides = [decisive, data, cfg.augmentations[0].crop_size, encoder.epochs]
+    identity = hashlib.sha1(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:6]
+    name = f"{kind}-{cfg.data.dataset}-{identity}"
     folder = Path(cfg.output) if cfg.output else encoder.checkpoint.parent / "evaluation" / name
-    return Evaluation(kind, cfg, fabric, encoder, paths, loaders, decisive, folder)
+    return Evaluation(kind, cfg, fabric, encoder, paths, loaders, decisive, identity, folder)
 
 
 def flops_row(found: Extraction, encoder: Encoder) -> dict[str, float]:
@@ -168,7 +171,9 @@ def flops_row(found: Extraction, encoder: Encoder) -> dict[str, float]:
 
 def _complete_data(cfg: DictConfig, args: DictConfig) -> None:
     """The evaluation's `data` and `augmentations`, from the config and the pre-training's."""
-    given = cfg.get("data") or OmegaConf.create()
+    given = OmegaConf.create(
+        {key: value for key, value in (cfg.get("data") or {}).items() if value is not None}
+    )
     base = OmegaConf.create({} if given.get("dataset") else args.data)
     cfg.data = OmegaConf.merge(DEFAULTS["data"], base, given)
     if cfg.data.dataset != args.data.dataset and not given.get("train_path"):

@@ -24,21 +24,25 @@ def knn_top1(
 
     Args:
         train: features N × C and targets N; unlabelled images (-1) are left out.
-        test: features M × C and targets M.
+        test: features M × C and targets M; likewise.
         k: number of neighbours.
         distance: "euclidean" or "cosine".
         temperature: of the cosine's weights; no effect on euclidean ones.
         normalise: scale every feature vector to length 1 (the cosine always does).
     """
     knn = WeightedKNNClassifier(k=k, T=temperature, distance_fx=distance)
-    labelled = train[1] >= 0
-    bank, queries = train[0][labelled], test[0]
+    (bank, labels), (queries, truth) = map(_labelled, (train, test))
     if normalise:
         bank, queries = F.normalize(bank), F.normalize(queries)
-    knn.update(train_features=bank, train_targets=train[1][labelled])
-    knn.update(test_features=queries, test_targets=test[1])
+    knn.update(train_features=bank, train_targets=labels)
+    knn.update(test_features=queries, test_targets=truth)
     top1, _ = knn.compute()
     return float(top1)
+
+
+def _labelled(images: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    features, targets = images
+    return features[targets >= 0], targets[targets >= 0]
 
 
 def knn_top1_few_labels(

@@ -72,7 +72,8 @@ def current_knn(base: type[Metric]) -> type[Metric]:
             for queries, truth in zip(test.split(rows), targets.split(rows), strict=True):
                 nearness, neighbours = self._nearest(queries, train, labels, columns)
                 if self.distance_fx == "cosine":
-                    weights = torch.exp(nearness / self.T)
+                    # Relative to the nearest: the same vote, finite at any temperature.
+                    weights = torch.exp((nearness - nearness[:, :1]) / self.T)
                 else:
                     weights = 1 / (self.epsilon - nearness)
                 votes = weights.new_zeros(len(queries), classes)

@@ -1,0 +1,803 @@
+"""Frozen encoders: from a checkpoint to features, decisions, FLOPs and a folder for results."""
+
+import copy
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from contextlib import ExitStack, contextmanager
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torchvision
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from PIL import Image
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from solo_gating import (
+    METHODS,
+    BaseMethod,
+    InputError,
+    main_knn,
+    main_linear,
+    main_policy,
+    main_pretrain,
+    main_umap,
+)
+from solo_gating.cli import configs_folder
+from solo_gating.config import prepare_config
+from solo_gating.evaluate import dial, evaluation, features, policy
+from solo_gating.evaluate.encoder import load_encoder
+from solo_gating.evaluate.evaluation import prepare_evaluation
+from solo_gating.evaluate.features import extract
+from solo_gating.flops import count_flops
+from solo_gating.gates import ChannelGate
+from solo_gating.main_knn import evaluate_knn
+
+from .helpers import fixed_noise, randomise_norms, tiny_config
+
+ROOT = Path(__file__).parents[1]
+VAL = slice(1400, 1431)  # digits by other writers than the first 1,400
+
+# What the tests of all evaluations use
+
+
+all_digits = cache(load_digits)
+
+
+def digits(rows):
+    """Handwritten digits, doubled in size: uint8 N × 16 × 16 × 3, and labels."""
+    images, labels = all_digits().images[rows], all_digits().target[rows].copy()
+    images = np.uint8(np.rint(images * (255 / 16))).repeat(2, axis=1).repeat(2, axis=2)
+    return images[..., None].repeat(3, axis=3), labels
+
+
+def digit_tensors(rows):
+    """The same, standardised: float N × 3 × 16 × 16, and labels."""
+    images, labels = digits(rows)
+    images = torch.from_numpy(images).float().permute(0, 3, 1, 2)
+    return (images - images.mean()) / images.std(), torch.from_numpy(labels)
+
+
+def write_arrays(file, images, labels=None):
+    """An .npz as `data.format=npz` reads it."""
+    np.savez(file, images=images, **({} if labels is None else {"labels": labels}))
+    return file
+
+
+def run_config(folder, method="vicreg_dual", train=96, **overrides):
+    """A pre-training config of a network of width 4, on digits that are written to the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    data = {
+        "train_path": str(write_arrays(folder / "train.npz", *digits(slice(train)))),
+        "val_path": str(write_arrays(folder / "val.npz", *digits(VAL))),
+        "num_classes": 10,
+    }
+    return OmegaConf.merge(tiny_config(method, data=data), overrides)
+
+
+def enliven(backbone):
+    """Gates whose decisions depend on the image, and statistics as after some training."""
+    norms = [m for m in backbone.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    images, _ = digit_tensors(slice(200, 264))
+    for block in backbone.gated_blocks:
+        nn.init.ones_(block.gate.norm.bias)  # else all hidden units of a small gate are often off
+        nn.init.normal_(block.gate.expand.weight)
+    for norm in norms:
+        norm.momentum = 1.0
+    with torch.no_grad(), backbone.train().path("dense", "gated"):
+        for _ in range(2):
+            backbone(images)
+    for norm in norms:
+        norm.momentum = 0.1
+    return backbone.eval()
+
+
+def save_run(cfg, folder):
+    """An untrained network with lively gates in solo-learn's layout."""
+    cfg = prepare_config(cfg)
+    torch.manual_seed(0)
+    model = METHODS[cfg.method](cfg).eval()
+    if hasattr(model.backbone, "gated_blocks"):
+        enliven(model.backbone)
+    checkpoint = folder / "last.ckpt"
+    torch.save({"state_dict": model.state_dict(), "epoch": 6}, checkpoint)
+    (folder / "args.json").write_text(json.dumps(OmegaConf.to_container(cfg, resolve=True)))
+    return SimpleNamespace(model=model, checkpoint=checkpoint, cfg=cfg, folder=folder)
+
+
+@cache
+def composed(name, *overrides):
+    with initialize_config_dir(str(configs_folder()), version_base="1.2"):
+        return compose(name, overrides=["accelerator=cpu", *overrides])
+
+
+def evaluation_config(name, checkpoint, *overrides):
+    """A shipped evaluation config for a checkpoint."""
+    cfg = composed(name, *overrides).copy()
+    cfg.pretrained_feature_extractor = str(checkpoint)
+    return cfg
+
+
+@contextmanager
+def nothing_twice():
+    """Every checkpoint is loaded once, every network's FLOPs are counted once, to save time."""
+    counted = WeakKeyDictionary()
+
+    def count(backbone, resolution):
+        known = counted.setdefault(backbone, {})
+        if resolution not in known:
+            known[resolution] = count_flops(backbone, resolution)
+        return known[resolution]
+
+    with ExitStack() as stack:
+        for module in (dial, evaluation, features, policy):
+            stack.enter_context(mock.patch.object(module, "count_flops", count))
+        stack.enter_context(mock.patch.object(evaluation, "load_encoder", cache(load_encoder)))
+        yield
+
+
+def assert_refused(task, *parts):
+    """An InputError of one line that holds all the parts."""
+    with pytest.raises(InputError) as error:
+        task()
+    message = str(error.value)
+    assert all(part in message for part in parts), message
+    assert "\n" not in message
+
+
+@cache
+def built(name, **kwargs):
+    torch.manual_seed(0)
+    backbone = BaseMethod._BACKBONES[name]("x", **{"width": 4, "stem": "cifar", **kwargs})
+    backbone.fc = nn.Identity()
+    return enliven(backbone)
+
+
+def tiny_backbone(name="resnet18_gated", **kwargs):
+    """An encoder of width 4 with lively gates, always the same."""
+    return copy.deepcopy(built(name, **kwargs))
+
+
+def loader(images, targets=None, batch_size=8):
+    """Batches `[images, targets]`."""
+    targets = torch.zeros(len(images), dtype=torch.long) if targets is None else targets
+    return DataLoader(TensorDataset(images, targets), batch_size=batch_size)
+
+
+def flops_by_hand(selected, width=4, size=16):
+    """Multiply-accumulates of one image, stem and gates included, for the channels of 8 blocks.
+
+    Without `selected`: of the dense path.
+    """
+    side = size + 2  # 3×3 with a padding of 2
+    total = 3 * 3 * 3 * width * side**2
+    c_in = width
+    for index in range(8):
+        c_out = width * 2 ** (index // 2)
+        if index in (2, 4, 6):
+            side = math.ceil(side / 2)
+            total += c_in * c_out * side**2
+        n = c_out
+        if selected is not None:
+            n = int(selected[index])
+            hidden = max(1, c_in // 4)
+            total += c_in * hidden + hidden * c_out
+        total += 3 * 3 * side**2 * (c_in * n + n * c_out)
+        c_in = c_out
+    return total
+
+
+# Encoders from checkpoints
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """An epoch of vicreg_dual: its checkpoint, and the model as it was in memory."""
+    folder = tmp_path_factory.mktemp("trained")
+    cfg = run_config(
+        folder,
+        max_epochs=1,
+        checkpoint={"enabled": True, "dir": str(folder / "runs")},
+        optimizer={"batch_size": 16},
+    )
+    build, models = main_pretrain._build, []
+
+    def kept(cfg):
+        models.append(build(cfg))
+        return models[0]
+
+    with mock.patch.object(main_pretrain, "_build", kept):
+        main_pretrain.pretrain(cfg)
+    (checkpoint,) = (folder / "runs").glob("*/*/last.ckpt")
+    return SimpleNamespace(model=models[0].eval(), checkpoint=checkpoint)
+
+
+@pytest.fixture(scope="module")
+def dual(tmp_path_factory):
+    """A run of vicreg_dual whose gates decide by the image."""
+    folder = tmp_path_factory.mktemp("dual")
+    return save_run(run_config(folder), folder)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A run of vicreg without gates."""
+    folder = tmp_path_factory.mktemp("plain")
+    return save_run(run_config(folder, "vicreg"), folder)
+
+
+@pytest.mark.parametrize("path", ["dense", "gated"])
+@pytest.mark.parametrize("head", ["backbone", "projector"])
+def test_a_checkpoint_gives_the_features_of_the_trained_model(path, head, trained):
+    encoder = load_encoder(trained.checkpoint, head)
+    images, _ = digit_tensors(VAL)
+    model = trained.model
+    with torch.no_grad(), model.backbone.path(path), encoder.backbone.path(path):
+        expected = model.backbone(images)
+        found = encoder.head(encoder.backbone(images))
+        if head == "projector":
+            expected = model.projector(expected)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert found.std() > 0.01
+    for module in (encoder.backbone, *([encoder.head] if head == "projector" else [])):
+        assert not any(part.training for part in module.modules())
+        assert not any(parameter.requires_grad for parameter in module.parameters())
+
+
+def test_a_checkpoint_says_where_it_comes_from(trained):
+    encoder = load_encoder(trained.checkpoint)
+    assert encoder.trained_paths == encoder.paths("both") == ("dense", "gated")
+    assert encoder.paths("gated") == ("gated",)
+    description = encoder.description()
+    expected = {
+        "name": "tiny",
+        "method": "vicreg_dual",
+        "dataset": "custom",
+        "backbone": "resnet18_gated",
+        "width": 4,
+        "epochs": 1,
+        "target_budget": 0.5,
+        "seed": 0,
+        "checkpoint": str(trained.checkpoint),
+    }
+    assert {key: description[key] for key in expected} == expected
+    assert description["method_kwargs"]["proj_output_dim"] == 16
+
+
+@pytest.mark.parametrize("method", ["vicreg_gated", "vicreg"])
+def test_only_the_paths_that_were_trained_are_both(method, tmp_path):
+    run = save_run(run_config(tmp_path, method), tmp_path)
+    encoder = load_encoder(run.checkpoint)
+    assert encoder.paths("both") == (("gated",) if method == "vicreg_gated" else ("dense",))
+    assert encoder.paths("dense") == ("dense",)
+
+
+def macs_by_hooks(net, images):
+    """Output elements times inputs of each, over all convolutions; for one image."""
+    counted = []
+
+    def count(conv, inputs, output):
+        counted.append(output[0].numel() * conv.weight[0].numel())
+
+    hooks = [m.register_forward_hook(count) for m in net.modules() if isinstance(m, nn.Conv2d)]
+    net(images[:1])
+    for hook in hooks:
+        hook.remove()
+    return sum(counted)
+
+
+@pytest.mark.parametrize("dataset", ["custom", "cifar10"])
+def test_a_run_of_solo_learn_s_resnet18_is_torchvision_s_with_known_flops(dataset, tmp_path):
+    cfg = run_config(tmp_path, "vicreg", data={"dataset": dataset})
+    cfg.backbone = {"name": "resnet18", "kwargs": {}}
+    run = save_run(cfg, tmp_path)
+    theirs = torchvision.models.resnet18()
+    theirs.fc = nn.Identity()
+    if dataset == "cifar10":  # solo-learn's stem
+        theirs.conv1 = nn.Conv2d(3, 64, 3, stride=1, padding=2, bias=False)
+        theirs.maxpool = nn.Identity()
+    randomise_norms(run.model.backbone)
+    theirs.load_state_dict(run.model.backbone.state_dict())
+    torch.save({"state_dict": run.model.state_dict(), "epoch": 0}, run.checkpoint)
+
+    images, _ = digit_tensors(slice(3))
+    encoder = load_encoder(run.checkpoint)
+    found = extract(encoder.backbone, loader(images), "dense")
+    with torch.no_grad():
+        torch.testing.assert_close(found.features, theirs.eval()(images))
+        assert found.flops == macs_by_hooks(theirs, images)
+    assert found.channels is None
+    assert encoder.paths("both") == ("dense",)
+
+
+def test_a_plain_network_s_flops_are_known(plain):
+    found = extract(load_encoder(plain.checkpoint).backbone, loader(digit_tensors(VAL)[0]))
+    assert found.flops == flops_by_hand(None)
+    assert (found.channels, found.selected) == (None, ())
+
+
+def changed_args(change):
+    def write(folder):
+        args = json.loads((folder / "args.json").read_text())
+        change(args)
+        (folder / "args.json").write_text(json.dumps(args))
+
+    return write
+
+
+def truncated(folder):
+    file = folder / "last.ckpt"
+    file.write_bytes(file.read_bytes()[:-3000])
+
+
+KEY = "pretrained_feature_extractor: "
+BAD_RUNS = {
+    "no file": (lambda f: (f / "last.ckpt").unlink(), [KEY, "last.ckpt", "is not a file"]),
+    "truncated": (truncated, [KEY, "cannot read", "last.ckpt"]),
+    "not a checkpoint": (lambda f: (f / "last.ckpt").write_text("{}"), [KEY, "cannot read"]),
+    "no args.json": (lambda f: (f / "args.json").unlink(), [KEY, "no args.json beside"]),
+    "damaged args.json": (
+        lambda f: (f / "args.json").write_text('{"method": '),
+        [KEY, "cannot read", "args.json"],
+    ),
+    "a list": (lambda f: (f / "args.json").write_text("[]"), [KEY, "no JSON object"]),
+    "null": (lambda f: (f / "args.json").write_text("null"), [KEY, "no JSON object"]),
+    "no backbone": (
+        changed_args(lambda args: args.pop("backbone")),
+        [KEY, "lacks backbone.name"],
+    ),
+    "no backbone.name": (
+        changed_args(lambda args: args["backbone"].pop("name")),
+        [KEY, "lacks backbone.name", "solo-learn's args.json"],
+    ),
+    "unknown backbone": (
+        changed_args(lambda args: args["backbone"].update(name="resnet19")),
+        [KEY, "'resnet19'", "is not known", "resnet18_gated"],
+    ),
+    "no validation images": (
+        changed_args(lambda args: args["data"].update(val_path=None)),
+        ["data.val_path: missing"],
+    ),
+    "another width": (
+        changed_args(lambda args: args["backbone"]["kwargs"].update(width=5)),
+        ["another architecture", "conv1.weight is (4, 3, 3, 3) there and (5, 3, 3, 3)"],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_RUNS)
+def test_a_run_that_cannot_be_used_is_refused_in_one_sentence(kind, dual, tmp_path):
+    change, parts = BAD_RUNS[kind]
+    folder = tmp_path / "run"
+    shutil.copytree(dual.folder, folder)
+    change(folder)
+    cfg = evaluation_config("knn", folder / "last.ckpt")
+    assert_refused(lambda: evaluate_knn(cfg), *parts)
+    assert not (folder / "evaluation").exists()
+
+
+@pytest.mark.parametrize(
+    ("run", "overrides", "parts"),
+    [
+        ("dual", ["path=gate"], ["path: found 'gate'", "dense, gated and both"]),
+        ("plain", ["path=gated"], ["path: found gated", "resnet18_plain", "no gates"]),
+        ("dual", ["features=head"], ["features: found 'head'", "backbone, projector"]),
+        ("plain", ["threshold=0.3"], ["threshold: found 0.3", "no gates", "accepted is 0"]),
+        ("dual", ["threshold=high"], ["threshold: found 'high'", "a number"]),
+        ("dual", ["batch_size=0"], ["batch_size: found 0", "an integer ≥ 1"]),
+        ("dual", ["crop_size=0"], ["crop_size: found 0", "an integer ≥ 1"]),
+        ("dual", ["devices=0"], ["Lightning refuses"]),
+    ],
+)
+def test_a_setting_that_cannot_be_used_is_refused(run, overrides, parts, request):
+    checkpoint = request.getfixturevalue(run).checkpoint
+    assert_refused(lambda: evaluate_knn(evaluation_config("knn", checkpoint, *overrides)), *parts)
+
+
+@pytest.mark.parametrize("kind", ["no optimizer", "unknown argument", "a number"])
+def test_an_args_json_that_fits_no_network_is_refused(kind, dual, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(dual.folder, folder)
+    if kind == "a number":
+        (folder / "args.json").write_text("5")
+    else:
+        changed_args(
+            lambda args: (
+                args.pop("optimizer")
+                if kind == "no optimizer"
+                else args["backbone"]["kwargs"].update(depth=3)
+            )
+        )(folder)
+    assert_refused(lambda: load_encoder(folder / "last.ckpt"), "args.json")
+
+
+# The threshold of the gates' logits
+
+
+@pytest.mark.parametrize("threshold", [-0.7, 0.0, 0.4])
+def test_a_channel_is_on_from_the_threshold_on(threshold):
+    gate = ChannelGate(6, 9, reduction=2).double().eval()
+    randomise_norms(gate)
+    gate.threshold = threshold
+    x = torch.randn(32, 6, 4, 4, dtype=torch.float64)
+    logits = gate.logits(x)
+    assert torch.equal(gate(x), (logits >= threshold).double())
+    assert 0.1 < gate(x).mean() < 0.9
+    gate.threshold = logits[3, 5].item()  # at least means: also at
+    assert gate(x)[3, 5] == 1
+
+
+@pytest.mark.parametrize("name", ["resnet18_gated", "resnet18_two_encoders"])
+@pytest.mark.parametrize("threshold", [-1.5, 0.6])
+def test_every_gate_of_a_network_has_the_threshold(name, threshold):
+    backbone, (images, _) = tiny_backbone(name), digit_tensors(VAL)
+    inputs = []
+    hooks = [
+        block.gate.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+        for block in backbone.gated_blocks
+    ]
+    backbone.threshold = threshold
+    with torch.no_grad(), backbone.path("gated") as passes:
+        backbone(images)
+        masks = passes[-1].masks
+        for hook in hooks:
+            hook.remove()
+        for block, x, mask in zip(backbone.gated_blocks, inputs, masks, strict=True):
+            logits = block.gate.logits(x)
+            assert torch.equal(mask, (logits >= threshold).float())
+    shares = [mask.mean().item() for mask in masks]
+    assert any(0 < share < 1 for share in shares)
+    assert np.mean(shares) < 0.45 if threshold > 0 else np.mean(shares) > 0.55
+
+
+@pytest.mark.parametrize("name", ["resnet18_gated", "resnet18_two_encoders"])
+def test_an_infinite_threshold_turns_every_channel_off_or_on(name):
+    backbone, (images, _) = tiny_backbone(name), digit_tensors(VAL)
+    for threshold, share in ((math.inf, 0), (-math.inf, 1)):
+        backbone.threshold = threshold
+        with torch.no_grad(), backbone.path("gated") as passes:
+            assert torch.isfinite(backbone(images)).all()
+        assert {mask.mean().item() for mask in passes[-1].masks} == {share}
+
+
+def test_in_training_the_threshold_has_no_effect():
+    backbone, (images, _) = tiny_backbone().train(), digit_tensors(VAL)
+    masks = []
+    for threshold in (0.0, 3.0):
+        backbone.threshold = threshold
+        with torch.no_grad(), fixed_noise(), backbone.path("gated") as passes:
+            backbone(images)
+        masks.append(passes[-1].masks)
+    for one, other in zip(*masks, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", ["resnet18_gated", "resnet18_two_encoders"])
+def test_the_threshold_is_an_argument_and_a_property(name):
+    backbone = BaseMethod._BACKBONES[name]("x", width=4, threshold=0.4)
+    assert backbone.threshold == 0.4
+    assert {block.gate.threshold for block in backbone.gated_blocks} == {0.4}
+    backbone.threshold = -2
+    assert backbone.threshold == -2
+    assert {block.gate.threshold for block in backbone.gated_blocks} == {-2}
+
+
+def test_no_checkpoint_holds_a_threshold():
+    backbone = tiny_backbone()
+    assert backbone.threshold == 0
+    backbone.threshold = 0.4
+    state = backbone.state_dict()
+    assert not [name for name in state if "threshold" in name]
+    other = BaseMethod._BACKBONES["resnet18_gated"]("x", width=4, stem="cifar", threshold=-1.0)
+    other.fc = nn.Identity()
+    other.load_state_dict(state)
+    assert other.threshold == -1.0
+
+
+@pytest.mark.parametrize("name", ["resnet18_gated", "resnet18_two_encoders"])
+def test_a_threshold_that_is_no_number_is_refused(name):
+    backbone = tiny_backbone(name)
+
+    def turn(value):
+        backbone.threshold = value
+
+    for value in (math.nan, True, "0.4", None, [0.4]):
+        assert_refused(lambda v=value: turn(v), f"threshold: found {value!r}", "a number")
+    assert backbone.threshold == 0
+    with pytest.raises(InputError, match="threshold: found nan"):
+        BaseMethod._BACKBONES[name]("x", width=4, threshold=math.nan)
+
+
+def test_an_evaluation_sets_the_threshold(dual):
+    cfg = evaluation_config("knn", dual.checkpoint, "threshold=0.3")
+    prepared = prepare_evaluation(cfg, "knn", (), ("val",))
+    assert prepared.encoder.backbone.threshold == 0.3
+    found = prepared.extract("val", "gated")
+    dual.model.backbone.threshold = 0.3
+    expected = extract(dual.model.backbone, prepared.loaders["val"], "gated")
+    dual.model.backbone.threshold = 0.0
+    assert torch.equal(found.channels, expected.channels)
+    default = extract(dual.model.backbone, prepared.loaders["val"], "gated")
+    assert found.flops < default.flops
+
+
+# Features, decisions and FLOPs of a set of images
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("resnet18_gated", {}),
+        ("resnet18_gated", {"separate_bn": False}),
+        ("resnet18_two_encoders", {}),
+    ],
+)
+def test_figures_are_those_of_each_image_whatever_the_batch(name, kwargs):
+    backbone = tiny_backbone(name, **kwargs)
+    images, targets = digit_tensors(VAL)
+    features, channels, costs, selected = [], [], [], [0] * 8
+    with torch.no_grad(), backbone.path("gated") as passes:
+        for image in images:
+            features.append(backbone(image[None])[0])
+            masks = [mask[0] for mask in passes[-1].masks]
+            channels.append([int(mask.sum()) for mask in masks])
+            costs.append(flops_by_hand(channels[-1]))
+            selected = [s + mask.long() for s, mask in zip(selected, masks, strict=True)]
+    assert len(set(costs)) > 5  # the images do differ
+    for batch_size in (1, 7, len(images)):
+        found = extract(backbone, loader(images, targets, batch_size), "gated")
+        torch.testing.assert_close(found.features, torch.stack(features), rtol=1e-4, atol=1e-5)
+        assert torch.equal(found.targets, targets)
+        assert found.channels.tolist() == channels
+        assert [s.tolist() for s in found.selected] == [s.tolist() for s in selected]
+        assert found.flops == pytest.approx(np.mean(costs), rel=1e-12)
+        assert found.resolution == (16, 16)
+
+
+def test_the_dense_path_has_the_dense_figures():
+    backbone, (images, _) = tiny_backbone(), digit_tensors(VAL)
+    found = extract(backbone, loader(images), "dense")
+    with torch.no_grad():
+        torch.testing.assert_close(found.features, backbone(images), rtol=1e-4, atol=1e-5)
+    assert found.flops == flops_by_hand(None)
+    assert (found.channels, found.selected) == (None, ())
+
+
+def test_without_a_path_the_default_one_is_taken():
+    backbone, (images, _) = tiny_backbone(path="gated"), digit_tensors(VAL)
+    found, expected = (extract(backbone, loader(images), path) for path in (None, "gated"))
+    assert torch.equal(found.features, expected.features)
+    assert torch.equal(found.channels, expected.channels)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_backbone_is_left_as_it_was(training):
+    backbone, (images, _) = tiny_backbone().train(training), digit_tensors(VAL)
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    found = extract(backbone, loader(images), "gated")
+
+    def damaged():
+        yield images[:2], torch.zeros(2)
+        raise OSError
+
+    with pytest.raises(OSError):  # noqa: PT011 (what reading an image raises)
+        extract(backbone, damaged(), "gated")
+    assert all(module.training is training for module in backbone.modules())
+    assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
+    again = extract(backbone.eval(), loader(images), "gated")
+    assert torch.equal(again.features, found.features)
+
+
+def process(rank, folder):
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    backbone, (images, targets) = tiny_backbone(), digit_tensors(VAL)
+    batches = loader(images, targets, 4)
+    found = {path: extract(backbone, batches, path) for path in ("dense", "gated")}
+    try:
+        extract(backbone, loader(images[:1]), "dense")
+    except InputError as error:
+        found["error"] = str(error)
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_find_what_one_finds(tmp_path):
+    """31 images: one process has 16, the other 15."""
+    torch.multiprocessing.spawn(process, (str(tmp_path),), nprocs=2)
+    backbone, (images, targets) = tiny_backbone(), digit_tensors(VAL)
+    both = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    for path in ("dense", "gated"):
+        expected = extract(backbone, loader(images, targets), path)
+        for found in (both[0][path], both[1][path]):
+            torch.testing.assert_close(found.features, expected.features, rtol=1e-4, atol=1e-5)
+            assert torch.equal(found.targets, targets)
+            assert found.flops == expected.flops
+            if path == "gated":
+                assert torch.equal(found.channels, expected.channels)
+            for ours, theirs in zip(found.selected, expected.selected, strict=True):
+                assert torch.equal(ours, theirs)
+    for found in both:
+        assert found["error"].startswith("devices: found 2 processes for 1 images")
+
+
+# The images of an evaluation
+
+
+def first_batch(cfg, splits=("val",)):
+    prepared = prepare_evaluation(cfg, "knn", (), splits)
+    return prepared, next(iter(prepared.loaders[splits[0]]))[0]
+
+
+def test_the_pre_training_s_images_are_the_default(trained):
+    cfg = evaluation_config("knn", trained.checkpoint)
+    prepared, images = first_batch(cfg, ("val", "train"))
+    assert [len(prepared.loaders[split].dataset) for split in ("val", "train")] == [31, 96]
+    expected = torch.from_numpy(digits(VAL)[0]).permute(0, 3, 1, 2) / 255
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
+    expected = torchvision.transforms.functional.normalize(expected, mean, std)
+    torch.testing.assert_close(images, expected)
+    assert prepared.folder.parent == trained.checkpoint.parent / "evaluation"
+    assert prepared.folder.name.startswith("knn-custom-")
+
+
+def test_images_of_another_data_set_have_its_size_and_normalisation(dual, tmp_path):
+    """Grey squares of 20 pixels; solo-learn shows CIFAR-10 at 32."""
+    squares = np.arange(12, dtype=np.uint8)[:, None, None, None] * 20
+    squares = np.broadcast_to(squares, (12, 20, 20, 3))
+    file = write_arrays(tmp_path / "cifar.npz", squares, np.arange(12) % 10)
+    overrides = ["dataset=cifar10", "data.format=npz", "data.num_workers=0"]
+    overrides += [f"data.{split}_path={file}" for split in ("train", "val")]
+    mean, std = torch.tensor([0.4914, 0.4822, 0.4465]), torch.tensor([0.2470, 0.2435, 0.2616])
+    grey = torch.arange(12) * 20 / 255
+    expected = (grey[:, None] - mean) / std
+    for size in (32, 24):
+        crop = [] if size == 32 else [f"crop_size={size}"]
+        cfg = evaluation_config("knn", dual.checkpoint, *overrides, *crop)
+        prepared, images = first_batch(cfg)
+        assert images.shape == (12, 3, size, size)
+        torch.testing.assert_close(images.amin(dim=(2, 3)), expected)
+        torch.testing.assert_close(images.amax(dim=(2, 3)), expected)
+        assert prepared.folder.name.startswith("knn-cifar10-")
+    metrics = evaluate_knn(evaluation_config("knn", dual.checkpoint, *overrides))
+    assert metrics["data"] == {
+        "dataset": "cifar10",
+        "train_images": 12,
+        "val_images": 12,
+        "resolution": [32, 32],
+    }
+    assert metrics["pretraining"]["dataset"] == "custom"
+
+
+def test_stl10_s_labelled_part_is_evaluated(dual, monkeypatch):
+    """Not the unlabelled one, which its pre-training config names."""
+    opened = []
+
+    def stl10(root, split, download, transform):
+        opened.append(split)
+        return [(transform(Image.new("RGB", (96, 96))), 0)]
+
+    monkeypatch.setattr(torchvision.datasets, "STL10", stl10)
+    cfg = evaluation_config("knn", dual.checkpoint, "dataset=stl10", "data.num_workers=0")
+    _, images = first_batch(cfg, ("train", "val"))
+    assert opened == ["train", "test"]
+    assert images.shape == (1, 3, 96, 96)
+
+
+@pytest.mark.parametrize("key", ["train_path", "val_path"])
+def test_images_of_another_data_set_need_their_paths(key, dual):
+    paths = {"train_path": "train.npz", "val_path": "val.npz"}
+    data = {"dataset": "cifar10", "format": "npz", **paths}
+    del data[key]
+    cfg = evaluation_config("knn", dual.checkpoint)
+    OmegaConf.set_struct(cfg, False)
+    cfg.data = data
+    assert_refused(lambda: prepare_evaluation(cfg, "knn", (), ("val",)), f"data.{key}: missing")
+
+
+@nothing_twice()
+def test_results_of_the_same_settings_share_a_folder(dual):
+    def folder(*overrides):
+        cfg = evaluation_config("knn", dual.checkpoint, *overrides)
+        return prepare_evaluation(cfg, "knn", ("k", "distance"), ("val",)).folder
+
+    same = {
+        folder(*overrides)
+        for overrides in ([], ["batch_size=3"], ["path=dense"], ["seed=1"], ["data.num_workers=1"])
+    }
+    assert len(same) == 1
+    others = [
+        ["threshold=0.1"],
+        ["k=3"],
+        ["features=projector"],
+        ["crop_size=20"],
+        [f"data.val_path={dual.folder / 'train.npz'}"],
+    ]
+    assert len(same | {folder(*overrides) for overrides in others}) == 1 + len(others)
+    assert folder("output=elsewhere") == Path("elsewhere")
+
+
+# The commands
+
+EVALUATIONS = {
+    main_linear: {
+        "linear",
+        *(f"linear_{d}" for d in ("cifar10", "cifar100", "imagenet100", "stl10")),
+    },
+    main_knn: {"knn"},
+    main_policy: {"policy"},
+    main_umap: {"umap"},
+}
+
+
+@pytest.fixture
+def call(monkeypatch, tmp_path, capsys):
+    """Runs an entry point in this process, in an empty folder: exit code and output."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(module, *arguments):
+        monkeypatch.setattr(sys, "argv", [module.__name__, *arguments])
+        code = 0
+        try:
+            module.main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.mark.parametrize("module", EVALUATIONS)
+def test_help_explains_an_evaluation_and_lists_its_configs(module, call):
+    code, stdout, _ = call(module, "--help")
+    assert code == 0
+    explanation, _, configs = stdout.partition("\nconfigs:\n")
+    assert explanation.strip() == module.__doc__.strip()
+    assert set(configs.split()) == EVALUATIONS[module]
+
+
+def test_help_of_pre_training_lists_no_evaluation(call):
+    _, stdout, _ = call(main_pretrain, "--help")
+    configs = set(stdout.partition("\nconfigs:\n")[2].split())
+    assert "vicreg_dual_cifar100" in configs
+    assert not configs & set().union(*EVALUATIONS.values())
+
+
+@pytest.mark.parametrize("module", EVALUATIONS)
+def test_without_a_checkpoint_an_evaluation_asks_for_one(module, call, tmp_path, monkeypatch):
+    monkeypatch.setattr(main_umap, "load_umap", lambda: None)  # it need not be installed
+    code, _, stderr = call(module)
+    assert code == 2
+    assert stderr.startswith("error: pretrained_feature_extractor: missing")
+    assert len(stderr.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mistake_is_one_line_of_a_process_that_fails(tmp_path):
+    path = os.pathsep.join([*os.environ.get("PYTHONPATH", "").split(os.pathsep), str(ROOT)])
+    argument = "pretrained_feature_extractor=nowhere.ckpt"
+    result = subprocess.run(
+        [sys.executable, "-m", "solo_gating.main_knn", argument],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert result.stderr == ("error: pretrained_feature_extractor: 'nowhere.ckpt' is not a file\n")
+    assert list(tmp_path.iterdir()) == []
