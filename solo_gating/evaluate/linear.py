@@ -158,7 +158,9 @@ def train_on_images(
         enable_progress_bar=cfg.enable_progress_bar,
     )
     with _on_path(backbone, path), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*validation_step.*")  # see ValidationAccuracy
+        # Validation is ValidationAccuracy's, and the backbone is in evaluation mode on purpose.
+        advice = "validation_step|in eval mode|LeafSpec|logging interval|many workers"
+        warnings.filterwarnings("ignore", message=f".*({advice}).*")
         trainer.fit(model, train)
     model.to(evaluation.fabric.device)
     top1, top5 = classifier_accuracy(model.classifier, val)
