@@ -17,6 +17,8 @@ CONFIG_FOLDERS = [
     *(f"configs/{d.name}" for d in (HERE / "configs").iterdir() if d.is_dir()),
 ]
 
+EXPORT = ["onnx", "onnxscript", "onnxruntime"]
+
 setup(
     name="solo-gating",
     version=VERSION,
@@ -56,9 +58,9 @@ setup(
     ],
     extras_require={
         "umap": ["umap-learn"],
-        "export": ["onnx", "onnxruntime"],
+        "export": EXPORT,
         "wandb": ["wandb"],
-        "dev": ["pytest", "ruff", "mypy", "build", "umap-learn"],
+        "dev": ["pytest", "ruff", "mypy", "build", "umap-learn", *EXPORT],
     },
     entry_points={
         "console_scripts": [
