@@ -37,7 +37,11 @@ setup(
         ),
     ],
     package_dir={"solo_gating.configs": "configs"},
-    package_data={"": ["*.yaml"], "solo_gating.report": ["published.json"]},
+    package_data={
+        "": ["*.yaml"],
+        "solo_gating.report": ["published.json"],
+        "solo_gating.deploy.engine": ["kernel/*"],
+    },
     python_requires=">=3.10,<3.14",
     install_requires=[
         "torch>=2.4",

@@ -3,6 +3,7 @@
 Importing the package registers its methods and backbones with solo-learn, and does nothing else.
 """
 
+from . import deploy
 from .backbones import BACKBONES
 from .errors import InputError
 from .methods import GATED_METHODS
@@ -12,4 +13,12 @@ __version__ = "0.1.0"
 
 BaseMethod._BACKBONES.update(BACKBONES)
 
-__all__ = ["BACKBONES", "GATED_METHODS", "METHODS", "BaseMethod", "InputError", "__version__"]
+__all__ = [
+    "BACKBONES",
+    "GATED_METHODS",
+    "METHODS",
+    "BaseMethod",
+    "InputError",
+    "__version__",
+    "deploy",
+]

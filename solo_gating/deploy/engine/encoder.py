@@ -1,0 +1,267 @@
+"""`compile`: from a backbone or a checkpoint to a module that runs fast on a CPU."""
+
+import ctypes
+import math
+import os
+import warnings
+import weakref
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ...checks import at_least, is_number, one_of, require
+from ...errors import InputError
+from .fallback import TorchEngine
+from .fold import FoldedNetwork, fold
+from .library import ISA_VARIABLE, BuildError, chosen_isa, load_library
+from .pack import PackedNetwork, Shapes
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PYTORCH = "pytorch"
+
+Images = TypeVar("Images", Tensor, np.ndarray)
+
+
+class KernelEngine:
+    """The C++ kernel with one network's weights.
+
+    Args:
+        net: the folded network.
+        isa: the instruction set, from `library.chosen_isa`.
+        dtype: of the convolutions' weights.
+
+    Attributes:
+        nbytes: size of the weights.
+
+    Raises:
+        BuildError: if the kernel cannot be had.
+    """
+
+    def __init__(self, net: FoldedNetwork, isa: str, dtype: torch.dtype):
+        self._library = load_library(isa, dtype)
+        shapes = Shapes(
+            self._library.gated_lanes(), self._library.gated_group(), self._library.gated_block()
+        )
+        self._weights = PackedNetwork(net, shapes, dtype)
+        self._engine = self._library.gated_open(ctypes.byref(self._weights.structure))
+        if not self._engine:
+            raise MemoryError("there is not enough memory for the network")
+        weakref.finalize(self, self._library.gated_close, self._engine)
+        self._features, self._channels = net.features, sum(net.hidden)
+        self._process = os.getpid()
+        self.nbytes = self._weights.nbytes
+
+    def run(self, images: Tensor, thresholds: Tensor | None, threads: int) -> tuple[Tensor, Tensor]:
+        """Features and masks of some images.
+
+        Args:
+            images: B × C × H × W, float32, contiguous.
+            thresholds: float32, one for each channel that a gate chooses from, of all blocks one
+                after another; None to compute all channels.
+            threads: to use at most.
+
+        Returns:
+            Features, B × F float32, and masks, B × channels of all blocks, bool.
+
+        Raises:
+            MemoryError: if there is not enough.
+        """
+        number, _, height, width = images.shape
+        features = torch.empty(number, self._features)
+        masks = torch.empty(number, self._channels, dtype=torch.bool)
+        # OpenMP's threads do not survive a fork.
+        threads = threads if os.getpid() == self._process else 1
+        failed = self._library.gated_run(
+            self._engine,
+            images.data_ptr(),
+            *(number, height, width),
+            None if thresholds is None else thresholds.data_ptr(),
+            features.data_ptr(),
+            masks.data_ptr(),
+            threads,
+        )
+        if failed:
+            raise MemoryError(f"there is not enough memory for images of {height} × {width} pixels")
+        return features, masks
+
+
+class CompiledEncoder(nn.Module):
+    """One path of an encoder, as `compile` gives it.
+
+        features = fast(images)
+
+    Tensors give tensors, NumPy arrays give arrays. It may be called from several Python threads at
+    once. It has no parameters, runs on the CPU in evaluation mode whatever `train()` and `to()` say,
+    and cannot be pickled.
+
+    Attributes:
+        path: "gated" or "dense".
+        dtype: "float32" or "bfloat16", of the convolutions' weights.
+        engine: what it runs on: "avx512", "avx2", "portable" or "pytorch".
+        features: F, length of the features.
+        channels: for each block, how many its gate chooses from.
+        threads: used at most; may be set.
+    """
+
+    def __init__(self, net: FoldedNetwork, path: str, threshold: float, dtype: str, engine: str):
+        super().__init__()
+        self.path, self.dtype = path, dtype
+        self.engine, self._engine = _engine(net, engine, DTYPES[dtype])
+        self.features, self.channels = net.features, net.hidden
+        self._in_channels = net.stem.weight.shape[1]
+        self._smallest = net.smallest_image
+        self.threads = torch.get_num_threads()
+        self.threshold = threshold
+
+    @property
+    def threshold(self) -> float:
+        """Of the gates' logits, as `TwoPathResNet.threshold`; it may be set at no cost."""
+        return self._threshold
+
+    @threshold.setter
+    def threshold(self, value: float) -> None:
+        require(
+            "threshold", value, lambda v: is_number(v) or v in (math.inf, -math.inf), "a number"
+        )
+        self._threshold = float(value)
+        # A new tensor: a call in another thread goes on with the one that it has.
+        gated = self.path == "gated"
+        self._thresholds = torch.full((sum(self.channels),), self._threshold) if gated else None
+
+    def forward(self, images: Images) -> Images:
+        """B × C × H × W float32 → features B × F.
+
+        Raises:
+            InputError: for images of another kind.
+        """
+        return self.features_and_masks(images)[0]
+
+    def features_and_masks(self, images: Images) -> tuple[Images, tuple[Images, ...]]:
+        """Features, and which channels were computed.
+
+        Args:
+            images: B × C × H × W, float32.
+
+        Returns:
+            Features, B × F, and for each block a mask, B × channels, bool; all of them true on the
+            dense path.
+
+        Raises:
+            InputError: for images of another kind.
+        """
+        at_least("threads", self.threads, 1)
+        batch = self._checked(images)
+        thresholds = self._thresholds
+        features, masks = self._engine.run(batch, thresholds, self.threads)
+        parts: Any = masks.split(self.channels, dim=1)
+        if isinstance(images, np.ndarray):
+            return features.numpy(), tuple(part.numpy() for part in parts)
+        return features, tuple(parts)
+
+    def extra_repr(self) -> str:
+        """What `print` says."""
+        return (
+            f"path={self.path}, dtype={self.dtype}, engine={self.engine}, threads={self.threads}, "
+            f"threshold={self.threshold}"
+        )
+
+    def _checked(self, images: Any) -> Tensor:
+        if not isinstance(images, (Tensor, np.ndarray)):
+            raise InputError(
+                f"images: found {type(images).__name__}, accepted are tensors and NumPy arrays"
+            )
+        shape, dtype = tuple(images.shape), str(images.dtype).removeprefix("torch.")
+        if len(shape) != 4 or shape[1] != self._in_channels or min(shape[2:]) < self._smallest:
+            least = f" of at least {self._smallest} pixels" if self._smallest > 1 else ""
+            raise InputError(
+                f"images: found the shape {shape}, accepted is B × {self._in_channels} × H × W{least}"
+            )
+        if dtype != "float32":
+            raise InputError(
+                f"images: found {dtype}, accepted is float32, normalised as in training"
+            )
+        if isinstance(images, np.ndarray):
+            return torch.from_numpy(np.ascontiguousarray(images))
+        if images.device.type != "cpu":
+            raise InputError(f"images: found the device {images.device}, accepted is cpu")
+        return images.detach().contiguous()
+
+
+def compile(
+    source: nn.Module | str | Path,
+    path: str = "gated",
+    *,
+    threshold: float | None = None,
+    dtype: str = "float32",
+    engine: str | None = None,
+) -> CompiledEncoder:
+    """Make one path of an encoder fast on this CPU.
+
+        fast = solo_gating.deploy.compile("trained_models/.../last.ckpt")
+        features = fast(images)
+
+    BatchNorms are folded into the convolutions, and each image's own channels are computed, and no
+    others. In float32 features are those of the backbone in evaluation mode up to rounding (1e-5 of
+    the largest), and masks are the same except where a gate's logit is within rounding of the
+    threshold. Results depend neither on how images are batched nor on the number of threads.
+
+    The kernel is built with the system's C++ compiler at first use (some ten seconds) and kept in
+    $SOLO_GATING_CACHE, by default `~/.cache/solo-gating`. Where that fails there is one warning,
+    and PyTorch computes the same, more slowly.
+
+    Args:
+        source: a backbone (one of this package's, a sliced one of `main_export`, or torchvision's
+            resnet18 or 34), or a checkpoint with its `args.json` beside it. Its weights are copied:
+            later changes to it have no effect.
+        path: "gated" or "dense".
+        threshold: of the gates; None for the backbone's own.
+        dtype: "float32", or "bfloat16" to hold the convolutions' weights in half of the memory.
+            Sums and activations stay float32, but results change (docs/deploy.md says how much).
+        engine: "avx512", "avx2", "portable" or "pytorch"; None for what the environment's
+            SOLO_GATING_ISA says, or the best that this CPU has.
+
+    Raises:
+        InputError: for a source without that path or of another kind, or values not accepted.
+    """
+    one_of("dtype", dtype, DTYPES)
+    backbone = source if isinstance(source, nn.Module) else _backbone(source)
+    if engine is None and os.environ.get(ISA_VARIABLE) == PYTORCH:
+        engine = PYTORCH
+    if engine != PYTORCH:
+        engine = chosen_isa(engine)
+    net = fold(backbone, path)
+    if threshold is None:
+        threshold = _threshold(backbone) if path == "gated" else 0.0
+    return CompiledEncoder(net, path, threshold, dtype, engine)
+
+
+def _backbone(checkpoint: str | Path) -> nn.Module:
+    # Only here: whoever compiles a module needs nothing of solo-learn.
+    from ...evaluate.encoder import load_encoder
+
+    require("source", checkpoint, lambda v: isinstance(v, (str, Path)), "a module or a checkpoint")
+    return load_encoder(checkpoint).backbone
+
+
+def _threshold(backbone: Any) -> float:
+    if hasattr(backbone, "threshold"):
+        return backbone.threshold
+    return backbone.blocks[0].gate.threshold
+
+
+def _engine(
+    net: FoldedNetwork, name: str, dtype: torch.dtype
+) -> tuple[str, KernelEngine | TorchEngine]:
+    if name != PYTORCH:
+        try:
+            return name, KernelEngine(net, name, dtype)
+        except BuildError as error:
+            warnings.warn(
+                f"solo-gating runs on PyTorch instead of its own kernel, more slowly: {error}",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+    return PYTORCH, TorchEngine(net, dtype)

@@ -1,0 +1,632 @@
+// A ResNet of BasicBlocks in which each image computes only the channels that its gates choose.
+//
+// Activations are rows × columns × channels. A block's first convolution computes the chosen
+// channels only, with dot products over its input channels, into planes of a hidden map that has
+// no place for the others; the second one adds up the outer products of these planes with the
+// chosen rows of its weights. Bias, shortcut and ReLU happen while sums are in registers.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "layout.h"
+#include "network.h"
+#include "simd.h"
+#include "tiles.h"
+
+namespace gated {
+namespace {
+
+// The threads that work on one image together.
+struct Team {
+  int rank;
+  int size;
+
+  void wait() const {
+    if (size > 1) {
+#pragma omp barrier
+    }
+  }
+
+  // This thread's share of `count` pieces of work.
+  int64_t begin(int64_t count) const { return count * rank / size; }
+  int64_t end(int64_t count) const { return count * (rank + 1) / size; }
+};
+
+// What one thread needs for itself.
+struct Scratch {
+  Buffer rows;                  // the last three rows of the stem's convolution
+  std::vector<Buffer> planes;   // for each small map, hidden channels before they are copied
+  Buffer partial;               // sums of a band of dot products
+  Buffer logits;
+  std::vector<int32_t> chosen;  // the channels that the image computes, ascending
+  bool extreme = false;         // whether this thread's part of the image is
+};
+
+// Tiles of dot products whose sums are kept until all input channels are in.
+constexpr int64_t kBandTiles = 32;
+
+// What one image needs, for one thread or a team.
+struct Workspace {
+  std::shared_ptr<const Layout> layout;
+  Buffer image;
+  std::vector<Buffer> maps;
+  std::vector<Buffer> hidden;
+  Buffer shortcut;
+  Buffer pooled;
+  std::vector<Scratch> scratch;  // for each thread
+
+  Blocked map(int64_t i) const {
+    return {maps[i].data(), layout->maps[i].padded_pixels(), layout->maps[i].channels};
+  }
+
+  void prepare(const Network& net, std::shared_ptr<const Layout> wanted, int threads) {
+    if (layout != wanted) {
+      const Layout& l = *wanted;
+      image = Buffer(net.in_channels * l.stem.channel);
+      maps.clear();
+      hidden.clear();
+      for (const Hidden& h : l.hidden) {
+        maps.emplace_back(h.map.size());
+        hidden.emplace_back(h.plane * h.planes);
+      }
+      shortcut = Buffer(l.largest_shortcut);
+      pooled = Buffer(l.largest_channels);
+      scratch.clear();
+      layout = std::move(wanted);
+    }
+    while (static_cast<int>(scratch.size()) < threads) {
+      const Layout& l = *layout;
+      Scratch fresh;
+      fresh.rows = Buffer(3 * l.stem.conv_width * padded_channels(net.width));
+      for (const Hidden& h : l.hidden) {
+        // Rows are read with whole vectors, beyond the end by less than one.
+        const int64_t size = h.map.padded_pixels() * kDotChannels + kLanes;
+        fresh.planes.emplace_back(h.copies ? size : 0);
+      }
+      fresh.partial = Buffer(kBandTiles * kDotChannels * kDotPixels * kLanes);
+      fresh.logits = Buffer(l.largest_channels);
+      fresh.chosen.resize(l.largest_channels);
+      scratch.push_back(std::move(fresh));
+    }
+  }
+};
+
+// Inputs beyond this take the careful way, on which NaN and infinity do what they do in PyTorch.
+constexpr float kExtreme = 1e18f;
+
+class Engine {
+ public:
+  explicit Engine(const Network& net) : net_(net), blocks_(net.blocks, net.blocks + net.num_blocks) {
+    net_.blocks = blocks_.data();
+    int64_t most = net.in_channels;
+    for (const Block& b : blocks_) {
+      most = std::max({most, b.in_channels, b.hidden_channels});
+      mask_size_ += b.hidden_channels;
+    }
+    for (int64_t c = 0; c < most; ++c) all_.push_back(c);
+  }
+
+  void run(const float* images, int64_t number, int64_t height, int64_t width,
+           const float* thresholds, float* features, uint8_t* masks, int threads) {
+    const int64_t image_size = net_.in_channels * height * width;
+    // Each thread takes whole images; what is left over, all threads compute together.
+    const int64_t apart = threads == 1 ? number : number / threads * threads;
+    std::vector<std::unique_ptr<Workspace>> spaces;
+    for (int i = 0; i < (apart > 0 ? threads : 1); ++i) {
+      spaces.push_back(borrow(height, width, i == 0 && apart < number ? threads : 1));
+    }
+    const auto one = [&](Workspace& w, int64_t i, Team team) {
+      forward(w, images + i * image_size, thresholds, features + i * net_.features,
+              masks == nullptr ? nullptr : masks + i * mask_size_, team);
+    };
+    // Without a parallel region, so that a process that was forked may call this.
+    if (threads == 1) {
+      for (int64_t i = 0; i < number; ++i) one(*spaces[0], i, {0, 1});
+    } else {
+#pragma omp parallel num_threads(threads)
+      {
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < apart; ++i) one(*spaces[team().rank], i, {0, 1});
+        for (int64_t i = apart; i < number; ++i) one(*spaces[0], i, team());
+      }
+    }
+    for (auto& space : spaces) give_back(std::move(space));
+  }
+
+ private:
+  static Team team() {
+#ifdef _OPENMP
+    return {omp_get_thread_num(), omp_get_num_threads()};
+#else
+    return {0, 1};
+#endif
+  }
+
+  std::unique_ptr<Workspace> borrow(int64_t height, int64_t width, int threads) {
+    std::unique_ptr<Workspace> space;
+    std::shared_ptr<const Layout> layout;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      if (!free_.empty()) {
+        space = std::move(free_.back());
+        free_.pop_back();
+      }
+      if (!layout_ || layout_->stem.height != height || layout_->stem.width != width) {
+        layout_ = std::make_shared<Layout>(net_, height, width);
+      }
+      layout = layout_;
+    }
+    if (!space) space = std::make_unique<Workspace>();
+    space->prepare(net_, layout, threads);
+    return space;
+  }
+
+  void give_back(std::unique_ptr<Workspace> space) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    free_.push_back(std::move(space));
+  }
+
+  void forward(Workspace& w, const float* image, const float* thresholds, float* features,
+               uint8_t* mask, Team team) const {
+    const bool extreme = read_image(w, image, team);
+    stem(w, extreme, team);
+    if (extreme) clear_padding(w, 0, net_.width, team);
+    for (int64_t i = 0; i < net_.num_blocks; ++i) {
+      block(w, i, thresholds, mask, extreme, team);
+      if (thresholds != nullptr) thresholds += blocks_[i].hidden_channels;
+      if (mask != nullptr) mask += blocks_[i].hidden_channels;
+    }
+    head(w, features, team);
+    team.wait();
+  }
+
+  // Copies an image into the stem's planes; says whether it has extreme values.
+  bool read_image(Workspace& w, const float* image, Team team) const {
+    const Stem& s = w.layout->stem;
+    const int64_t lines = net_.in_channels * s.height;
+    int32_t extreme = 0;
+    for (int64_t line = team.begin(lines); line < team.end(lines); ++line) {
+      const float* from = image + line * s.width;
+      float* to = w.image.data() + line / s.height * s.channel +
+                  (line % s.height + net_.padding) * s.columns;
+      for (int64_t x = 0; x < s.width; ++x) extreme |= !(std::fabs(from[x]) <= kExtreme);
+      for (int64_t phase = 0; phase < net_.stride; ++phase, to += s.phase) {
+        // The first column of the image, without the padding, that belongs to this plane.
+        const int64_t skipped = ceil_div(std::max<int64_t>(net_.padding - phase, 0), net_.stride);
+        int64_t x = phase + skipped * net_.stride - net_.padding;
+        for (float* target = to + skipped; x < s.width; x += net_.stride) *target++ = from[x];
+      }
+    }
+    w.scratch[team.rank].extreme = extreme != 0;
+    team.wait();
+    return std::any_of(w.scratch.begin(), w.scratch.begin() + team.size,
+                       [](const Scratch& one) { return one.extreme; });
+  }
+
+  void stem(Workspace& w, bool extreme, Team team) const {
+    const Layout& l = *w.layout;
+    const Map& out = l.maps[0];
+    // Only the last three rows are kept; each is pixels × channels like a map.
+    float* data = w.scratch[team.rank].rows.data();
+    const int64_t size = l.stem.conv_width * out.channels;
+    const auto kept = [&](int64_t r) {
+      return Blocked{data + r % 3 * size, l.stem.conv_width, out.channels};
+    };
+    for (int64_t y = team.begin(out.height); y < team.end(out.height); ++y) {
+      const int64_t first_pixel = (y + 1) * (out.width + 2) + 1;
+      if (!net_.max_pool) {
+        stem_row(w, y, w.map(0), first_pixel);
+        continue;
+      }
+      const int64_t first = std::max<int64_t>(2 * y - 1, 0);
+      const int64_t last = std::min(2 * y + 1, l.stem.conv_height - 1);
+      const int64_t unknown = y == team.begin(out.height) ? first : 2 * y;
+      for (int64_t r = unknown; r <= last; ++r) stem_row(w, r, kept(r), 0);
+      Blocked rows[3];
+      for (int64_t r = first; r <= last; ++r) rows[r - first] = kept(r);
+      max_pool(rows, last - first + 1, extreme, w.map(0), first_pixel, out.width);
+    }
+    team.wait();
+  }
+
+  // One row of the stem's convolution.
+  void stem_row(const Workspace& w, int64_t y, const Blocked& to, int64_t first_pixel) const {
+    const Stem& s = w.layout->stem;
+    const int64_t cuts = ceil_div(s.conv_width, kOuterPixels);
+    OuterProduct product{};
+    product.plane = s.channel;
+    product.taps = s.taps.data();
+    product.num_taps = s.taps.size();
+    product.rows = all_.data();
+    product.num_rows = net_.in_channels;
+    product.rectify = true;
+    for (int64_t c = 0; c < to.channels; c += kOuterVectors * kLanes) {
+      product.weights = net_.stem + net_.in_channels * product.num_taps * c;
+      product.ahead = product.weights;
+      product.bias = net_.stem_bias + c;
+      product.channels = to.step(c);
+      product.y = to.at(c) + first_pixel * product.channels;
+      const int64_t vectors = std::min<int64_t>(kOuterVectors, (to.channels - c) / kLanes);
+      for (int64_t cut = 0; cut < cuts; ++cut) {
+        const int64_t x = s.conv_width * cut / cuts;
+        product.x = w.image.data() + y * net_.stride * s.columns + x;
+        product.position = s.column.data() + x;
+        gated::run(product, vectors, s.conv_width * (cut + 1) / cuts - x);
+      }
+    }
+  }
+
+  // One row of the 3×3 max-pool of stride 2, from up to three rows.
+  static void max_pool(const Blocked* rows, int64_t num_rows, bool extreme, const Blocked& to,
+                       int64_t first_pixel, int64_t pooled_width) {
+    const int64_t width = rows[0].pixels;
+    for (int64_t c = 0; c < to.channels; c += kLanes) {
+      const int64_t step = to.step(c);
+      for (int64_t x = 0; x < pooled_width; ++x) {
+        const int64_t first = std::max<int64_t>(2 * x - 1, 0);
+        const int64_t last = std::min(2 * x + 1, width - 1);
+        Vec most = load(rows[0].at(c) + first * step);
+        for (int64_t r = 0; r < num_rows; ++r) {
+          for (int64_t i = first; i <= last; ++i) {
+            const Vec value = load(rows[r].at(c) + i * step);
+            most = extreme ? maximum_or_nan(most, value) : maximum(most, value);
+          }
+        }
+        store(to.at(c) + (first_pixel + x) * step, most);
+      }
+    }
+  }
+
+  void block(Workspace& w, int64_t index, const float* thresholds, uint8_t* mask, bool extreme,
+             Team team) const {
+    const Block& b = blocks_[index];
+    const Layout& l = *w.layout;
+    const BlockLayout& at = l.blocks[index];
+    const Hidden& hidden = l.hidden[at.out_map];
+    Scratch& own = w.scratch[team.rank];
+
+    if (thresholds != nullptr) pool(l.maps[at.in_map], w.map(at.in_map), w.pooled.data(), team);
+    if (b.shortcut != nullptr) transpose_shortcut(w, at, team);
+    team.wait();
+
+    const int32_t* chosen = all_.data();
+    int64_t number = b.hidden_channels;
+    const float* scale = nullptr;
+    if (thresholds != nullptr) {
+      number = choose(b, w.pooled.data(), thresholds, own);
+      chosen = own.chosen.data();
+      if (mask != nullptr && team.rank == 0) write_mask(b, chosen, number, mask);
+      if (extreme) {
+        scale = as_scale(b, own, number);
+        chosen = all_.data();
+        number = b.hidden_channels;
+      }
+    } else if (mask != nullptr && team.rank == 0) {
+      std::fill_n(mask, b.hidden_channels, 1);
+    }
+
+    if (b.shortcut != nullptr) {
+      OuterProduct product{};
+      product.x = w.shortcut.data();
+      product.plane = kTileStride;
+      const int32_t tap = 0;
+      product.taps = &tap;
+      product.num_taps = 1;
+      product.rows = all_.data();
+      product.num_rows = b.in_channels;
+      product.weights = b.shortcut;
+      product.bias = b.shortcut_bias;
+      outer(product, b.in_channels, hidden, w.map(at.out_map),
+            l.maps[at.in_map].channels * kTileStride, team);
+    }
+    first_convolution(w, b, at, chosen, number, scale, team);
+    team.wait();
+
+    OuterProduct product{};
+    product.x = w.hidden[at.out_map].data();
+    product.plane = hidden.plane;
+    product.taps = hidden.taps.data();
+    product.num_taps = 9;
+    product.rows = chosen;
+    product.num_rows = number;
+    product.weights = b.conv2;
+    product.bias = b.bias2;
+    product.add = true;
+    product.rectify = true;
+    outer(product, b.hidden_channels, hidden, w.map(at.out_map), 0, team);
+    team.wait();
+    if (extreme) clear_padding(w, at.out_map, b.out_channels, team);
+  }
+
+  // NaN or infinity times the zero weights of padded channels is not zero.
+  static void clear_padding(Workspace& w, int64_t index, int64_t channels, Team team) {
+    const Map& map = w.layout->maps[index];
+    const Blocked to = w.map(index);
+    const std::vector<int32_t>& position = w.layout->hidden[index].position;
+    for (int64_t p = team.begin(map.pixels()); p < team.end(map.pixels()); ++p) {
+      for (int64_t c = channels; c < map.channels; ++c) to.at(c)[position[p] * to.step(c)] = 0.0f;
+    }
+    team.wait();
+  }
+
+  // The mean of each channel over a map, row by row.
+  static void pool(const Map& map, const Blocked& x, float* mean, Team team) {
+    const int64_t vectors = map.channels / kLanes;
+    const Vec share = broadcast(1.0f / static_cast<float>(map.pixels()));
+    for (int64_t v = team.begin(vectors); v < team.end(vectors); ++v) {
+      const int64_t c = v * kLanes, step = x.step(c);
+      Vec total{};
+      for (int64_t y = 1; y <= map.height; ++y) {
+        const float* pixel = x.at(c) + (y * (map.width + 2) + 1) * step;
+        Vec row{};
+        for (int64_t i = 0; i < map.width; ++i, pixel += step) row += load(pixel);
+        total += row;
+      }
+      store(mean + c, total * share);
+    }
+  }
+
+  // The pixels that a shortcut reads, as tiles × channels × pixels.
+  static void transpose_shortcut(Workspace& w, const BlockLayout& at, Team team) {
+    const Map& in = w.layout->maps[at.in_map];
+    const std::vector<PixelTile>& tiles = w.layout->hidden[at.out_map].runs;
+    const Blocked x = w.map(at.in_map);
+    for (int64_t t = team.begin(tiles.size()); t < team.end(tiles.size()); ++t) {
+      const PixelTile& tile = tiles[t];
+      // The middle of the kernel is where a 1×1 convolution of the same stride reads.
+      const int32_t* pixel = at.pixel.data() + tile.first;
+      const int64_t middle = in.width + 2 + 1;
+      float* to = w.shortcut.data() + t * in.channels * kTileStride;
+      for (int64_t c = 0; c < in.channels; c += kLanes, to += kLanes * kTileStride) {
+        const int64_t step = x.step(c);
+        for (int64_t p = 0; p < tile.count; p += kLanes) {
+          Vec rows[kLanes];
+#pragma GCC unroll 16
+          for (int64_t i = 0; i < kLanes; ++i) {
+            // Beyond the tile, repeat its last pixel; nobody reads that.
+            const int64_t q = p + i < tile.count ? p + i : tile.count - 1;
+            rows[i] = load(x.at(c) + (pixel[q] + middle) * step);
+          }
+          transpose(rows);
+#pragma GCC unroll 16
+          for (int64_t i = 0; i < kLanes; ++i) store(to + i * kTileStride + p, rows[i]);
+        }
+      }
+    }
+  }
+
+  // Which channels the gate chooses; returns their number.
+  static int64_t choose(const Block& b, const float* pooled, const float* thresholds,
+                        Scratch& own) {
+    const int64_t in = padded_channels(b.in_channels), out = padded_channels(b.hidden_channels);
+    float* logits = own.logits.data();
+    std::fill_n(logits, out, 0.0f);
+    for (int64_t k = 0; k < b.gate_channels; ++k) {
+      Vec sum{};
+      for (int64_t c = 0; c < in; c += kLanes) {
+        sum += load(pooled + c) * load(b.gate_reduce + k * in + c);
+      }
+      float hidden = sums<1>(&sum)[0] + b.gate_bias[k];
+      if (hidden <= 0.0f) continue;
+      for (int64_t c = 0; c < out; c += kLanes) {
+        store(logits + c,
+              load(logits + c) + broadcast(hidden) * load(b.gate_expand + k * out + c));
+      }
+    }
+    int64_t number = 0;
+    for (int64_t c = 0; c < b.hidden_channels; ++c) {
+      if (logits[c] >= thresholds[c]) own.chosen[number++] = c;
+    }
+    return number;
+  }
+
+  static void write_mask(const Block& b, const int32_t* chosen, int64_t number, uint8_t* mask) {
+    std::fill_n(mask, b.hidden_channels, 0);
+    for (int64_t j = 0; j < number; ++j) mask[chosen[j]] = 1;
+  }
+
+  // The mask as numbers: in an extreme image the masked network computes NaN · 0 = NaN in channels
+  // that are not chosen, and so must we.
+  static const float* as_scale(const Block& b, Scratch& own, int64_t number) {
+    float* scale = own.logits.data();
+    std::fill_n(scale, b.hidden_channels, 0.0f);
+    for (int64_t j = 0; j < number; ++j) scale[own.chosen[j]] = 1.0f;
+    return scale;
+  }
+
+  // The chosen channels of a block's first convolution, into planes of the hidden map.
+  static void first_convolution(Workspace& w, const Block& b, const BlockLayout& at,
+                                const int32_t* chosen, int64_t number, const float* scale,
+                                Team team) {
+    const Map& in = w.layout->maps[at.in_map];
+    const Hidden& hidden = w.layout->hidden[at.out_map];
+    const int64_t pixels = hidden.map.pixels();
+    const int64_t pixel_tiles = ceil_div(pixels, kDotPixels);
+    const int64_t channel_tiles = ceil_div(number, kDotChannels);
+    const int64_t row_size = 9 * in.channels;
+    const Team alone{0, 1};
+    // A plane can be copied when all of its pixels are there.
+    const Team by_pixel = hidden.copies ? alone : team, by_channel = hidden.copies ? team : alone;
+    const int64_t first_band = by_pixel.begin(pixel_tiles), last_band = by_pixel.end(pixel_tiles);
+    const int64_t first_tile = by_channel.begin(channel_tiles), last_tile = by_channel.end(channel_tiles);
+    const Blocked x = w.map(at.in_map);
+    const auto tile_of = [&](int64_t m, int64_t band, int64_t band_end) {
+      const int64_t first = number * m / channel_tiles;
+      const int64_t channels = number * (m + 1) / channel_tiles - first;
+      const int64_t next = number * (m + 1 < channel_tiles ? m + 2 : m + 1) / channel_tiles - channels;
+      DotProduct product{};
+      product.stride = in.width + 2;
+      const Weight* rows[kDotChannels];
+      const Weight* next_rows[kDotChannels];
+      for (int64_t k = 0; k < channels; ++k) {
+        const int64_t c = chosen[first + k];
+        rows[k] = b.conv1 + c * row_size;
+        next_rows[k] = b.conv1 + chosen[std::max<int64_t>(next, 0) + k] * row_size;
+        product.bias[k] = b.bias1[c];
+        product.scale[k] = scale == nullptr ? 1.0f : scale[c];
+        product.y[k] = hidden.copies
+                           ? w.scratch[team.rank].planes[at.out_map].data() +
+                                 k * hidden.map.padded_pixels()
+                           : w.hidden[at.out_map].data() + (first + k) * hidden.plane;
+      }
+      for (int64_t c = 0; c < in.channels; c += Blocked::kBlock) {
+        product.channels = x.step(c);
+        product.x = x.at(c);
+        product.first = c == 0;
+        product.last = c + product.channels == in.channels;
+        product.partial = w.scratch[team.rank].partial.data();
+        for (int64_t k = 0; k < channels; ++k) product.weights[k] = rows[k] + 9 * c;
+        for (int64_t t = band; t < band_end; ++t) {
+          const int64_t p = pixels * t / pixel_tiles;
+          product.pixel = at.pixel.data() + p;
+          product.position = hidden.position.data() + p;
+          const int64_t k = (t - band) * channels / (band_end - band);
+          const bool fresh = t == band || k != (t - band - 1) * channels / (band_end - band);
+          product.ahead = !fresh ? nullptr
+                          : product.last ? next_rows[k]
+                                         : rows[k] + 9 * (c + product.channels);
+          gated::run(product, channels, pixels * (t + 1) / pixel_tiles - p);
+          product.partial += kDotChannels * kDotPixels * kLanes;
+        }
+      }
+      if (!hidden.copies || band_end != last_band) return;
+      for (int64_t k = 0; k < channels; ++k) {
+        copy_shifted(hidden, product.y[k],
+                     w.hidden[at.out_map].data() + (first + k) * hidden.plane);
+      }
+    };
+    // The larger of map and weights is read once.
+    const bool band_outside = !hidden.copies && number * row_size < in.size();
+    const int64_t bands = ceil_div(last_band - first_band, kBandTiles);
+    const auto begin_of = [&](int64_t i) { return first_band + (last_band - first_band) * i / bands; };
+    if (band_outside) {
+      for (int64_t i = 0; i < bands; ++i)
+        for (int64_t m = first_tile; m < last_tile; ++m) tile_of(m, begin_of(i), begin_of(i + 1));
+    } else {
+      for (int64_t m = first_tile; m < last_tile; ++m)
+        for (int64_t i = 0; i < bands; ++i) tile_of(m, begin_of(i), begin_of(i + 1));
+    }
+  }
+
+  // One copy of a hidden channel for each kernel element, each shifted accordingly.
+  static void copy_shifted(const Hidden& hidden, const float* plane, float* to) {
+    const int64_t width = hidden.map.width, stride = width + 2;
+    for (int64_t t = 0; t < 9; ++t) {
+      for (int64_t y = 0; y < hidden.map.height; ++y, to += width) {
+        const float* from = plane + (y + t / 3) * stride + t % 3;
+        // Whole vectors: what is too much, the next row overwrites.
+        for (int64_t x = 0; x < width; x += kLanes) store(to + x, load(from + x));
+      }
+    }
+  }
+
+  // A convolution as outer products into all channels of a map. Its input is that of the hidden
+  // map, or `tile_size` numbers for each run of pixels.
+  static void outer(OuterProduct product, int64_t in_channels, const Hidden& hidden,
+                    const Blocked& to, int64_t tile_size, Team team) {
+    const std::vector<PixelTile>& tiles = tile_size > 0 ? hidden.runs : hidden.tiles;
+    const int64_t groups = ceil_div(to.channels, kOuterVectors * kLanes);
+    const int64_t number = tiles.size();
+    const Team alone{0, 1};
+    const bool many = number >= 4 * team.size;
+    const Team by_pixel = many ? team : alone, by_channel = many ? alone : team;
+    const float* x = product.x;
+    const Weight* weights = product.weights;
+    const float* bias = product.bias;
+    const int64_t input_size = in_channels * product.num_taps;
+    const int64_t first_tile = by_pixel.begin(number), last_tile = by_pixel.end(number);
+    for (int64_t g = by_channel.begin(groups); g < by_channel.end(groups); ++g) {
+      const int64_t c = g * kOuterVectors * kLanes;
+      const int64_t vectors = std::min<int64_t>(kOuterVectors, (to.channels - c) / kLanes);
+      product.weights = weights + input_size * c;
+      product.bias = bias + c;
+      product.channels = to.step(c);
+      product.y = to.at(c);
+      // Each tile prefetches its share of the next group's weights.
+      const bool more = g + 1 < by_channel.end(groups);
+      const int64_t row = product.num_taps * vectors * kLanes;
+      product.ahead_step = more ? ceil_div(vectors * kLanes, last_tile - first_tile) : 0;
+      for (int64_t t = first_tile; t < last_tile; ++t) {
+        product.x = x + (tile_size > 0 ? t * tile_size : tiles[t].offset);
+        product.position = hidden.position.data() + tiles[t].first;
+        product.ahead = more ? product.weights + input_size * vectors * kLanes +
+                                   row * (t - first_tile) / (last_tile - first_tile)
+                             : product.weights;
+        gated::run(product, vectors, tiles[t].count);
+      }
+    }
+  }
+
+  // The mean over the last map, and the classifier if there is one.
+  void head(Workspace& w, float* features, Team team) const {
+    const Map& map = w.layout->maps.back();
+    pool(map, w.map(w.maps.size() - 1), w.pooled.data(), team);
+    team.wait();
+    if (team.rank != 0) return;
+    if (net_.linear == nullptr) {
+      std::copy_n(w.pooled.data(), net_.features, features);
+      return;
+    }
+    for (int64_t k = 0; k < net_.features; ++k) {
+      Vec sum{};
+      for (int64_t c = 0; c < map.channels; c += kLanes) {
+        sum += load(w.pooled.data() + c) * load(net_.linear + k * map.channels + c);
+      }
+      features[k] = sums<1>(&sum)[0] + net_.linear_bias[k];
+    }
+  }
+
+  Network net_;
+  std::vector<Block> blocks_;
+  std::vector<int32_t> all_;
+  int64_t mask_size_ = 0;
+  std::mutex mutex_;
+  std::shared_ptr<const Layout> layout_;
+  std::vector<std::unique_ptr<Workspace>> free_;
+};
+
+}  // namespace
+}  // namespace gated
+
+// Everything else is hidden (-fvisibility=hidden): libraries for several instruction sets may be
+// loaded at once, and must not share code.
+#define EXPORT __attribute__((visibility("default")))
+
+extern "C" {
+
+EXPORT int64_t gated_lanes() { return gated::kLanes; }
+
+EXPORT int64_t gated_group() { return gated::kLanes * gated::kOuterVectors; }
+
+EXPORT int64_t gated_block() { return gated::Blocked::kBlock; }
+
+EXPORT void* gated_open(const gated::Network* net) {
+  try {
+    return new gated::Engine(*net);
+  } catch (const std::bad_alloc&) {
+    return nullptr;
+  }
+}
+
+EXPORT void gated_close(void* engine) { delete static_cast<gated::Engine*>(engine); }
+
+// Returns 0, or 1 if there is not enough memory.
+EXPORT int gated_run(void* engine, const float* images, int64_t number, int64_t height, int64_t width,
+              const float* thresholds, float* features, uint8_t* masks, int64_t threads) {
+  try {
+    static_cast<gated::Engine*>(engine)->run(images, number, height, width, thresholds, features,
+                                             masks, static_cast<int>(threads));
+    return 0;
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+}
+}

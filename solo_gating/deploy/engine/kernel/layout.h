@@ -1,0 +1,204 @@
+// Where everything lies in memory, for one network and one image size.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <vector>
+
+#include "network.h"
+#include "tiles.h"
+
+namespace gated {
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline int64_t padded_channels(int64_t channels) { return ceil_div(channels, kLanes) * kLanes; }
+
+// Floats on a cache line's boundary, zero at first.
+class Buffer {
+ public:
+  Buffer() = default;
+  explicit Buffer(int64_t size)
+      : data_(static_cast<float*>(::operator new(size * sizeof(float), std::align_val_t{64}))) {
+    std::memset(data_, 0, size * sizeof(float));
+  }
+  Buffer(Buffer&& other) noexcept : data_(other.data_) { other.data_ = nullptr; }
+  Buffer& operator=(Buffer&& other) noexcept {
+    std::swap(data_, other.data_);
+    return *this;
+  }
+  ~Buffer() { ::operator delete(data_, std::align_val_t{64}); }
+
+  float* data() const { return data_; }
+
+ private:
+  float* data_ = nullptr;
+};
+
+// Pixels × channels in blocks of channels, one block after another: what a tile of dot products
+// reads of one block fits into the innermost cache, and at no stride that is a power of two.
+struct Blocked {
+  float* data;
+  int64_t pixels, channels;
+
+  static constexpr int64_t kBlock = 64;
+
+  // The first pixel's channel c.
+  float* at(int64_t c) const { return data + c / kBlock * kBlock * pixels + c % kBlock; }
+
+  // From one pixel's channel c to the next one's: the size of its block.
+  int64_t step(int64_t c) const { return std::min(kBlock, channels - c / kBlock * kBlock); }
+};
+
+// A feature map: rows × columns, with a border of one zero pixel on each side.
+struct Map {
+  int64_t height, width, channels;
+
+  int64_t pixels() const { return height * width; }
+  int64_t padded_pixels() const { return (height + 2) * (width + 2); }
+  int64_t size() const { return padded_pixels() * channels; }
+};
+
+// Pixels that share a tile of an outer product.
+struct PixelTile {
+  int32_t first;   // among the map's pixels, row by row
+  int32_t count;
+  int32_t offset;  // of its first pixel's first kernel element in a hidden plane
+};
+
+// Even pieces of a run of pixels, as few as possible.
+inline void cut(int64_t begin, int64_t length, int64_t offset, std::vector<PixelTile>& tiles) {
+  const int64_t pieces = ceil_div(length, kOuterPixels);
+  for (int64_t i = 0; i < pieces; ++i) {
+    const int64_t from = length * i / pieces, to = length * (i + 1) / pieces;
+    tiles.push_back({static_cast<int32_t>(begin + from), static_cast<int32_t>(to - from),
+                     static_cast<int32_t>(offset + from)});
+  }
+}
+
+// A block's map and its hidden map, which holds one plane for each computed channel.
+//
+// A plane is a padded image, and a tile lies in one row. If rows do not fit tiles well, a plane has
+// a copy of the image for each kernel element, shifted accordingly, and any run of pixels is a tile.
+struct Hidden {
+  Map map;
+  bool copies;
+  int64_t plane;                  // from one channel to the next
+  int64_t planes = 0;             // at most
+  std::vector<int32_t> position;  // of each pixel in the padded map
+  std::vector<int32_t> taps;      // offsets of the kernel's elements in a plane
+  std::vector<PixelTile> tiles;
+  std::vector<PixelTile> runs;    // tiles for which rows do not matter
+
+  explicit Hidden(const Map& shape) : map(shape) {
+    const int64_t stride = map.width + 2, pixels = map.pixels();
+    for (int64_t y = 0; y < map.height; ++y) {
+      for (int64_t x = 0; x < map.width; ++x) position.push_back((y + 1) * stride + x + 1);
+    }
+    const int64_t pieces = ceil_div(map.width, kOuterPixels);
+    copies = 10 * map.width < 7 * kOuterPixels * pieces && pixels <= kMostCopied;
+    // A copy is written with whole vectors, beyond its end by less than one.
+    plane = copies ? 9 * pixels + kLanes : map.padded_pixels();
+    for (int64_t t = 0; t < 9; ++t) taps.push_back(copies ? t * pixels : t / 3 * stride + t % 3);
+    cut(0, pixels, 0, runs);
+    if (copies) {
+      tiles = runs;
+    } else {
+      for (int64_t y = 0; y < map.height; ++y) cut(y * map.width, map.width, y * stride, tiles);
+    }
+  }
+
+  static constexpr int64_t kMostCopied = 400;
+};
+
+struct BlockLayout {
+  int64_t in_map, out_map;     // among the layout's maps; equal where the shortcut is the identity
+  std::vector<int32_t> pixel;  // of the input map, the first one that each output pixel reads
+};
+
+// The stem's input: for each channel, one plane for each column modulo the stride, so that
+// neighbouring outputs read neighbouring numbers.
+struct Stem {
+  int64_t height, width;            // of the image
+  int64_t rows, columns;            // of a plane
+  int64_t phase;                    // from one plane of a channel to the next
+  int64_t channel;                  // from one channel to the next
+  int64_t conv_height, conv_width;  // of the convolution's output
+  int64_t pooled_height, pooled_width;
+  std::vector<int32_t> taps;
+  std::vector<int32_t> column;      // 0, 1, 2, ...
+};
+
+struct Layout {
+  Stem stem;
+  std::vector<Map> maps;
+  std::vector<Hidden> hidden;      // for each map
+  std::vector<BlockLayout> blocks;
+  int64_t largest_shortcut = 0;
+  int64_t largest_channels = 0;  // of a map or a hidden map
+
+  Layout(const Network& net, int64_t height, int64_t width) {
+    plan_stem(net, height, width);
+    maps.push_back({stem.pooled_height, stem.pooled_width, padded_channels(net.width)});
+    for (int64_t i = 0; i < net.num_blocks; ++i) plan_block(net.blocks[i]);
+    for (const Map& map : maps) {
+      hidden.emplace_back(map);
+      largest_channels = std::max(largest_channels, map.channels);
+    }
+    for (int64_t i = 0; i < net.num_blocks; ++i) {
+      const int64_t channels = net.blocks[i].hidden_channels;
+      int64_t& planes = hidden[blocks[i].out_map].planes;
+      planes = std::max(planes, channels);
+      largest_channels = std::max(largest_channels, padded_channels(channels));
+    }
+    for (size_t i = 0; i + 1 < maps.size(); ++i) {
+      const int64_t rows = hidden[i + 1].runs.size() * maps[i].channels;
+      largest_shortcut = std::max(largest_shortcut, rows * kTileStride);
+    }
+  }
+
+ private:
+  void plan_stem(const Network& net, int64_t height, int64_t width) {
+    Stem& s = stem;
+    s.height = height;
+    s.width = width;
+    s.rows = height + 2 * net.padding;
+    s.columns = ceil_div(width + 2 * net.padding, net.stride);
+    s.phase = s.rows * s.columns;
+    s.channel = net.stride * s.phase;
+    s.conv_height = (s.rows - net.kernel) / net.stride + 1;
+    s.conv_width = (width + 2 * net.padding - net.kernel) / net.stride + 1;
+    s.pooled_height = net.max_pool ? (s.conv_height - 1) / 2 + 1 : s.conv_height;
+    s.pooled_width = net.max_pool ? (s.conv_width - 1) / 2 + 1 : s.conv_width;
+    for (int64_t y = 0; y < net.kernel; ++y) {
+      for (int64_t x = 0; x < net.kernel; ++x) {
+        s.taps.push_back(x % net.stride * s.phase + y * s.columns + x / net.stride);
+      }
+    }
+    for (int64_t x = 0; x < s.conv_width; ++x) s.column.push_back(x);
+  }
+
+  void plan_block(const Block& block) {
+    BlockLayout layout;
+    layout.in_map = maps.size() - 1;
+    const Map in = maps.back();
+    if (block.shortcut != nullptr) {
+      maps.push_back({(in.height - 1) / block.stride + 1, (in.width - 1) / block.stride + 1,
+                      padded_channels(block.out_channels)});
+    }
+    layout.out_map = maps.size() - 1;
+    const Map out = maps.back();
+    for (int64_t y = 0; y < out.height; ++y) {
+      for (int64_t x = 0; x < out.width; ++x) {
+        layout.pixel.push_back((y * (in.width + 2) + x) * block.stride);
+      }
+    }
+    blocks.push_back(std::move(layout));
+  }
+};
+
+}  // namespace gated

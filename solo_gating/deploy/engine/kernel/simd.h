@@ -1,0 +1,153 @@
+// One vector type whose width follows from the compiler's flags.
+//
+// Compiler vector extensions (GCC, Clang) only: the same source gives AVX-512 with 16 floats, AVX2
+// with 8, and the portable path with 4, which is SSE on x86 and NEON on aarch64.
+
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+namespace gated {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+constexpr int kRegisters = 32;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+constexpr int kRegisters = 16;
+#elif defined(__aarch64__)
+constexpr int kLanes = 4;
+constexpr int kRegisters = 32;
+#else
+constexpr int kLanes = 4;
+constexpr int kRegisters = 16;
+#endif
+
+typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
+typedef int32_t Mask __attribute__((vector_size(kLanes * sizeof(float))));
+
+using Lanes = std::make_index_sequence<kLanes>;
+
+inline Vec load(const float* from) {
+  Vec value;
+  std::memcpy(&value, from, sizeof value);
+  return value;
+}
+
+// bfloat16 is the upper half of a float.
+struct Bfloat16 {
+  uint16_t upper;
+};
+
+inline Vec load(const Bfloat16* from) {
+  typedef uint16_t Half __attribute__((vector_size(kLanes * sizeof(uint16_t))));
+  typedef uint32_t Whole __attribute__((vector_size(kLanes * sizeof(uint32_t))));
+  Half upper;
+  std::memcpy(&upper, from, sizeof upper);
+  const Whole bits = __builtin_convertvector(upper, Whole) << 16;
+  Vec value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// What the convolutions' weights are held in; sums and activations are always floats.
+#if defined(GATED_BFLOAT16)
+using Weight = Bfloat16;
+#else
+using Weight = float;
+#endif
+
+inline void store(float* to, Vec value) { std::memcpy(to, &value, sizeof value); }
+
+template <size_t... I>
+inline Vec broadcast(float value, std::index_sequence<I...>) {
+  return Vec{(static_cast<void>(I), value)...};
+}
+
+inline Vec broadcast(float value) { return broadcast(value, Lanes{}); }
+
+// Keeps a value in a register: otherwise compilers fold its load into each multiplication that uses
+// it, and the load ports become the bottleneck.
+inline void keep(Vec& value) {
+#if defined(__aarch64__)
+  __asm__("" : "+w"(value));
+#elif defined(__x86_64__) || defined(__i386__)
+  __asm__("" : "+v"(value));
+#else
+  static_cast<void>(value);
+#endif
+}
+
+// max(0, x) with NaN staying NaN, as PyTorch's; a plain maximum could swallow it.
+inline Vec relu(Vec x) {
+  const Vec zero{};
+  return zero > x ? zero : x;
+}
+
+// The larger of two, neither of them NaN.
+inline Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
+
+// The larger of two; NaN if one of them is.
+inline Vec maximum_or_nan(Vec a, Vec b) { return (a > b) | (a != a) ? a : b; }
+
+template <size_t... Index>
+inline Vec shuffle(Vec a, Vec b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, static_cast<int>(Index)...);
+#else
+  return __builtin_shuffle(a, b, Mask{static_cast<int32_t>(Index)...});
+#endif
+}
+
+// One step of a transposing sum: lane i becomes the sum of the lanes i and i ^ Bit of `a`, or of
+// `b` where i has the bit. (The first of the two is a blend, which is cheaper than a shuffle.)
+template <size_t Bit, size_t... I>
+inline Vec merge(Vec a, Vec b, std::index_sequence<I...>) {
+  return shuffle<((I & Bit ? kLanes : 0) + I)...>(a, b) +
+         shuffle<((I & Bit ? kLanes : 0) + (I ^ Bit))...>(a, b);
+}
+
+template <size_t Bit, size_t... I>
+inline Vec fold(Vec a, std::index_sequence<I...>) {
+  return a + shuffle<(I ^ Bit)...>(a, a);
+}
+
+// Lane i of the result is the sum of all lanes of the i-th vector, for i < Count ≤ kLanes.
+template <int Count, size_t Bit = 1>
+inline Vec sums(const Vec* vectors) {
+  if constexpr (Bit == kLanes) {
+    return vectors[0];
+  } else {
+    Vec merged[(Count + 1) / 2];
+#pragma GCC unroll 16
+    for (int i = 0; i < Count / 2; ++i) {
+      merged[i] = merge<Bit>(vectors[2 * i], vectors[2 * i + 1], Lanes{});
+    }
+    if constexpr (Count % 2 == 1) merged[Count / 2] = fold<Bit>(vectors[Count - 1], Lanes{});
+    return sums<(Count + 1) / 2, 2 * Bit>(merged);
+  }
+}
+
+template <size_t Bit, size_t... I>
+inline void exchange(Vec& a, Vec& b, std::index_sequence<I...>) {
+  const Vec low = shuffle<(I & Bit ? kLanes + (I ^ Bit) : I)...>(a, b);
+  b = shuffle<(I & Bit ? kLanes + I : (I ^ Bit))...>(a, b);
+  a = low;
+}
+
+// Rows become columns.
+template <size_t Bit = 1>
+inline void transpose(Vec* rows) {
+  if constexpr (Bit < kLanes) {
+#pragma GCC unroll 16
+    for (size_t i = 0; i < kLanes; ++i) {
+      if ((i & Bit) == 0) exchange<Bit>(rows[i], rows[i | Bit], Lanes{});
+    }
+    transpose<2 * Bit>(rows);
+  }
+}
+
+}  // namespace gated

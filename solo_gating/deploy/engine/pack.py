@@ -1,0 +1,166 @@
+"""Folded weights in the order in which the kernel reads them."""
+
+import contextlib
+import ctypes
+import mmap
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .fold import FoldedBlock, FoldedNetwork
+
+_HUGE_PAGE = 2 << 20
+_CACHE_LINE = 64
+
+
+class Block(ctypes.Structure):
+    """`Block` of kernel/network.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("in_channels", "hidden_channels", "out_channels")),
+        *((name, ctypes.c_int64) for name in ("stride", "gate_channels")),
+        *((name, ctypes.c_void_p) for name in ("conv1", "bias1", "conv2", "bias2")),
+        *((name, ctypes.c_void_p) for name in ("shortcut", "shortcut_bias")),
+        *((name, ctypes.c_void_p) for name in ("gate_reduce", "gate_bias", "gate_expand")),
+    ]
+
+
+class Network(ctypes.Structure):
+    """`Network` of kernel/network.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("in_channels", "width")),
+        *((name, ctypes.c_int64) for name in ("kernel", "stride", "padding", "max_pool")),
+        *((name, ctypes.c_int64) for name in ("features", "num_blocks")),
+        *((name, ctypes.c_void_p) for name in ("stem", "stem_bias", "linear", "linear_bias")),
+        ("blocks", ctypes.POINTER(Block)),
+    ]
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """How the kernel wants weights, in numbers of channels.
+
+    Attributes:
+        lanes: in one of the kernel's vectors; channels are padded to a multiple.
+        group: output channels that its outer products compute at once.
+        block: input channels that its dot products sum over at once.
+    """
+
+    lanes: int
+    group: int
+    block: int
+
+
+class PackedNetwork:
+    """A network's weights in one piece of memory, and the structure that tells where.
+
+    Args:
+        net: the folded network.
+        shapes: of the kernel.
+        dtype: of the convolutions' weights, torch.float32 or torch.bfloat16; all else is float32.
+
+    Attributes:
+        structure: for the kernel; valid as long as this object lives.
+        nbytes: size of the weights.
+    """
+
+    def __init__(self, net: FoldedNetwork, shapes: Shapes, dtype: torch.dtype):
+        self._shapes, self._dtype = shapes, dtype
+        self._memory = _Counter()
+        self._fill(net)
+        self.nbytes = self._memory.used
+        self._memory = _Arena(self.nbytes)
+        self.structure = self._fill(net)
+
+    def _fill(self, net: FoldedNetwork) -> Network:
+        self._blocks = (Block * len(net.blocks))(*(self._block(block) for block in net.blocks))
+        weight = net.stem.weight
+        linear, linear_bias = net.linear or (None, None)
+        return Network(
+            in_channels=weight.shape[1],
+            width=weight.shape[0],
+            kernel=weight.shape[2],
+            stride=net.stride,
+            padding=net.padding,
+            max_pool=net.max_pool,
+            features=net.features,
+            num_blocks=len(net.blocks),
+            stem=self._packed(weight),
+            stem_bias=self._floats(net.stem.bias),
+            linear=None if linear is None else self._floats(linear),
+            linear_bias=None if linear_bias is None else self._floats(linear_bias),
+            blocks=self._blocks,
+        )
+
+    def _block(self, block: FoldedBlock) -> Block:
+        conv1, conv2, shortcut, gate = block.conv1, block.conv2, block.shortcut, block.gate
+        return Block(
+            in_channels=conv1.weight.shape[1],
+            hidden_channels=conv1.weight.shape[0],
+            out_channels=conv2.weight.shape[0],
+            stride=block.stride,
+            gate_channels=0 if gate is None else len(gate.bias),
+            conv1=self._blocked(conv1.weight),
+            bias1=self._floats(conv1.bias),
+            conv2=self._packed(conv2.weight),
+            bias2=self._floats(conv2.bias),
+            shortcut=None if shortcut is None else self._packed(shortcut.weight),
+            shortcut_bias=None if shortcut is None else self._floats(shortcut.bias),
+            gate_reduce=None if gate is None else self._floats(gate.reduce),
+            gate_bias=None if gate is None else self._floats(gate.bias),
+            gate_expand=None if gate is None else self._floats(gate.expand.T),
+        )
+
+    def _padded(self, value: Tensor) -> Tensor:
+        """The last axis padded with zeros to whole vectors."""
+        return torch.nn.functional.pad(value, (0, -value.shape[-1] % self._shapes.lanes))
+
+    def _floats(self, value: Tensor) -> int:
+        return self._memory.add(self._padded(value))
+
+    def _blocked(self, weight: Tensor) -> int:
+        """C_out × C_in × k × k as C_out × blocks of input channels × k² × channels of the block."""
+        rows = self._padded(weight.flatten(2).transpose(1, 2))
+        blocks = rows.split(self._shapes.block, dim=2)
+        return self._memory.add(torch.cat([b.flatten(1) for b in blocks], 1).to(self._dtype))
+
+    def _packed(self, weight: Tensor) -> int:
+        """C_out × C_in × k × k, cut into groups of output channels, each C_in × k² × group."""
+        groups = self._padded(weight.flatten(2).permute(1, 2, 0)).split(self._shapes.group, dim=2)
+        return self._memory.add(torch.cat([group.flatten() for group in groups]).to(self._dtype))
+
+
+class _Counter:
+    """Counts what an `_Arena` will have to hold."""
+
+    def __init__(self) -> None:
+        self.used = 0
+
+    def add(self, values: Tensor) -> int:
+        """Room for a tensor; returns its address."""
+        address = self.used
+        self.used += -(-values.nbytes // _CACHE_LINE) * _CACHE_LINE
+        return address
+
+
+class _Arena(_Counter):
+    """Memory on huge pages, where the system has them: rows of weights are read at random."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self._map = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            # Advice only: a system that has none goes on with small pages.
+            with contextlib.suppress(OSError):
+                self._map.madvise(mmap.MADV_HUGEPAGE)
+        whole = torch.frombuffer(self._map, dtype=torch.uint8)
+        self._bytes = whole[-whole.data_ptr() % _HUGE_PAGE :]
+
+    def add(self, values: Tensor) -> int:
+        """Copy a tensor; returns its address."""
+        begin = super().add(values)
+        target = self._bytes[begin : begin + values.nbytes]
+        target.copy_(values.contiguous().flatten().view(torch.uint8))
+        return target.data_ptr()
