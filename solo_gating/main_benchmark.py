@@ -147,7 +147,10 @@ def _check(options: argparse.Namespace) -> None:
     if options.checkpoint is not None:
         for key in ("backbone", "width", "stem"):
             if getattr(options, key) is not None:
-                raise InputError(f"{key}: found one for a checkpoint, accepted is with --random")
+                found = getattr(options, key)
+                raise InputError(
+                    f"{key}: found {found} for a checkpoint, accepted is with --random"
+                )
         return
     if options.overrides:
         raise InputError(f"found {options.overrides[0]!r}, accepted is only with --checkpoint")

@@ -219,7 +219,7 @@ def _set_gate(
     on, either, _ = order.tensor_split([number_on, min(channels, number_on + number_either)])
     bias = -1 - logits.amax(0)
     bias[on] = 1 - logits.amin(0)[on]
-    bias[either] = -logits.median(0).values[either]
+    bias[either] = -logits.mean(0)[either]
     if len(either):
         free = (logits + bias)[:batch, either]
         bias[either] -= _cut(free, round(wanted) - batch * len(on))
@@ -233,7 +233,7 @@ def _cut(values: Tensor, number: int) -> float:
     """
     ordered = values.flatten().sort(descending=True).values
     padded = torch.cat([ordered[:1] + 1, ordered, ordered[-1:] - 1])
-    slack = number // 500
+    slack = 1 + number // 500
     first, last = (min(max(0, number + d), len(ordered)) for d in (-slack, slack))
     gaps = padded[first : last + 1] - padded[first + 1 : last + 2]
     best = first + int(gaps.argmax())

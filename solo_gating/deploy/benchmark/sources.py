@@ -114,11 +114,12 @@ class CheckpointSource:
         """
         images = self._images(resolution, max(sizes))
         dense = dense_resnet(self._backbone)
+        wanted: list[float | None] = [*self._densities] or [None]
         for size in sizes:
             some, first = images[: max(_CALIBRATION, size)], images[:size]
             gated = tuple(
                 gated_case(with_threshold(self._backbone, first, density), some, size, density)
-                for density in self._densities or [None]
+                for density in wanted
             )
             yield Network(dense, first), gated
 
