@@ -29,8 +29,9 @@
 All engines take turns of 10 ms or one call in a new order each round, for --seconds per case or five rounds;
 speed-up is the median over rounds of baseline time / own time in the same round. The ceiling is dense FLOPs /
 FLOPs of what was computed, gates included (Amdahl), and efficiency is speed-up / ceiling. Every engine's
-features are compared with PyTorch's first; for bfloat16 the difference is in its row (with --random
-it says little of trained gates: random ones magnify small differences between images). Writes benchmark.json and benchmark.png.
+features are compared with PyTorch's first. bfloat16 rows say how far theirs are off and how many masks
+flip (with --random that is of random gates, and says nothing of trained ones). Writes benchmark.json and
+benchmark.png.
 """
 
 import argparse
