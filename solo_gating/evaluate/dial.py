@@ -55,9 +55,27 @@ def calibrate(
             "gates alone) to 1"
         )
 
+    return threshold_for(backbone, lambda: mean_share(backbone, images), share, tolerance)
+
+
+def threshold_for(
+    backbone: TwoPathResNet, measure: Callable[[], float], share: float, tolerance: float = 1e-4
+) -> Setting:
+    """Find the threshold at which something that falls with it has a value, by bisection.
+
+    The backbone's own threshold is put back afterwards.
+
+    Args:
+        backbone: a gated encoder.
+        measure: gives the share at the backbone's threshold of the moment.
+        share: to reach.
+        tolerance: how far it may stay off; if it cannot be met, the nearest that was found is
+            returned.
+    """
+
     def at(threshold: float) -> Setting:
         backbone.threshold = threshold
-        return Setting(threshold, mean_share(backbone, images))
+        return Setting(threshold, measure())
 
     before = backbone.threshold
     try:
