@@ -119,6 +119,7 @@ def openvino(network: Network, threads: int, precision: str = "f32") -> Call:
         {
             "INFERENCE_NUM_THREADS": threads,
             "PERFORMANCE_HINT": "LATENCY",
+            "ENABLE_CPU_PINNING": False,  # it would pin the threads of all other engines, too
             "INFERENCE_PRECISION_HINT": precision,
         },
     )
