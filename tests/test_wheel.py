@@ -47,6 +47,8 @@ def test_configs_are_found_in_an_installed_wheel(tmp_path):
     assert modules <= names
     assert {f"solo_gating/{file}" for file in configs} <= names
     assert "solo_gating/report/published.json" in names
+    sources = (ROOT / "solo_gating/deploy/engine/kernel").iterdir()
+    assert {str(file.relative_to(ROOT)) for file in sources} <= names
     tops = {name.split("/")[0] for name in names}
     assert tops == {"solo_gating", wheel.name.removesuffix("-py3-none-any.whl") + ".dist-info"}
 
