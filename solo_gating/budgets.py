@@ -35,7 +35,7 @@ def checked_budget(budget: Any, budget_range: Range | None, key: str = "budget")
 
     Args:
         budget: the share of the dense FLOPs that the gates should aim at.
-        budget_range: what the network was trained for; None for a single budget.
+        budget_range: what the network was trained for; None for gates that are told none.
         key: that names it, for messages.
 
     Raises:
@@ -43,8 +43,7 @@ def checked_budget(budget: Any, budget_range: Range | None, key: str = "budget")
     """
     if budget_range is None:
         raise InputError(
-            f"{key}: found {budget!r}, the network was trained for no range of budgets; accepted "
-            "is null"
+            f"{key}: found {budget!r}, the network's gates are told no budget; accepted is null"
         )
     low, high = budget_range
     require(

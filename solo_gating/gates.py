@@ -131,13 +131,12 @@ class ChannelGate(nn.Module):
             return gumbel_sigmoid(logits, self.temperature)
         return (logits >= self.threshold).to(torch.promote_types(logits.dtype, torch.float32))
 
-    @torch.no_grad()
-    def shift(self, budget: Tensor | None = None) -> Tensor:
-        """What is added to every image's logits: bias and the budget's part, C_out."""
-        shift = self.expand.weight.new_zeros(self.expand.out_channels)
-        if self.expand.bias is not None:
-            shift = shift + self.expand.bias
-        return shift if self.embedding is None else shift + self.embedding(budget)
+    @property
+    def bias(self) -> Tensor:
+        """W₂'s, C_out; zeros without one."""
+        if self.expand.bias is None:
+            return self.expand.weight.new_zeros(self.expand.out_channels)
+        return self.expand.bias
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         # solo-learn's main_linear.py loads what fits and drops the rest without a word.

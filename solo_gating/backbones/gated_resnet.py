@@ -131,13 +131,10 @@ class TwoPathResNet(ResNet):
         self.budget_range: Range | None = None
         # A buffer, so that it follows the weights and a compiled network takes it as an input.
         self.register_buffer("_budget", None, persistent=False)
-        self._budget_set: float | None = None
         if budget_range is not None:
             require("backbone.kwargs.budget_range", budget_range, is_range, RANGE)
             self.budget_range = (float(budget_range[0]), float(budget_range[1]))
-            self.budget = middle(self.budget_range)
-        if budget is not None:
-            self.budget = budget
+        self.budget = budget
 
     @property
     def gated_blocks(self) -> list[GatedBasicBlock]:
@@ -171,16 +168,25 @@ class TwoPathResNet(ResNet):
     def budget(self) -> float | None:
         """The share of the dense FLOPs that the gates are told to aim at.
 
-        Any in `budget_range`, its middle by default; it may be set at any time and is in no
+        Any in `budget_range`; it may be set at any time, None for the range's middle, and is in no
         checkpoint, like `threshold`. What is then used comes near it (`evaluate.dial.calibrate`
         makes it exact). None for a network that was trained for no range: it cannot be set there.
         """
         return self._budget_set
 
     @budget.setter
-    def budget(self, value: float) -> None:
-        self._budget_set = checked_budget(value, self.budget_range)
-        self._budget = self._as_tensor(self._budget_set)
+    def budget(self, value: float | None) -> None:
+        if value is None and self.budget_range is not None:
+            value = middle(self.budget_range)
+        if value is not None:
+            value = checked_budget(value, self.budget_range)
+        self._budget_set = value
+        self._budget = None if value is None else self._as_tensor(value)
+
+    @property
+    def budget_told(self) -> Tensor | None:
+        """`budget` as the gates are told it outside of every scope."""
+        return self._budget
 
     def _as_tensor(self, budget: float) -> Tensor:
         weight = self.bn1.weight
@@ -217,7 +223,7 @@ class TwoPathResNet(ResNet):
 
     def forward(self, x: Tensor) -> Tensor:
         """B × 3 × H × W → features B × C (or logits, while the network has its `fc`)."""
-        path, budget = self.default_path, self._budget
+        path, budget = self.default_path, self.budget_told
         if self._scope is not None:
             path = next(self._scope.paths)
             budget = budget if self._scope.budget is None else self._scope.budget
