@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from torch import nn
 from torch._dynamo.utils import counters
 
-from solo_gating import METHODS, BaseMethod, main_flops
+from solo_gating import METHODS, BaseMethod
 from solo_gating.backbones import BACKBONES
 from solo_gating.budgets import BudgetSchedule
 from solo_gating.config import prepare_config
@@ -26,6 +26,7 @@ from solo_gating.evaluate.features import extract
 from solo_gating.evaluate.policy import policy_of, read_policy
 from solo_gating.flops import count_flops, count_parameters
 from solo_gating.gates import BudgetEmbedding
+from solo_gating.main_flops import report_flops
 from solo_gating.main_knn import evaluate_knn
 from solo_gating.main_policy import evaluate_policy
 from solo_gating.main_pretrain import pretrain
@@ -579,16 +580,20 @@ def test_the_command_calibrates_in_two_steps(run, tmp_path, capsys):
     assert knn["gated"]["flops"] == pytest.approx(row["flops"])
 
 
-def test_flops_are_shown_at_a_budget(monkeypatch, tmp_path):
-    arguments = ["--config-name", "vicreg_any_cifar100", f"flops.output={tmp_path}"]
-    shares = []
-    for override in ([], ["flops.budget=0.3"]):
-        monkeypatch.setattr(sys, "argv", ["main_flops", *arguments, *override])
-        main_flops.main()
-        metrics = json.loads((tmp_path / "metrics.json").read_text())
-        shares.append((metrics["budget"], metrics["flops"]["share"]))
-    assert shares == [pytest.approx((0.475, 0.475)), pytest.approx((0.3, 0.3))]
-    assert metrics["flops"]["gates"] == 240_640  # an embedding costs nothing for an image
+def test_flops_are_shown_at_a_budget(tmp_path):
+    shares, gates = [], []
+    for target, told in ((RANGE, None), (RANGE, 0.3), (0.3, None)):
+        cfg = gating_config(target_budget=target)
+        cfg.flops = {"budget": told, "output": str(tmp_path)}
+        metrics = report_flops(cfg)
+        shares.append((metrics.get("budget"), metrics["flops"]["share"]))
+        gates.append(metrics["flops"]["gates"])
+    middle = pytest.approx((0.475, 0.475))
+    assert shares == [middle, pytest.approx((0.3, 0.3)), (None, pytest.approx(0.3))]
+    assert len(set(gates)) == 1  # an embedding costs nothing for an image
+    cfg = gating_config(target_budget=0.3)
+    cfg.flops = {"budget": 0.3}
+    assert_refused(lambda: report_flops(cfg), "flops.budget: found 0.3", "accepted is null")
 
 
 def test_the_command_line_of_a_script_names_a_budget(tmp_path, monkeypatch):
@@ -615,8 +620,9 @@ def test_the_command_line_of_a_script_names_a_budget(tmp_path, monkeypatch):
 # What runs elsewhere
 
 
-@BOTH
-@pytest.mark.parametrize("told", [0.1, 0.5])
+@pytest.mark.parametrize(
+    ("name", "told"), [("resnet18_gated", 0.1), ("resnet18_two_encoders", 0.5)]
+)
 def test_a_sliced_encoder_is_frozen_at_the_budget(name, told):
     backbone, (images, targets) = range_backbone(name, width=8), digit_tensors(VAL)
     backbone.threshold, backbone.budget = 0.25, told
