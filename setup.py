@@ -18,6 +18,7 @@ CONFIG_FOLDERS = [
 ]
 
 EXPORT = ["onnx", "onnxscript", "onnxruntime"]
+BENCHMARK = [*EXPORT, "openvino"]
 
 setup(
     name="solo-gating",
@@ -63,8 +64,9 @@ setup(
     extras_require={
         "umap": ["umap-learn"],
         "export": EXPORT,
+        "benchmark": BENCHMARK,
         "wandb": ["wandb"],
-        "dev": ["pytest", "ruff", "mypy", "build", "umap-learn", *EXPORT],
+        "dev": ["pytest", "ruff", "mypy", "build", "umap-learn", *BENCHMARK],
     },
     entry_points={
         "console_scripts": [
@@ -77,6 +79,7 @@ setup(
             "solo-gating-umap = solo_gating.main_umap:main",
             "solo-gating-report = solo_gating.main_report:main",
             "solo-gating-export = solo_gating.main_export:main",
+            "solo-gating-benchmark = solo_gating.main_benchmark:main",
         ]
     },
     classifiers=[

@@ -10,6 +10,18 @@ from typing import Any
 from .errors import InputError
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder for results.
+
+    Raises:
+        InputError: if that is not possible.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write {str(folder)!r} ({error.strerror})") from error
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file whole or not at all, its folder included.
 

@@ -36,19 +36,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from .backbones import TwoPathResNet
-from .cli import configs_folder, one_sentence_errors
+from .cli import one_sentence_errors
 from .deploy.dense import dense_network, dense_state_dict, solo_learn_args, solo_learn_checkpoint
 from .deploy.onnx import run_onnx, to_onnx, to_openvino
 from .deploy.static import kept_channels, slice_encoder, static_flops
 from .errors import InputError
 from .evaluate.dial import Setting
 from .evaluate.encoder import Encoder, load_encoder
-from .evaluate.evaluation import Evaluation, prepare_evaluation
+from .evaluate.evaluation import Evaluation, evaluation_of
 from .evaluate.features import extract
 from .evaluate.knn import knn_top1
 from .evaluate.policy import Policy, read_policy
@@ -73,7 +71,9 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
     encoder = load_encoder(options.checkpoint)
     _check(options, encoder)
     size = options.resolution or encoder.args.augmentations[0].crop_size
-    evaluation = _evaluation(options) if options.evaluate or options.overrides else None
+    evaluation = None
+    if options.evaluate or options.overrides:
+        evaluation = evaluation_of(options.checkpoint, options.overrides, ("train", "val"))
     if options.path == "dense":
         dense = dense_network(encoder)
         net: nn.Module = dense
@@ -105,13 +105,6 @@ def _check(options: argparse.Namespace, encoder: Encoder) -> None:
         raise InputError(
             "format: found solo-learn, which has no gated path; accepted is --path dense"
         )
-
-
-def _evaluation(options: argparse.Namespace) -> Evaluation:
-    overrides = [f"pretrained_feature_extractor='{options.checkpoint}'", *options.overrides]
-    with initialize_config_dir(str(configs_folder()), version_base="1.2"):
-        cfg: DictConfig = compose("knn", overrides=[*overrides, "hydra.run.dir=."])
-    return prepare_evaluation(cfg, "knn", (), ("train", "val"))
 
 
 def _static(

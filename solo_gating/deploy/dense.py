@@ -22,10 +22,14 @@ def dense_state_dict(encoder: Encoder) -> dict[str, Tensor]:
         encoder: its width and stem are what they are; at width 64 with the ImageNet stem the
             weights fit `torchvision.models.resnet18` strictly, apart from its `fc`.
     """
+    return _dense_weights(encoder.backbone)
+
+
+def _dense_weights(backbone: nn.Module) -> dict[str, Tensor]:
     # The gated path's own weights all have "gate" in their names: gate, gated_bn1, gated_net.
     return {
         name: value
-        for name, value in encoder.backbone.state_dict().items()
+        for name, value in backbone.state_dict().items()
         if not any(part.startswith("gate") for part in name.split("."))
     }
 
@@ -42,13 +46,18 @@ def dense_network(encoder: Encoder) -> ResNet:
     source = encoder.backbone
     if not isinstance(source, ResNet):
         raise InputError(f"checkpoint: the backbone {encoder.args.backbone.name!r} is no ResNet")
+    return dense_resnet(source)
+
+
+def dense_resnet(backbone: ResNet) -> ResNet:
+    """The dense path of a backbone without `fc`, as a ResNet of its own in evaluation mode."""
     net = ResNet(
-        [len(getattr(source, f"layer{stage}")) for stage in (1, 2, 3, 4)],
-        width=source.bn1.num_features,
-        stem="cifar" if isinstance(source.maxpool, nn.Identity) else "imagenet",
+        [len(getattr(backbone, f"layer{stage}")) for stage in (1, 2, 3, 4)],
+        width=backbone.bn1.num_features,
+        stem="cifar" if isinstance(backbone.maxpool, nn.Identity) else "imagenet",
     )
     net.fc = nn.Identity()
-    net.load_state_dict(dense_state_dict(encoder))
+    net.load_state_dict(_dense_weights(backbone))
     return net.eval().requires_grad_(False)
 
 

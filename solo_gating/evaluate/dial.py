@@ -77,10 +77,6 @@ def calibrate(
             "gates alone) to 1"
         )
 
-    def at(threshold: float) -> Setting:
-        backbone.threshold = threshold
-        return Setting(threshold, mean_share(backbone, images), backbone.budget)
-
     before = current(backbone)
     try:
         if budget is None and backbone.budget_range is not None:
@@ -88,6 +84,32 @@ def calibrate(
             budget = min(max(share, low), high)
         if budget is not None:
             backbone.budget = budget
+        return threshold_for(backbone, lambda: mean_share(backbone, images), share, tolerance)
+    finally:
+        before.apply(backbone)
+
+
+def threshold_for(
+    backbone: TwoPathResNet, measure: Callable[[], float], share: float, tolerance: float = 1e-4
+) -> Setting:
+    """Find the threshold at which something that falls with it has a value, by bisection.
+
+    The backbone's own threshold is put back afterwards.
+
+    Args:
+        backbone: a gated encoder.
+        measure: gives the share at the backbone's threshold of the moment.
+        share: to reach.
+        tolerance: how far it may stay off; if it cannot be met, the nearest that was found is
+            returned.
+    """
+
+    def at(threshold: float) -> Setting:
+        backbone.threshold = threshold
+        return Setting(threshold, measure(), backbone.budget)
+
+    before = backbone.threshold
+    try:
         fewer, more = at(1.0), at(-1.0)
         while fewer.share > share and fewer.threshold < _LARGEST:
             fewer = at(2 * fewer.threshold)
@@ -103,7 +125,7 @@ def calibrate(
             fewer, more = (setting, more) if setting.share < share else (fewer, setting)
         return best
     finally:
-        before.apply(backbone)
+        backbone.threshold = before
 
 
 def current(backbone: TwoPathResNet, share: float = math.nan) -> Setting:

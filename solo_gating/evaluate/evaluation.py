@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hydra import compose, initialize_config_dir
 from lightning.fabric import Fabric
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from ..backbones import TwoPathResNet
 from ..checks import at_least, is_number, require
+from ..cli import configs_folder
 from ..config import DEFAULTS, number_of_classes
 from ..data import check_augmentations, evaluation_loader
 from ..errors import InputError
@@ -162,6 +164,23 @@ def prepare_evaluation(
     name = f"{kind}-{cfg.data.dataset}-{identity}"
     folder = Path(cfg.output) if cfg.output else encoder.checkpoint.parent / "evaluation" / name
     return Evaluation(kind, cfg, fabric, encoder, paths, loaders, decisive, identity, folder)
+
+
+def evaluation_of(checkpoint: Path, overrides: list[str], splits: tuple[str, ...]) -> Evaluation:
+    """An encoder with images, for commands that take `key=value` but no config of their own.
+
+    Args:
+        checkpoint: of the encoder.
+        overrides: of the data and the hardware, as `data.val_path=...`.
+        splits: as in `prepare_evaluation`.
+
+    Raises:
+        InputError: as `prepare_evaluation`.
+    """
+    overrides = [f"pretrained_feature_extractor='{checkpoint}'", *overrides]
+    with initialize_config_dir(str(configs_folder()), version_base="1.2"):
+        cfg = compose("knn", overrides=[*overrides, "hydra.run.dir=."])
+    return prepare_evaluation(cfg, "knn", (), splits)
 
 
 def flops_row(found: Extraction, encoder: Encoder) -> dict[str, float]:

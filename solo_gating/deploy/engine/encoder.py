@@ -17,11 +17,10 @@ from ...checks import at_least, is_number, one_of, require
 from ...errors import InputError
 from .fallback import TorchEngine
 from .fold import FoldedNetwork, fold
-from .library import ISA_VARIABLE, BuildError, chosen_isa, load_library
+from .library import ISA_VARIABLE, PYTORCH, BuildError, chosen_isa, load_library
 from .pack import PackedNetwork, Shapes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-PYTORCH = "pytorch"
 
 Images = TypeVar("Images", Tensor, np.ndarray)
 

@@ -25,7 +25,10 @@ class TorchEngine:
     @torch.no_grad()
     def run(self, images: Tensor, thresholds: Tensor | None, threads: int) -> tuple[Tensor, Tensor]:
         """As `KernelEngine.run`; the number of threads is PyTorch's own."""
-        results = [self._one(image[None], thresholds) for image in images]
+        # Copies, because PyTorch's sums depend on how an image lies in memory.
+        results = [self._one(image[None].clone(), thresholds) for image in images]
+        if not results:
+            return torch.empty(0, self._net.features), torch.empty(0, sum(self._net.hidden)).bool()
         features, masks = zip(*results, strict=True)
         return torch.cat(features), torch.stack(masks)
 

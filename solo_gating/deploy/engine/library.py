@@ -19,6 +19,7 @@ from ...errors import InputError
 SOURCES = Path(__file__).parent / "kernel"
 CACHE_VARIABLE = "SOLO_GATING_CACHE"
 ISA_VARIABLE = "SOLO_GATING_ISA"
+PYTORCH = "pytorch"  # instead of a kernel
 
 _ISA_FLAGS = {
     "avx512": [
@@ -62,10 +63,8 @@ def chosen_isa(isa: str | None = None) -> str:
     """
     wanted = isa or os.environ.get(ISA_VARIABLE) or supported_isas()[0]
     if wanted not in supported_isas():
-        key = "isa" if isa else ISA_VARIABLE
-        raise InputError(
-            f"{key}: found {wanted!r}, accepted here are {', '.join(supported_isas())}"
-        )
+        key, accepted = "engine" if isa else ISA_VARIABLE, (*supported_isas(), PYTORCH)
+        raise InputError(f"{key}: found {wanted!r}, accepted here are {', '.join(accepted)}")
     return wanted
 
 
@@ -123,7 +122,7 @@ def _is_whole(file: Path) -> bool:
     # Loading a damaged library can end the process, so it must not be tried.
     try:
         content = file.read_bytes()
-    except FileNotFoundError:
+    except OSError:
         return False
     return hashlib.sha256(content[:-32]).digest() == content[-32:]
 

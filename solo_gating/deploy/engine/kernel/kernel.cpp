@@ -42,9 +42,9 @@ struct Team {
 
 // What one thread needs for itself.
 struct Scratch {
-  Buffer rows;                  // the last three rows of the stem's convolution
-  std::vector<Buffer> planes;   // for each small map, hidden channels before they are copied
-  Buffer partial;               // sums of a band of dot products
+  Buffer rows;                 // the last three rows of the stem's convolution
+  std::vector<Buffer> planes;  // for each small map, hidden channels before they are copied
+  Buffer partial;              // sums of a band of dot products
   Buffer logits;
   std::vector<int32_t> chosen;  // the channels that the image computes, ascending
   bool extreme = false;         // whether this thread's part of the image is
@@ -52,6 +52,12 @@ struct Scratch {
 
 // Tiles of dot products whose sums are kept until all input channels are in.
 constexpr int64_t kBandTiles = 32;
+
+// Rows times taps whose weights, for a group of output channels, share the innermost cache with
+// the rest.
+constexpr int64_t kMostTaps = 128;
+
+constexpr float kZeros[kOuterVectors * kLanes] = {};
 
 // What one image needs, for one thread or a team.
 struct Workspace {
@@ -104,7 +110,8 @@ constexpr float kExtreme = 1e18f;
 
 class Engine {
  public:
-  explicit Engine(const Network& net) : net_(net), blocks_(net.blocks, net.blocks + net.num_blocks) {
+  explicit Engine(const Network& net)
+      : net_(net), blocks_(net.blocks, net.blocks + net.num_blocks) {
     net_.blocks = blocks_.data();
     int64_t most = net.in_channels;
     for (const Block& b : blocks_) {
@@ -251,6 +258,7 @@ class Engine {
     for (int64_t c = 0; c < to.channels; c += kOuterVectors * kLanes) {
       product.weights = net_.stem + net_.in_channels * product.num_taps * c;
       product.ahead = product.weights;
+      product.ahead_rows = product.rows;
       product.bias = net_.stem_bias + c;
       product.channels = to.step(c);
       product.y = to.at(c) + first_pixel * product.channels;
@@ -313,35 +321,34 @@ class Engine {
       std::fill_n(mask, b.hidden_channels, 1);
     }
 
-    if (b.shortcut != nullptr) {
-      OuterProduct product{};
-      product.x = w.shortcut.data();
-      product.plane = kTileStride;
-      const int32_t tap = 0;
-      product.taps = &tap;
-      product.num_taps = 1;
-      product.rows = all_.data();
-      product.num_rows = b.in_channels;
-      product.weights = b.shortcut;
-      product.bias = b.shortcut_bias;
-      outer(product, b.in_channels, hidden, w.map(at.out_map),
-            l.maps[at.in_map].channels * kTileStride, team);
-    }
     first_convolution(w, b, at, chosen, number, scale, team);
     team.wait();
 
-    OuterProduct product{};
-    product.x = w.hidden[at.out_map].data();
-    product.plane = hidden.plane;
-    product.taps = hidden.taps.data();
-    product.num_taps = 9;
-    product.rows = chosen;
-    product.num_rows = number;
-    product.weights = b.conv2;
-    product.bias = b.bias2;
-    product.add = true;
-    product.rectify = true;
-    outer(product, b.hidden_channels, hidden, w.map(at.out_map), 0, team);
+    Outer sum[2];
+    int terms = 0;
+    if (b.shortcut != nullptr) {
+      // One row whose taps are the input channels.
+      Outer& shortcut = sum[terms++];
+      shortcut.x = w.shortcut.data();
+      shortcut.tile_size = l.maps[at.in_map].channels * kTileStride;
+      shortcut.taps = l.shortcut_taps.data();
+      shortcut.num_taps = b.in_channels;
+      shortcut.rows = all_.data();
+      shortcut.num_rows = shortcut.all_rows = 1;
+      shortcut.weights = b.shortcut;
+      shortcut.bias = b.shortcut_bias;
+    }
+    Outer& second = sum[terms++];
+    second.x = w.hidden[at.out_map].data();
+    second.plane = hidden.plane;
+    second.taps = hidden.taps.data();
+    second.num_taps = 9;
+    second.rows = chosen;
+    second.num_rows = number;
+    second.all_rows = b.hidden_channels;
+    second.weights = b.conv2;
+    second.bias = b.bias2;
+    outer(sum, terms, hidden, w.map(at.out_map), team);
     team.wait();
     if (extreme) clear_padding(w, at.out_map, b.out_channels, team);
   }
@@ -377,7 +384,7 @@ class Engine {
   // The pixels that a shortcut reads, as tiles × channels × pixels.
   static void transpose_shortcut(Workspace& w, const BlockLayout& at, Team team) {
     const Map& in = w.layout->maps[at.in_map];
-    const std::vector<PixelTile>& tiles = w.layout->hidden[at.out_map].runs;
+    const std::vector<PixelTile>& tiles = w.layout->hidden[at.out_map].tiles;
     const Blocked x = w.map(at.in_map);
     for (int64_t t = team.begin(tiles.size()); t < team.end(tiles.size()); ++t) {
       const PixelTile& tile = tiles[t];
@@ -417,8 +424,7 @@ class Engine {
       float hidden = sums<1>(&sum)[0] + b.gate_bias[k];
       if (hidden <= 0.0f) continue;
       for (int64_t c = 0; c < out; c += kLanes) {
-        store(logits + c,
-              load(logits + c) + broadcast(hidden) * load(b.gate_expand + k * out + c));
+        store(logits + c, load(logits + c) + broadcast(hidden) * load(b.gate_expand + k * out + c));
       }
     }
     int64_t number = 0;
@@ -448,34 +454,36 @@ class Engine {
                                 Team team) {
     const Map& in = w.layout->maps[at.in_map];
     const Hidden& hidden = w.layout->hidden[at.out_map];
-    const int64_t pixels = hidden.map.pixels();
-    const int64_t pixel_tiles = ceil_div(pixels, kDotPixels);
+    const int64_t pixel_tiles = hidden.dots.size();
     const int64_t channel_tiles = ceil_div(number, kDotChannels);
     const int64_t row_size = 9 * in.channels;
     const Team alone{0, 1};
     // A plane can be copied when all of its pixels are there.
     const Team by_pixel = hidden.copies ? alone : team, by_channel = hidden.copies ? team : alone;
     const int64_t first_band = by_pixel.begin(pixel_tiles), last_band = by_pixel.end(pixel_tiles);
-    const int64_t first_tile = by_channel.begin(channel_tiles), last_tile = by_channel.end(channel_tiles);
+    const int64_t first_tile = by_channel.begin(channel_tiles),
+                  last_tile = by_channel.end(channel_tiles);
     const Blocked x = w.map(at.in_map);
     const auto tile_of = [&](int64_t m, int64_t band, int64_t band_end) {
       const int64_t first = number * m / channel_tiles;
       const int64_t channels = number * (m + 1) / channel_tiles - first;
-      const int64_t next = number * (m + 1 < channel_tiles ? m + 2 : m + 1) / channel_tiles - channels;
+      // The last rows of the next tile, which are needed then, or again.
+      const int64_t next = number * std::min(m + 2, channel_tiles) / channel_tiles - channels;
       DotProduct product{};
       product.stride = in.width + 2;
+      float scales[kDotChannels];
+      product.scale = scale == nullptr ? nullptr : scales;
       const Weight* rows[kDotChannels];
       const Weight* next_rows[kDotChannels];
       for (int64_t k = 0; k < channels; ++k) {
         const int64_t c = chosen[first + k];
         rows[k] = b.conv1 + c * row_size;
-        next_rows[k] = b.conv1 + chosen[std::max<int64_t>(next, 0) + k] * row_size;
+        next_rows[k] = b.conv1 + chosen[next + k] * row_size;
         product.bias[k] = b.bias1[c];
-        product.scale[k] = scale == nullptr ? 1.0f : scale[c];
-        product.y[k] = hidden.copies
-                           ? w.scratch[team.rank].planes[at.out_map].data() +
-                                 k * hidden.map.padded_pixels()
-                           : w.hidden[at.out_map].data() + (first + k) * hidden.plane;
+        scales[k] = scale == nullptr ? 1.0f : scale[c];
+        product.y[k] = hidden.copies ? w.scratch[team.rank].planes[at.out_map].data() +
+                                           k * hidden.map.padded_pixels()
+                                     : w.hidden[at.out_map].data() + (first + k) * hidden.plane;
       }
       for (int64_t c = 0; c < in.channels; c += Blocked::kBlock) {
         product.channels = x.step(c);
@@ -484,16 +492,19 @@ class Engine {
         product.last = c + product.channels == in.channels;
         product.partial = w.scratch[team.rank].partial.data();
         for (int64_t k = 0; k < channels; ++k) product.weights[k] = rows[k] + 9 * c;
+        int64_t fetched = 0;
         for (int64_t t = band; t < band_end; ++t) {
-          const int64_t p = pixels * t / pixel_tiles;
-          product.pixel = at.pixel.data() + p;
-          product.position = hidden.position.data() + p;
-          const int64_t k = (t - band) * channels / (band_end - band);
-          const bool fresh = t == band || k != (t - band - 1) * channels / (band_end - band);
-          product.ahead = !fresh ? nullptr
-                          : product.last ? next_rows[k]
-                                         : rows[k] + 9 * (c + product.channels);
-          gated::run(product, channels, pixels * (t + 1) / pixel_tiles - p);
+          const PixelTile& tile = hidden.dots[t];
+          product.pixel = at.pixel.data() + tile.first;
+          product.position = hidden.position.data() + tile.first;
+          // Each row that is needed next is prefetched by one tile, evenly spread.
+          product.ahead = nullptr;
+          if (fetched < channels && (t - band) * channels >= fetched * (band_end - band)) {
+            product.ahead =
+                product.last ? next_rows[fetched] : rows[fetched] + 9 * (c + product.channels);
+            ++fetched;
+          }
+          gated::run(product, channels, tile.count);
           product.partial += kDotChannels * kDotPixels * kLanes;
         }
       }
@@ -506,7 +517,9 @@ class Engine {
     // The larger of map and weights is read once.
     const bool band_outside = !hidden.copies && number * row_size < in.size();
     const int64_t bands = ceil_div(last_band - first_band, kBandTiles);
-    const auto begin_of = [&](int64_t i) { return first_band + (last_band - first_band) * i / bands; };
+    const auto begin_of = [&](int64_t i) {
+      return first_band + (last_band - first_band) * i / bands;
+    };
     if (band_outside) {
       for (int64_t i = 0; i < bands; ++i)
         for (int64_t m = first_tile; m < last_tile; ++m) tile_of(m, begin_of(i), begin_of(i + 1));
@@ -516,51 +529,87 @@ class Engine {
     }
   }
 
-  // One copy of a hidden channel for each kernel element, each shifted accordingly.
+  // One copy of a hidden channel for each column of the kernel, shifted accordingly.
   static void copy_shifted(const Hidden& hidden, const float* plane, float* to) {
     const int64_t width = hidden.map.width, stride = width + 2;
-    for (int64_t t = 0; t < 9; ++t) {
-      for (int64_t y = 0; y < hidden.map.height; ++y, to += width) {
-        const float* from = plane + (y + t / 3) * stride + t % 3;
+    for (int64_t shift = 0; shift < 3; ++shift) {
+      for (int64_t y = 0; y < hidden.map.height + 2; ++y, to += width) {
+        const float* from = plane + y * stride + shift;
         // Whole vectors: what is too much, the next row overwrites.
         for (int64_t x = 0; x < width; x += kLanes) store(to + x, load(from + x));
       }
     }
   }
 
-  // A convolution as outer products into all channels of a map. Its input is that of the hidden
-  // map, or `tile_size` numbers for each run of pixels.
-  static void outer(OuterProduct product, int64_t in_channels, const Hidden& hidden,
-                    const Blocked& to, int64_t tile_size, Team team) {
-    const std::vector<PixelTile>& tiles = tile_size > 0 ? hidden.runs : hidden.tiles;
+  // A convolution as outer products with the chosen rows of its weights.
+  struct Outer {
+    const float* x;         // of the hidden map, or ...
+    int64_t tile_size = 0;  // ... so many numbers for each tile
+    int64_t plane = 0;      // from one row's input to the next one's
+    const int32_t* taps;
+    int64_t num_taps;
+    const int32_t* rows;  // the chosen ones
+    int64_t num_rows;
+    int64_t all_rows;  // in the weights
+    const Weight* weights;
+    const float* bias;
+  };
+
+  // The sum of convolutions, rectified; with a single one, the shortcut is what is in the map.
+  //
+  // Rows come in pieces whose weights fit into the innermost cache, where all tiles find them;
+  // while a piece is computed, its tiles prefetch the next one's weights, each tile a share.
+  static void outer(const Outer* terms, int num_terms, const Hidden& hidden, const Blocked& to,
+                    Team team) {
     const int64_t groups = ceil_div(to.channels, kOuterVectors * kLanes);
-    const int64_t number = tiles.size();
+    const int64_t number = hidden.tiles.size();
     const Team alone{0, 1};
     const bool many = number >= 4 * team.size;
     const Team by_pixel = many ? team : alone, by_channel = many ? alone : team;
-    const float* x = product.x;
-    const Weight* weights = product.weights;
-    const float* bias = product.bias;
-    const int64_t input_size = in_channels * product.num_taps;
     const int64_t first_tile = by_pixel.begin(number), last_tile = by_pixel.end(number);
-    for (int64_t g = by_channel.begin(groups); g < by_channel.end(groups); ++g) {
+    const int64_t last_group = by_channel.end(groups);
+    for (int64_t g = by_channel.begin(groups); g < last_group; ++g) {
       const int64_t c = g * kOuterVectors * kLanes;
       const int64_t vectors = std::min<int64_t>(kOuterVectors, (to.channels - c) / kLanes);
-      product.weights = weights + input_size * c;
-      product.bias = bias + c;
+      OuterProduct product{};
       product.channels = to.step(c);
       product.y = to.at(c);
-      // Each tile prefetches its share of the next group's weights.
-      const bool more = g + 1 < by_channel.end(groups);
-      const int64_t row = product.num_taps * vectors * kLanes;
-      product.ahead_step = more ? ceil_div(vectors * kLanes, last_tile - first_tile) : 0;
-      for (int64_t t = first_tile; t < last_tile; ++t) {
-        product.x = x + (tile_size > 0 ? t * tile_size : tiles[t].offset);
-        product.position = hidden.position.data() + tiles[t].first;
-        product.ahead = more ? product.weights + input_size * vectors * kLanes +
-                                   row * (t - first_tile) / (last_tile - first_tile)
-                             : product.weights;
-        gated::run(product, vectors, tiles[t].count);
+      for (int i = 0; i < num_terms; ++i) {
+        const Outer& term = terms[i];
+        const int64_t row_size = term.num_taps * vectors * kLanes;
+        const int64_t share = row_size / std::max<int64_t>(1, last_tile - first_tile);
+        const int64_t pieces =
+            std::max<int64_t>(1, ceil_div(term.num_rows * term.num_taps, kMostTaps));
+        const auto begin_of = [&](int64_t piece) { return term.num_rows * piece / pieces; };
+        const Weight* weights = term.weights + term.all_rows * term.num_taps * c;
+        product.weights = weights;
+        product.plane = term.plane;
+        product.taps = term.taps;
+        product.num_taps = term.num_taps;
+        for (int64_t piece = 0; piece < pieces; ++piece) {
+          const bool last = piece + 1 == pieces;
+          const int64_t row = begin_of(piece);
+          product.rows = term.rows + row;
+          product.num_rows = begin_of(piece + 1) - row;
+          product.bias = piece == 0 ? term.bias + c : kZeros;
+          product.add = piece > 0 || i > 0 || num_terms == 1;
+          product.rectify = last && i + 1 == num_terms;
+          const Weight* ahead = weights;
+          const bool more = !last || g + 1 < last_group;
+          if (last && more) ahead += term.all_rows * row_size;
+          // The next piece may be longer by one row, which is not prefetched, but not shorter.
+          product.ahead_rows =
+              last ? term.rows
+                   : term.rows + std::min(begin_of(piece + 1), term.num_rows - product.num_rows);
+          product.ahead_step = more ? ceil_div(share, term.num_taps) : 0;
+          for (int64_t t = first_tile; t < last_tile; ++t) {
+            const int64_t offset = term.tile_size > 0 ? t * term.tile_size : hidden.tiles[t].offset;
+            product.x = term.x + offset + row * term.plane;
+            product.position = hidden.position.data() + hidden.tiles[t].first;
+            product.ahead = more ? ahead + share * (t - first_tile) : weights;
+            gated::run(product, vectors, hidden.tiles[t].count);
+          }
+        }
       }
     }
   }
@@ -619,8 +668,9 @@ EXPORT void* gated_open(const gated::Network* net) {
 EXPORT void gated_close(void* engine) { delete static_cast<gated::Engine*>(engine); }
 
 // Returns 0, or 1 if there is not enough memory.
-EXPORT int gated_run(void* engine, const float* images, int64_t number, int64_t height, int64_t width,
-              const float* thresholds, float* features, uint8_t* masks, int64_t threads) {
+EXPORT int gated_run(void* engine, const float* images, int64_t number, int64_t height,
+                     int64_t width, const float* thresholds, float* features, uint8_t* masks,
+                     int64_t threads) {
   try {
     static_cast<gated::Engine*>(engine)->run(images, number, height, width, thresholds, features,
                                              masks, static_cast<int>(threads));

@@ -65,14 +65,15 @@ struct Map {
 
 // Pixels that share a tile of an outer product.
 struct PixelTile {
-  int32_t first;   // among the map's pixels, row by row
+  int32_t first;  // among the map's pixels, row by row
   int32_t count;
   int32_t offset;  // of its first pixel's first kernel element in a hidden plane
 };
 
-// Even pieces of a run of pixels, as few as possible.
-inline void cut(int64_t begin, int64_t length, int64_t offset, std::vector<PixelTile>& tiles) {
-  const int64_t pieces = ceil_div(length, kOuterPixels);
+// Even pieces of a run of pixels, as few as possible. (They are kept, because divisions are slow.)
+inline void cut(int64_t begin, int64_t length, int64_t offset, int64_t most,
+                std::vector<PixelTile>& tiles) {
+  const int64_t pieces = ceil_div(length, most);
   for (int64_t i = 0; i < pieces; ++i) {
     const int64_t from = length * i / pieces, to = length * (i + 1) / pieces;
     tiles.push_back({static_cast<int32_t>(begin + from), static_cast<int32_t>(to - from),
@@ -83,7 +84,8 @@ inline void cut(int64_t begin, int64_t length, int64_t offset, std::vector<Pixel
 // A block's map and its hidden map, which holds one plane for each computed channel.
 //
 // A plane is a padded image, and a tile lies in one row. If rows do not fit tiles well, a plane has
-// a copy of the image for each kernel element, shifted accordingly, and any run of pixels is a tile.
+// a copy of the image for each column of the 3×3 kernel, shifted accordingly and as wide as the
+// output, so that any run of pixels is a tile.
 struct Hidden {
   Map map;
   bool copies;
@@ -92,27 +94,35 @@ struct Hidden {
   std::vector<int32_t> position;  // of each pixel in the padded map
   std::vector<int32_t> taps;      // offsets of the kernel's elements in a plane
   std::vector<PixelTile> tiles;
-  std::vector<PixelTile> runs;    // tiles for which rows do not matter
+  std::vector<PixelTile> dots;  // the same for dot products, which know no rows
 
   explicit Hidden(const Map& shape) : map(shape) {
     const int64_t stride = map.width + 2, pixels = map.pixels();
     for (int64_t y = 0; y < map.height; ++y) {
       for (int64_t x = 0; x < map.width; ++x) position.push_back((y + 1) * stride + x + 1);
     }
-    const int64_t pieces = ceil_div(map.width, kOuterPixels);
-    copies = 10 * map.width < 7 * kOuterPixels * pieces && pixels <= kMostCopied;
-    // A copy is written with whole vectors, beyond its end by less than one.
-    plane = copies ? 9 * pixels + kLanes : map.padded_pixels();
-    for (int64_t t = 0; t < 9; ++t) taps.push_back(copies ? t * pixels : t / 3 * stride + t % 3);
-    cut(0, pixels, 0, runs);
+    const int64_t rows = map.height * ceil_div(map.width, kOuterPixels);
+    copies = kWorthCopies * ceil_div(pixels, kOuterPixels) < rows;
     if (copies) {
-      tiles = runs;
+      cut(0, pixels, 0, kOuterPixels, tiles);
     } else {
-      for (int64_t y = 0; y < map.height; ++y) cut(y * map.width, map.width, y * stride, tiles);
+      for (int64_t y = 0; y < map.height; ++y) {
+        cut(y * map.width, map.width, y * stride, kOuterPixels, tiles);
+      }
+    }
+    cut(0, pixels, 0, kDotPixels, dots);
+    // A copy is written with whole vectors, beyond its end by less than one.
+    plane = copies ? 3 * copy() + kLanes : map.padded_pixels();
+    for (int64_t t = 0; t < 9; ++t) {
+      taps.push_back(copies ? t % 3 * copy() + t / 3 * map.width : t / 3 * stride + t % 3);
     }
   }
 
-  static constexpr int64_t kMostCopied = 400;
+  // Size of a copy.
+  int64_t copy() const { return (map.height + 2) * map.width; }
+
+  // With how many times as many tiles copies are worth their time.
+  static constexpr double kWorthCopies = 1.3;
 };
 
 struct BlockLayout {
@@ -130,14 +140,15 @@ struct Stem {
   int64_t conv_height, conv_width;  // of the convolution's output
   int64_t pooled_height, pooled_width;
   std::vector<int32_t> taps;
-  std::vector<int32_t> column;      // 0, 1, 2, ...
+  std::vector<int32_t> column;  // 0, 1, 2, ...
 };
 
 struct Layout {
   Stem stem;
   std::vector<Map> maps;
-  std::vector<Hidden> hidden;      // for each map
+  std::vector<Hidden> hidden;  // for each map
   std::vector<BlockLayout> blocks;
+  std::vector<int32_t> shortcut_taps;  // input channels of a tile of a shortcut
   int64_t largest_shortcut = 0;
   int64_t largest_channels = 0;  // of a map or a hidden map
 
@@ -149,6 +160,7 @@ struct Layout {
       hidden.emplace_back(map);
       largest_channels = std::max(largest_channels, map.channels);
     }
+    for (int64_t c = 0; c < largest_channels; ++c) shortcut_taps.push_back(c * kTileStride);
     for (int64_t i = 0; i < net.num_blocks; ++i) {
       const int64_t channels = net.blocks[i].hidden_channels;
       int64_t& planes = hidden[blocks[i].out_map].planes;
@@ -156,7 +168,7 @@ struct Layout {
       largest_channels = std::max(largest_channels, padded_channels(channels));
     }
     for (size_t i = 0; i + 1 < maps.size(); ++i) {
-      const int64_t rows = hidden[i + 1].runs.size() * maps[i].channels;
+      const int64_t rows = hidden[i + 1].tiles.size() * maps[i].channels;
       largest_shortcut = std::max(largest_shortcut, rows * kTileStride);
     }
   }

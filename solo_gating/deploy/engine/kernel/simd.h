@@ -91,7 +91,7 @@ inline Vec relu(Vec x) {
 inline Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
 
 // The larger of two; NaN if one of them is.
-inline Vec maximum_or_nan(Vec a, Vec b) { return (a > b) | (a != a) ? a : b; }
+inline Vec maximum_or_nan(Vec a, Vec b) { return ((a > b) | (a != a)) ? a : b; }
 
 template <size_t... Index>
 inline Vec shuffle(Vec a, Vec b) {
@@ -115,10 +115,11 @@ inline Vec fold(Vec a, std::index_sequence<I...>) {
   return a + shuffle<(I ^ Bit)...>(a, a);
 }
 
-// Lane i of the result is the sum of all lanes of the i-th vector, for i < Count ≤ kLanes.
-template <int Count, size_t Bit = 1>
+// Lane i of the result is the sum of the i-th vector's lanes i, i + End, i + 2 · End, ..., for
+// i < Count ≤ End.
+template <int Count, size_t End = kLanes, size_t Bit = 1>
 inline Vec sums(const Vec* vectors) {
-  if constexpr (Bit == kLanes) {
+  if constexpr (Bit == End) {
     return vectors[0];
   } else {
     Vec merged[(Count + 1) / 2];
@@ -127,8 +128,14 @@ inline Vec sums(const Vec* vectors) {
       merged[i] = merge<Bit>(vectors[2 * i], vectors[2 * i + 1], Lanes{});
     }
     if constexpr (Count % 2 == 1) merged[Count / 2] = fold<Bit>(vectors[Count - 1], Lanes{});
-    return sums<(Count + 1) / 2, 2 * Bit>(merged);
+    return sums<(Count + 1) / 2, End, 2 * Bit>(merged);
   }
+}
+
+// Lanes below kLanes / 2 of one, the others of another.
+template <size_t... I>
+inline Vec halves(Vec low, Vec high, std::index_sequence<I...>) {
+  return shuffle<(I < kLanes / 2 ? I : kLanes + I)...>(low, high);
 }
 
 template <size_t Bit, size_t... I>

@@ -24,26 +24,27 @@ constexpr int kOuterVectors = 2;
 constexpr int kOuterPixels = kRegisters == 32 ? 14 : 6;
 // Room for a tile's pixels in whole vectors.
 constexpr int kTileStride = (kOuterPixels + kLanes - 1) / kLanes * kLanes;
-constexpr int kDotPixels = kLanes == 16 ? 6 : 4;
+constexpr int kDotPixels = kLanes == 16 ? 7 : 4;
 constexpr int kDotChannels = kRegisters == 32 ? (kLanes == 16 ? 4 : 6) : 3;
 static_assert(kDotPixels <= kLanes, "the sums of a channel fit one vector");
 
 // y[p] = Σ_j Σ_t x[j · plane + taps[t] + p] · w[rows[j]][t], for a tile of pixels p.
 struct OuterProduct {
   const float* x;
-  int64_t plane;             // from one input channel to the next
-  const int32_t* taps;       // offsets of the kernel's elements
+  int64_t plane;        // from one input channel to the next
+  const int32_t* taps;  // offsets of the kernel's elements
   int num_taps;
-  const int32_t* rows;       // the input channel that each plane is
+  const int32_t* rows;  // the input channel that each plane is
   int num_rows;
-  const Weight* weights;     // input channels × taps × the tile's output channels
-  const Weight* ahead;       // weights of the same shape that are needed soon; of each row, ...
-  int64_t ahead_step;        // ... one number in so many is prefetched, as many as there are taps
+  const Weight* weights;      // input channels × taps × the tile's output channels
+  const Weight* ahead;        // weights of the same shape that are needed soon: of these rows, one
+  const int32_t* ahead_rows;  // number in so many is prefetched, as many as there are taps
+  int64_t ahead_step;
   const float* bias;
-  float* y;                  // pixels × channels
-  const int32_t* position;   // of each of the tile's pixels in y
-  int64_t channels;          // from one pixel of y to the next
-  bool add;                  // to what is in y
+  float* y;                 // pixels × channels
+  const int32_t* position;  // of each of the tile's pixels in y
+  int64_t channels;         // from one pixel of y to the next
+  bool add;                 // to what is in y
   bool rectify;
 };
 
@@ -60,7 +61,7 @@ void outer_tile(const OuterProduct& a) {
   const float* plane = a.x;
   for (int j = 0; j < a.num_rows; ++j, plane += a.plane) {
     const Weight* w = a.weights + a.rows[j] * row_size;
-    const Weight* ahead = a.ahead + a.rows[j] * row_size;
+    const Weight* ahead = a.ahead + a.ahead_rows[j] * row_size;
     for (int t = 0; t < a.num_taps; ++t, w += kWidth, ahead += a.ahead_step) {
       const float* x = plane + a.taps[t];
       Vec weight[Vectors];
@@ -91,25 +92,59 @@ void outer_tile(const OuterProduct& a) {
   }
 }
 
-// y[m][p] = relu(Σ_t Σ_c x[(pixel[p] + t · stride) · channels + c] · w[m][t][c] + bias[m]) · scale[m]
+// y[m][p] = relu(Σ_t Σ_c x[(pixel[p] + t · stride) · channels + c] · w[m][t][c] + bias[m])
+//           · scale[m]
 //
 // for a tile of output channels m and pixels p. The three pixels of a kernel's row are one run of
-// numbers, so that t goes over its three rows and c over 3 · channels. Input channels come in blocks:
-// the sums of all blocks but the last are left in `partial`.
+// numbers, so that t goes over its three rows and c over 3 · channels. Input channels come in
+// blocks: the sums of all of them but the last are left in `partial`.
 struct DotProduct {
   const float* x;
-  const int32_t* pixel;     // the first one that each of the tile's pixels reads
-  int64_t stride;           // from one row of x to the next, in pixels
-  int64_t channels;         // of x in this block, a multiple of kLanes
+  const int32_t* pixel;                 // the first one that each of the tile's pixels reads
+  int64_t stride;                       // from one row of x to the next, in pixels
+  int64_t channels;                     // of x in this block, a multiple of kLanes
   const Weight* weights[kDotChannels];  // of each output channel, in this block
-  const Weight* ahead;      // as long as one of them, needed soon; may be null
-  bool first, last;         // whether this block is
-  float* partial;           // Channels × Pixels vectors
+  const Weight* ahead;                  // as long as one of them, needed soon; may be null
+  bool first, last;                     // whether this block is
+  float* partial;                       // Channels × Pixels vectors
   float bias[kDotChannels];
-  float scale[kDotChannels];
+  const float* scale;       // of each output channel; null for 1
   float* y[kDotChannels];   // one plane for each output channel
   const int32_t* position;  // of each of the tile's pixels in a plane
 };
+
+// Adds up the lanes of a tile's sums, two channels at once where both fit one vector.
+template <int Channels, int Pixels>
+inline void finish(const DotProduct& a, const Vec (&sum)[Channels][Pixels]) {
+  constexpr int kSlot = Pixels > kLanes / 2 ? kLanes : kLanes / 2;
+  constexpr int kTogether = kLanes / kSlot;
+  const bool in_a_row = a.position[Pixels - 1] - a.position[0] == Pixels - 1;
+#pragma GCC unroll 16
+  for (int m = 0; m < Channels; m += kTogether) {
+    const int other = m + kTogether - 1 < Channels ? m + kTogether - 1 : m;
+    Vec value = sums<Pixels, kSlot>(sum[m]);
+    Vec bias = broadcast(a.bias[m]);
+    if constexpr (kTogether == 2) {
+      value = other == m ? fold<kSlot>(value, Lanes{})
+                         : merge<kSlot>(value, sums<Pixels, kSlot>(sum[other]), Lanes{});
+      bias = halves(bias, broadcast(a.bias[other]), Lanes{});
+    }
+    value = relu(value + bias);
+    if (a.scale != nullptr)
+      value *= halves(broadcast(a.scale[m]), broadcast(a.scale[other]), Lanes{});
+    float lanes[kLanes];
+    store(lanes, value);
+    for (int k = m; k <= other; ++k) {
+      const float* from = lanes + (k - m) * kSlot;
+      if (in_a_row) {
+        std::memcpy(a.y[k] + a.position[0], from, Pixels * sizeof(float));
+      } else {
+#pragma GCC unroll 16
+        for (int p = 0; p < Pixels; ++p) a.y[k][a.position[p]] = from[p];
+      }
+    }
+  }
+}
 
 template <int Channels, int Pixels>
 void dot_tile(const DotProduct& a) {
@@ -177,17 +212,7 @@ void dot_tile(const DotProduct& a) {
     }
     return;
   }
-  const bool in_a_row = a.position[Pixels - 1] - a.position[0] == Pixels - 1;
-#pragma GCC unroll 16
-  for (int m = 0; m < Channels; ++m) {
-    const Vec value = relu(sums<Pixels>(sum[m]) + broadcast(a.bias[m])) * broadcast(a.scale[m]);
-    if (in_a_row) {
-      std::memcpy(a.y[m] + a.position[0], &value, Pixels * sizeof(float));
-    } else {
-#pragma GCC unroll 16
-      for (int p = 0; p < Pixels; ++p) a.y[m][a.position[p]] = value[p];
-    }
-  }
+  finish<Channels, Pixels>(a, sum);
 }
 
 using OuterTile = void (*)(const OuterProduct&);

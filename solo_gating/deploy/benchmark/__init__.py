@@ -1,0 +1,13 @@
+"""How fast the encoder is on this CPU, beside PyTorch, ONNX Runtime and OpenVINO.
+
+| file | what it does |
+|---|---|
+| `cases.py` | encoders whose gates choose a wanted share of the channels, and images |
+| `sources.py` | these encoders and images for each resolution and batch: random, or of a checkpoint |
+| `engines.py` | makes an engine ready for a network, a batch and a number of threads |
+| `timing.py` | calls the engines in turns; medians over rounds |
+| `measure.py` | one case: which engines take part, checks of their features, rows of figures |
+| `table.py` | rows as text |
+| `chart.py` | speed-up against FLOPs cut |
+| `machine.py` | CPU and versions; keeps all engines to an instruction set |
+"""

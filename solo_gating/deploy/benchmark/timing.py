@@ -1,0 +1,90 @@
+"""Times of several engines, taken in turns so that what slows the machine slows all of them."""
+
+import math
+import random
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+Call = Callable[[], Any]
+Clock = Callable[[], float]
+
+# A turn is this long at least: much longer than the clock's step and a thread's waking up.
+TURN = 0.01
+LEAST_ROUNDS = 5
+# Above this spread between rounds, figures are said to be noisy.
+NOISY = 0.1
+# Calls longer than this many turns are not repeated only to warm the caches.
+_LONG = 10
+
+
+def interleaved(
+    calls: Mapping[str, Call],
+    seconds: float,
+    seed: int = 0,
+    clock: Clock = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Time engines against each other.
+
+    In each round every engine has one turn, in a shuffled order: an untimed call that brings its
+    weights back into the caches, and calls for `TURN` seconds at least. Rounds follow each other
+    until `seconds` are over, `LEAST_ROUNDS` at least.
+
+    Args:
+        calls: the engines.
+        seconds: for all of them together.
+        seed: of the order.
+        clock: gives seconds.
+
+    Returns:
+        For each engine, seconds per call in each round.
+    """
+    order, shuffle = list(calls), random.Random(seed)
+    expected = {name: _timed(calls[name], 1, clock) for name in calls}
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    start, rounds = clock(), 0
+    while rounds < LEAST_ROUNDS or clock() - start < seconds:
+        shuffle.shuffle(order)
+        for name in order:
+            if expected[name] < _LONG * TURN:
+                calls[name]()
+            expected[name] = _timed(calls[name], math.ceil(TURN / expected[name]), clock)
+            times[name].append(expected[name])
+        rounds += 1
+    return times
+
+
+def _timed(call: Call, number: int, clock: Clock) -> float:
+    start = clock()
+    for _ in range(number):
+        call()
+    # A call too short for the clock must not be repeated for ever.
+    return max(clock() - start, 1e-6) / number
+
+
+def quickest(calls: Mapping[str, Call], clock: Clock = time.perf_counter) -> str:
+    """The name of the engine that is fastest in a short trial: the best of two calls, after one."""
+    trial = {name: [_timed(call, 1, clock) for _ in range(3)][1:] for name, call in calls.items()}
+    return min(trial, key=lambda name: min(trial[name]))
+
+
+def paired_ratio(times: list[float], others: list[float]) -> float:
+    """The median over rounds of one engine's time divided by another's in the same round."""
+    return float(np.median(np.divide(times, others)))
+
+
+def spread(values: Any) -> float:
+    """Interquartile range divided by the median."""
+    low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
+    return float((high - low) / middle)
+
+
+def is_noisy(times: list[float], others: list[float]) -> bool:
+    """Whether an engine's times, compared with another's, are too unsteady to be trusted.
+
+    That is if the interquartile range of the other's rounds, or of the ratios in the same round, is
+    more than `NOISY` of the median.
+    """
+    return max(spread(others), spread(np.divide(times, others))) > NOISY

@@ -1,0 +1,215 @@
+"""How fast an encoder is on this CPU: ours beside PyTorch, ONNX Runtime and OpenVINO.
+
+    python -m solo_gating.main_benchmark --checkpoint PATH/last.ckpt --densities 0.1 0.3 0.5 \\
+        --batch 1 64 --resolution 32 224 --threads 1 2 --output DIR [key=value ...]
+    python -m solo_gating.main_benchmark --random --densities 0.1 0.3 0.5 --output DIR
+
+    --checkpoint PATH   a trained gated encoder; densities are reached with the gates' threshold, and
+                        without --densities it keeps its own. With key=value (data.val_path=...) the
+                        images are those of the validation set, otherwise random ones
+    --random            an untrained one (--backbone, --width, --stem, --seed) whose gates decide by image
+                        and are set to the densities: a third of a density is the same channels for all
+                        images. Stem: cifar up to 64 pixels, imagenet above
+    --densities         shares of the channels to compute, of those that gates choose from
+    --engines           of the following; the first four run the dense encoder, and the fastest of them
+                        is the baseline:
+        torch           PyTorch, in the faster memory format
+        compile         torch.compile; it needs a C++ compiler and a minute for each case
+        onnxruntime     ONNX Runtime
+        openvino        OpenVINO; where the CPU has bfloat16, this also, for bfloat16 rows to compare with
+        ours            dense                 our engine, all channels
+                        dynamic               our engine, for each image its own channels (float32, bfloat16)
+                        static                main_export --keep dynamic of the images: the smaller network
+                                              on ONNX Runtime or OpenVINO, the faster of the two
+                        static without gates  the same with --gates drop: an approximation
+                        dynamic on static     our engine on the smaller network
+    --isa avx2          keep to an instruction set (also: portable). ONNX Runtime cannot and is left out;
+                        OpenVINO's convolutions can, its own kernels, as for pooling, cannot
+
+All engines take turns of 10 ms or one call in a new order each round, for --seconds per case or five rounds;
+speed-up is the median over rounds of baseline time / own time in the same round. The ceiling is dense FLOPs /
+FLOPs of what was computed, gates included (Amdahl), and efficiency is speed-up / ceiling. Every engine's
+features are compared with PyTorch's first. bfloat16 rows say how far theirs are off and how many masks
+flip (with --random that is of random gates, and says nothing of trained ones). Writes benchmark.json and
+benchmark.png.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from .backbones import GATED_BACKBONES
+from .backbones.resnet import STEMS
+from .checks import at_least, is_positive, is_share, one_of, require
+from .cli import one_sentence_errors
+from .deploy.benchmark.cases import LEAST_WIDTH
+from .deploy.benchmark.chart import draw_chart
+from .deploy.benchmark.engines import ENGINES, OURS
+from .deploy.benchmark.machine import (
+    NOT_RESTRICTED,
+    cores,
+    cpu_name,
+    restart_restricted_to,
+    versions,
+)
+from .deploy.benchmark.measure import Case, measure
+from .deploy.benchmark.sources import CheckpointSource, RandomSource
+from .deploy.benchmark.table import format_case
+from .deploy.engine.library import chosen_isa
+from .errors import InputError
+from .files import make_folder, write_json
+
+_DENSITIES = [0.1, 0.3, 0.5]
+
+
+def benchmark(options: argparse.Namespace) -> dict[str, Any]:
+    """Time all cases; print each one's table and write the files after it.
+
+    Args:
+        options: as parsed by `main`.
+
+    Returns:
+        What `benchmark.json` holds.
+
+    Raises:
+        InputError: before any timing, for what cannot be used; or for an engine that is wrong.
+    """
+    _check(options)
+    source = _source(options)
+    make_folder(options.output)
+    report: dict[str, Any] = {
+        "cpu": cpu_name(),
+        "isa": chosen_isa(options.isa),
+        "cores": cores(),
+        "versions": versions(),
+        "network": source.description,
+        "images": source.images,
+        "seconds": options.seconds,
+        "rows": [],
+    }
+    print(_heading(report))
+    engines, say = _engines(options), _Once()
+    for name in set(options.engines) - set(engines):
+        say(f"{name} is left out: it cannot be kept to {options.isa}")
+    for resolution in options.resolution or source.resolutions:
+        for dense, gated in source.batches(resolution, options.batch):
+            for threads in options.threads:
+                rows = measure(Case(dense, gated, threads), engines, options.seconds, say)
+                report["rows"] += rows
+                print("\n" + format_case(rows), flush=True)
+                write_json(options.output / "benchmark.json", report)
+                draw_chart(report["rows"], options.output / "benchmark.png", report["cpu"])
+    return report
+
+
+class _Once:
+    """Prints each sentence the first time that it is said."""
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+
+    def __call__(self, sentence: str) -> None:
+        if sentence not in self._said:
+            self._said.add(sentence)
+            print(sentence, flush=True)
+
+
+def _source(options: argparse.Namespace) -> RandomSource | CheckpointSource:
+    if options.random:
+        return RandomSource(
+            options.backbone or "resnet18_gated",
+            options.width or 64,
+            options.stem,
+            options.densities or _DENSITIES,
+            options.seed,
+        )
+    return CheckpointSource(
+        options.checkpoint, options.densities or [], options.overrides, options.seed
+    )
+
+
+def _check(options: argparse.Namespace) -> None:
+    if options.random == (options.checkpoint is not None):
+        found = "both" if options.random else "neither"
+        raise InputError(f"checkpoint, random: found {found}, accepted is one of them")
+    for name in options.engines:
+        one_of("engines", name, ENGINES)
+    if not set(_engines(options)) - {OURS}:
+        raise InputError(
+            "engines: found none to compare with, accepted is at least one besides ours"
+            + (f", and not {', '.join(NOT_RESTRICTED)} with --isa" if options.isa else "")
+        )
+    for density in options.densities or []:
+        require("densities", density, is_share, "a number in (0, 1]")
+    for key in ("batch", "resolution", "threads"):
+        for number in getattr(options, key) or []:
+            at_least(key, number, 1)
+    require("threads", max(options.threads), lambda v: v <= cores(), f"at most {cores()} here")
+    require("seconds", options.seconds, is_positive, "a number > 0")
+    if options.checkpoint is not None:
+        for key in ("backbone", "width", "stem"):
+            if getattr(options, key) is not None:
+                found = getattr(options, key)
+                raise InputError(
+                    f"{key}: found {found} for a checkpoint, accepted is with --random"
+                )
+        return
+    if options.overrides:
+        raise InputError(f"found {options.overrides[0]!r}, accepted is only with --checkpoint")
+    if options.backbone is not None:
+        one_of("backbone", options.backbone, GATED_BACKBONES)
+    if options.width is not None:
+        at_least("width", options.width, LEAST_WIDTH)
+    if options.stem is not None:
+        one_of("stem", options.stem, STEMS)
+
+
+def _engines(options: argparse.Namespace) -> tuple[str, ...]:
+    left_out = NOT_RESTRICTED if options.isa else ()
+    return tuple(name for name in ENGINES if name in options.engines and name not in left_out)
+
+
+def _heading(report: dict[str, Any]) -> str:
+    known = [f"{name} {number}" for name, number in report["versions"].items() if number]
+    network = ", ".join(f"{key} {value}" for key, value in report["network"].items())
+    return (
+        f"{report['cpu']}, {report['isa']}, {report['cores']} cores\n{', '.join(known)}\n"
+        f"{network}; {report['images']} images"
+    )
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(
+        prog="python -m solo_gating.main_benchmark",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--checkpoint", type=Path)
+    parser.add_argument("--random", action="store_true")
+    parser.add_argument("--densities", type=float, nargs="+", help="random: default 0.1 0.3 0.5")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1])
+    parser.add_argument(
+        "--resolution", type=int, nargs="+", help="default: 32, or pre-training's crop size"
+    )
+    parser.add_argument("--threads", type=int, nargs="+", default=[1])
+    parser.add_argument("--engines", nargs="+", default=list(ENGINES))
+    parser.add_argument("--seconds", type=float, default=20.0, help="for each case; default 20")
+    parser.add_argument("--isa")
+    parser.add_argument("--backbone", help="default resnet18_gated")
+    parser.add_argument("--width", type=int, help="default 64")
+    parser.add_argument("--stem")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    with one_sentence_errors():
+        options = parser.parse_args()
+        if options.isa is not None:
+            restart_restricted_to(options.isa)
+        benchmark(options)
+        print(options.output / "benchmark.json")
+        print(options.output / "benchmark.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,222 @@
+"""How the kernel is built, cached and replaced: every file here is written to a folder of its own."""
+
+import ctypes
+import multiprocessing
+import os
+import stat
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from solo_gating import deploy
+from solo_gating.backbones import BACKBONES
+from solo_gating.deploy.engine import library
+
+# What a compiler would make of it does not matter to the cache.
+FAKE_COMPILER = """#!/bin/sh
+echo "$@" >> "{log}"
+for last; do :; done
+cp "{kernel}" "$last"
+"""
+
+
+@pytest.fixture(scope="module")
+def kernel(tmp_path_factory):
+    """A built kernel, without its checksum: of the instruction set that is quickest to build."""
+    folder = tmp_path_factory.mktemp("built")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SOLO_GATING_CACHE", str(folder))
+        library.load_library("portable", torch.float32)
+    (file,) = folder.iterdir()
+    assert stat.S_ISREG(file.stat().st_mode)  # and nothing else is left
+    target = folder / "kernel"
+    target.write_bytes(file.read_bytes()[:-32])
+    return target
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch, kernel):
+    """An empty cache, and a compiler that only copies."""
+    library._load.cache_clear()
+    compiler = tmp_path / "compiler"
+    compiler.write_text(FAKE_COMPILER.format(log=tmp_path / "log", kernel=kernel))
+    compiler.chmod(0o755)
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("SOLO_GATING_CACHE", str(folder))
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("SOLO_GATING_ISA", "portable")
+    yield folder
+    library._load.cache_clear()
+
+
+def runs(cache):
+    log = cache.parent / "log"
+    return log.read_text().splitlines() if log.exists() else []
+
+
+def encoder():
+    torch.manual_seed(0)
+    net = BACKBONES["resnet18_gated"](width=4, stem="cifar").eval()
+    net.fc = nn.Identity()
+    return net
+
+
+def compiled_without_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fast = deploy.compile(encoder())
+    assert fast.engine == "portable"
+    return fast
+
+
+def compiled_with_warning(message):
+    with pytest.warns(RuntimeWarning, match=message) as caught:
+        fast = deploy.compile(encoder())
+    assert len([w for w in caught if w.category is RuntimeWarning]) == 1
+    assert fast.engine == "pytorch"
+    x = torch.randn(2, 3, 8, 8)
+    net = encoder()
+    with torch.no_grad(), net.path("gated"):
+        torch.testing.assert_close(fast(x), net(x), rtol=1e-4, atol=1e-5)
+
+
+def test_it_is_built_once(cache):
+    compiled_without_warning()
+    library._load.cache_clear()  # as in another process
+    compiled_without_warning()
+    assert len(runs(cache)) == 1
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_other_sources_flags_and_dtypes_have_files_of_their_own(cache, tmp_path, monkeypatch):
+    compiled_without_warning()
+    deploy.compile(encoder(), dtype="bfloat16")
+    copy = tmp_path / "kernel-sources"
+    copy.mkdir()
+    for source in library.SOURCES.iterdir():
+        (copy / source.name).write_bytes(source.read_bytes())
+    with (copy / "simd.h").open("a") as file:
+        file.write("// newer\n")
+    monkeypatch.setattr(library, "SOURCES", copy)
+    library._load.cache_clear()
+    compiled_without_warning()
+    assert len(runs(cache)) == len(list(cache.iterdir())) == 3
+    assert "-DGATED_BFLOAT16" in runs(cache)[1]
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b[:-1]])
+def test_a_damaged_file_is_built_anew(cache, damage):
+    compiled_without_warning()
+    (file,) = cache.iterdir()
+    content = file.read_bytes()
+    file.unlink()  # this process runs on it
+    file.write_bytes(damage(content))
+    library._load.cache_clear()
+    compiled_without_warning()
+    assert len(runs(cache)) == 2
+
+
+def test_two_processes_at_once(cache):
+    def build():
+        library._build([], cache, "kernel.so")
+        ctypes.CDLL(str(cache / "kernel.so"))
+
+    processes = [multiprocessing.get_context("fork").Process(target=build) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=60)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert [file.name for file in cache.iterdir()] == ["kernel.so"]
+    assert library._is_whole(cache / "kernel.so")
+    assert len(runs(cache)) == 2
+
+
+def test_without_a_compiler(cache, monkeypatch):
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    compiled_with_warning("more slowly: /no/such/compiler failed")
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", "/nowhere")
+    library._load.cache_clear()
+    compiled_with_warning("no C\\+\\+ compiler was found")
+    assert list(cache.iterdir()) == []
+
+
+def test_a_compiler_that_fails(cache, monkeypatch):
+    compiler = cache.parent / "compiler"
+    compiler.write_text("#!/bin/sh\necho 'kernel.cpp:1: error: too old' >&2\nexit 3\n")
+    compiled_with_warning(r"failed: kernel.cpp:1: error: too old \(exit status 3\)")
+    compiler.write_text("#!/bin/sh\nexit 0\n")  # and makes nothing
+    library._load.cache_clear()
+    compiled_with_warning(r"failed: no message \(exit status 0\)")
+
+
+def test_a_compiler_that_makes_no_library(cache):
+    (cache.parent / "compiler").write_text('#!/bin/sh\nfor last; do :; done\necho no > "$last"\n')
+    compiled_with_warning("the kernel in .* cannot be used")
+
+
+def test_a_failure_costs_its_time_once(cache):
+    (cache.parent / "compiler").write_text(f"#!/bin/sh\necho run >> {cache.parent}/log\nexit 1\n")
+    compiled_with_warning("more slowly")
+    first = len(runs(cache))
+    compiled_with_warning("more slowly")
+    assert len(runs(cache)) == first > 0
+
+
+def test_a_compiler_without_openmp(cache, kernel):
+    (cache.parent / "compiler").write_text(
+        '#!/bin/sh\ncase "$*" in *-fopenmp*) exit 1;; esac\nfor last; do :; done\n'
+        f'cp "{kernel}" "$last"\n'
+    )
+    compiled_without_warning()
+
+
+def test_a_cache_folder_that_cannot_be_made(cache, monkeypatch):
+    (cache.parent / "file").write_text("")
+    monkeypatch.setenv("SOLO_GATING_CACHE", str(cache.parent / "file" / "folder"))
+    compiled_with_warning("the cache folder .* cannot be written .*SOLO_GATING_CACHE")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_cache_folder(cache):
+    cache.mkdir()
+    cache.chmod(0o500)
+    compiled_with_warning("cannot be written")
+
+
+def test_a_full_cache_folder_that_is_read_only_serves(cache, monkeypatch):
+    compiled_without_warning()
+    library._load.cache_clear()
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(library.tempfile, "TemporaryDirectory", refuse)
+    compiled_without_warning()
+    next(cache.iterdir()).unlink()
+    library._load.cache_clear()
+    compiled_with_warning("the cache folder .* cannot be written \\(Permission denied\\)")
+
+
+def test_the_default_folder(monkeypatch, tmp_path):
+    monkeypatch.delenv("SOLO_GATING_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert library.cache_folder() == tmp_path / "solo-gating"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert str(library.cache_folder()) == "/home/someone/.cache/solo-gating"
+
+
+def test_the_best_instruction_set_is_taken(monkeypatch):
+    monkeypatch.delenv("SOLO_GATING_ISA", raising=False)
+    for capability, isas in (
+        ("AVX512", ("avx512", "avx2", "portable")),
+        ("AVX2", ("avx2", "portable")),
+        ("DEFAULT", ("portable",)),
+    ):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda c=capability: c)
+        assert library.supported_isas() == isas
+        assert library.chosen_isa() == isas[0]
