@@ -1,11 +1,14 @@
 """Run a script of solo-learn's own with the plugin registered.
 
-    python -m solo_gating [--path gated] [--threshold 0.4] PATH/TO/main_linear.py [its arguments]
+    python -m solo_gating [--path gated] [--threshold 0.4] [--budget 0.3] PATH/TO/main_linear.py \\
+        [its arguments]
 
 solo-learn's `main_pretrain.py`, `main_linear.py`, `main_knn.py`, `main_umap.py`, ... (modern line)
 then know the methods and backbones of solo-gating by name. `--path gated` makes every backbone that
 they build take its gated path where nothing else is said (default: dense), `--threshold` sets the
-gates' threshold; a script may say so itself too, with backbone.kwargs.path, backbone.kwargs.threshold.
+gates' threshold, `--budget` what they are told, if the network was trained for a range of budgets (its
+args.json has it: backbone.kwargs.budget_range). A script may say so itself too, with
+backbone.kwargs.path, backbone.kwargs.threshold, backbone.kwargs.budget.
 """
 
 import argparse
@@ -33,6 +36,7 @@ def main() -> None:
     )
     parser.add_argument("--path", choices=PATHS, default=argparse.SUPPRESS)
     parser.add_argument("--threshold", type=float, default=argparse.SUPPRESS)
+    parser.add_argument("--budget", type=float, default=argparse.SUPPRESS)
     parser.add_argument("script", nargs="?")
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
     options = vars(parser.parse_args())

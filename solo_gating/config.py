@@ -44,7 +44,7 @@ DEFAULTS: dict[str, Any] = {
     "performance": {"disable_channel_last": False},
     "method_kwargs": {},
     "final_knn": {"enabled": False, "labels_per_class": 10, "draws": 20},
-    "flops": {"checkpoint": None, "images": 1000, "output": None},
+    "flops": {"checkpoint": None, "images": 1000, "budget": None, "output": None},
 }
 _OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {
     "sgd": {"momentum": 0.9},

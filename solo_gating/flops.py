@@ -105,11 +105,11 @@ def count_flops(backbone: ResNet, resolution: tuple[int, int]) -> BackboneFlops:
         backbone: one of this package's ResNets.
         resolution: height and width of an input image, in pixels.
     """
-    net = copy.deepcopy(backbone).to("meta").eval()
+    net = copy.deepcopy(backbone).to("meta", torch.float32).eval()
     gated = isinstance(net, TwoPathResNet)
     encoder = net.gated_net if isinstance(net, TwoEncoderResNet) else net
     counter = FlopCounterMode(display=False)
-    image = torch.zeros(1, 3, *resolution, device="meta")
+    image = torch.zeros(1, 3, *resolution, device="meta", dtype=torch.float32)
     if gated:
         with counter, net.path("gated"):
             net(image)

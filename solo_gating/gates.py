@@ -1,7 +1,11 @@
 """Channel gates: which channels of a residual block one image needs."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+
+from .errors import InputError
 
 
 def logistic_noise(logits: Tensor) -> Tensor:
@@ -33,6 +37,37 @@ def gumbel_sigmoid(logits: Tensor, temperature: float) -> Tensor:
     return hard - soft.detach() + soft
 
 
+class BudgetEmbedding(nn.Module):
+    """What a budget adds to the logit of each of a gate's channels.
+
+    U · relu(w · t + v) for a budget b with the log-odds t = log(b / (1 − b)): a curve with four
+    kinks for each channel, learnt, from 5·C_out + 8 numbers together with the gate's bias. It starts
+    as t itself: a channel with a logit of t is sampled with probability b, so that the gates start
+    near every budget. (Weights that start at zero would hardly move under LARS, whose steps are
+    proportional to them.)
+
+    Args:
+        channels: C_out.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.reduce = nn.Linear(1, 4)
+        self.expand = nn.Linear(4, channels, bias=False)
+        with torch.no_grad():  # relu(t) − relu(−t) = t, and kinks at t = 1 and t = −1
+            self.reduce.weight.copy_(torch.tensor([[1.0], [-1.0], [1.0], [-1.0]]))
+            self.reduce.bias.copy_(torch.tensor([0.0, 0.0, -1.0, -1.0]))
+            self.expand.weight.copy_(torch.tensor([1.0, -1.0, 0.0, 0.0]).expand(channels, 4))
+
+    def forward(self, budget: Tensor) -> Tensor:
+        """Budgets of any shape → the same and C_out.
+
+        No network needs less than a hundredth, and 1 has no log-odds: t stays within ±4.6.
+        """
+        log_odds = torch.logit(budget, eps=0.01).unsqueeze(-1)
+        return self.expand(torch.relu(self.reduce(log_odds)))
+
+
 class ChannelGate(nn.Module):
     """Predicts from a block's input which of its hidden channels to compute.
 
@@ -46,13 +81,22 @@ class ChannelGate(nn.Module):
         out_channels: C_out, channels that the block's first convolution computes.
         reduction: r, the bottleneck's reduction rate.
         temperature: τ of the sampling in training.
+        bias: whether W₂ has a bias, which starts at 0; the papers' has none.
 
     Attributes:
         threshold: of the logits in evaluation; 0 in the papers, higher means fewer channels.
+        embedding: what a budget adds to the logits; None for a gate that is told none.
     """
 
+    embedding: BudgetEmbedding | None
+
     def __init__(
-        self, in_channels: int, out_channels: int, reduction: int = 4, temperature: float = 2 / 3
+        self,
+        in_channels: int,
+        out_channels: int,
+        reduction: int = 4,
+        temperature: float = 2 / 3,
+        bias: bool = False,
     ):
         super().__init__()
         hidden = max(1, in_channels // reduction)
@@ -62,18 +106,43 @@ class ChannelGate(nn.Module):
         self.reduce = nn.Conv2d(in_channels, hidden, kernel_size=1, bias=False)
         self.norm = nn.BatchNorm2d(hidden)
         self.relu = nn.ReLU(inplace=True)
-        self.expand = nn.Conv2d(hidden, out_channels, kernel_size=1, bias=False)
+        self.expand = nn.Conv2d(hidden, out_channels, kernel_size=1, bias=bias)
         for conv in (self.reduce, self.expand):  # as torchvision initialises a ResNet's
             nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+        if self.expand.bias is not None:
+            nn.init.zeros_(self.expand.bias)
+        self.embedding = None
 
-    def logits(self, x: Tensor) -> Tensor:
-        """B × C_in × H × W → B × C_out; at least the threshold means: compute the channel."""
+    def logits(self, x: Tensor, budget: Tensor | None = None) -> Tensor:
+        """B × C_in × H × W → B × C_out; at least the threshold means: compute the channel.
+
+        Args:
+            x: the block's input.
+            budget: for a gate with an embedding: a number, or one for each image, B.
+        """
         hidden = self.relu(self.norm(self.reduce(self.pool(x))))
-        return self.expand(hidden).flatten(1)
+        logits = self.expand(hidden).flatten(1)
+        return logits if self.embedding is None else logits + self.embedding(budget)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """B × C_in × H × W → the binary mask, B × C_out."""
-        logits = self.logits(x)
+    def forward(self, x: Tensor, budget: Tensor | None = None) -> Tensor:
+        """B × C_in × H × W, and the budget of `logits` → the binary mask, B × C_out."""
+        logits = self.logits(x, budget)
         if self.training:
             return gumbel_sigmoid(logits, self.temperature)
         return (logits >= self.threshold).to(torch.promote_types(logits.dtype, torch.float32))
+
+    @property
+    def bias(self) -> Tensor:
+        """W₂'s, C_out; zeros without one."""
+        if self.expand.bias is None:
+            return self.expand.weight.new_zeros(self.expand.out_channels)
+        return self.expand.bias
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        # solo-learn's main_linear.py loads what fits and drops the rest without a word.
+        if self.embedding is None and f"{prefix}embedding.expand.weight" in state_dict:
+            raise InputError(
+                "backbone.kwargs.budget_range: found none, accepted is the range of budgets that "
+                "this checkpoint was trained for (backbone.kwargs.budget_range of its args.json)"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)

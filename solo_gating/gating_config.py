@@ -7,11 +7,13 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from .backbones import checked_path
+from .budgets import RANGE, SAMPLINGS, BudgetSchedule, Range, is_range
 from .checks import (
     at_least,
     is_not_negative,
     is_positive,
     is_share,
+    one_of,
     require,
     true_or_false,
 )
@@ -23,7 +25,8 @@ class GatingConfig:
     """What the gates aim at and how hard they are pushed.
 
     Attributes:
-        target_budget: t_d, the share of the dense FLOPs that the gated path should use, in (0, 1].
+        target_budget: t_d, the share of the dense FLOPs that the gated path should use, in (0, 1];
+            or a range of two, of which each step draws one and tells it to the gates.
         sparsity_weight: λ of the budget loss.
         bound_weight: γ of the bound loss; 0 switches it off.
         bound_decay: decay of the bound loss, per epoch.
@@ -34,9 +37,19 @@ class GatingConfig:
         separate_bn: whether the gated path has its own BatchNorms. Default: if a view is dense.
         warmup_epochs: epochs at the start in which every view is dense and the gates rest.
         views: the path of each view, "gated" or "dense". Default: the method's.
+        budget_sampling: how steps draw from a range, see `BudgetSchedule`.
+        budget_anneal_epochs: over so many epochs the lower end of the range falls to its value
+            from the upper end; the budget, where it is a number, from 1.
+        budget_embedding: whether the gates are told the budget of a range. Without it the network
+            cannot be set to a budget later; its threshold can.
+        open_start: whether the gates start open, with a bias of +4 that they learn.
+        shuffle_views: whether each step draws which of the views take which of the paths.
+
+    The last five are of no published run; a config with a number for a budget that leaves them at
+    their defaults does not name them.
     """
 
-    target_budget: float = 0.5
+    target_budget: float | Range = 0.5
     sparsity_weight: float = 5.0
     bound_weight: float = 1.0
     bound_decay: float = 0.02
@@ -46,6 +59,11 @@ class GatingConfig:
     separate_bn: bool | None = None
     warmup_epochs: int = 0
     views: tuple[str, ...] = field(default=())
+    budget_sampling: str = "uniform"
+    budget_anneal_epochs: int = 0
+    budget_embedding: bool = True
+    open_start: bool = False
+    shuffle_views: bool = False
 
     @classmethod
     def from_config(cls, cfg: DictConfig, default_views: tuple[str, ...]) -> "GatingConfig":
@@ -75,13 +93,33 @@ class GatingConfig:
             )
         views = tuple(checked_path(view, "gating.views") for view in views)
         given.setdefault("separate_bn", "dense" in views)
+        if is_range(given.get("target_budget")):
+            given["target_budget"] = tuple(given["target_budget"])
         gating = cls(**given, views=views)
         gating._check(cfg)
-        cfg.gating = {**asdict(gating), "views": list(views)}
+        cfg.gating = gating._written()
         return gating
 
+    def _written(self) -> dict[str, Any]:
+        """As the config holds it: as ever, where nothing is new."""
+        content = {**asdict(self), "views": list(self.views)}
+        if self.budget_range is None:
+            for key in _UNPUBLISHED:
+                if content[key] == getattr(type(self), key):
+                    del content[key]
+        return content
+
     def _check(self, cfg: DictConfig) -> None:
-        require("gating.target_budget", self.target_budget, is_share, "a number in (0, 1]")
+        require(
+            "gating.target_budget",
+            self.target_budget,
+            lambda v: is_share(v) or is_range(v),
+            f"a number in (0, 1] or {RANGE}",
+        )
+        one_of("gating.budget_sampling", self.budget_sampling, SAMPLINGS)
+        at_least("gating.budget_anneal_epochs", self.budget_anneal_epochs, 0)
+        for key in ("budget_embedding", "open_start", "shuffle_views"):
+            true_or_false(f"gating.{key}", getattr(self, key))
         for key in ("sparsity_weight", "bound_weight", "bound_decay"):
             require(f"gating.{key}", getattr(self, key), is_not_negative, "a number ≥ 0")
         require("gating.temperature", self.temperature, is_positive, "a number > 0")
@@ -110,17 +148,44 @@ class GatingConfig:
             )
 
     @property
-    def bound_share(self) -> float:
-        """s* as a number."""
-        named = {"sqrt": math.sqrt(self.target_budget), "budget": self.target_budget}
+    def budget_range(self) -> Range | None:
+        """The range of target budgets; None if there is only one."""
+        return self.target_budget if isinstance(self.target_budget, tuple) else None
+
+    @property
+    def schedule(self) -> BudgetSchedule:
+        """The target budget of each step."""
+        low, high = self.budget_range or (self.target_budget, self.target_budget)
+        return BudgetSchedule(low, high, self.budget_sampling, self.budget_anneal_epochs)  # type: ignore[arg-type]
+
+    @property
+    def told(self) -> bool:
+        """Whether the gates are told the budget."""
+        return self.budget_range is not None and self.budget_embedding
+
+    def bound_share(self, budget: float) -> float:
+        """s* as a number, at a step's target budget."""
+        named = {"sqrt": math.sqrt(budget), "budget": budget}
         return named[self.bound_target] if isinstance(self.bound_target, str) else self.bound_target
 
     @property
     def backbone_kwargs(self) -> dict[str, Any]:
         """The keys that the backbone is built with."""
-        return {key: getattr(self, key) for key in ("reduction", "temperature", "separate_bn")}
+        kwargs = {key: getattr(self, key) for key in ("reduction", "temperature", "separate_bn")}
+        if self.told:
+            kwargs["budget_range"] = list(self.budget_range or ())
+        if self.open_start:
+            kwargs["open_start"] = True
+        return kwargs
 
 
+_UNPUBLISHED = (
+    "budget_sampling",
+    "budget_anneal_epochs",
+    "budget_embedding",
+    "open_start",
+    "shuffle_views",
+)
 _KEYS = ", ".join(item.name for item in fields(GatingConfig))
 
 

@@ -4,7 +4,8 @@
     python -m solo_gating.main_export --checkpoint PATH/last.ckpt --policy PATH/policy.json \\
         --keep dynamic --gates keep --format onnx --output DIR [key=value ...]
 
-The gated path becomes a physically smaller network, from a policy of main_policy:
+The gated path becomes a physically smaller network, from a policy of main_policy, at the threshold and,
+for a network that was trained for a range of budgets, at the budget of that policy:
 
     --keep dynamic      the channels that at least one of the policy's images selected (default)
     --keep always_on    those that all images selected
@@ -43,11 +44,12 @@ from .deploy.dense import dense_network, dense_state_dict, solo_learn_args, solo
 from .deploy.onnx import run_onnx, to_onnx, to_openvino
 from .deploy.static import kept_channels, slice_encoder, static_flops
 from .errors import InputError
+from .evaluate.dial import Setting
 from .evaluate.encoder import Encoder, load_encoder
 from .evaluate.evaluation import Evaluation, evaluation_of
 from .evaluate.features import extract
 from .evaluate.knn import knn_top1
-from .evaluate.policy import read_policy
+from .evaluate.policy import Policy, read_policy
 from .files import write_bytes, write_json
 from .flops import count_flops
 
@@ -81,7 +83,7 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
     report |= {"checkpoint": str(options.checkpoint), "resolution": [size, size]}
     if evaluation is not None:
         if options.path == "gated":
-            evaluation.encoder.backbone.threshold = report["threshold"]
+            _turn(evaluation.encoder.backbone, read_policy(options.policy))
         report |= _accuracies(evaluation, options.path, net)
     images, real = _examples(evaluation, size)
     files = _contents(options, encoder, net, images, real, report)
@@ -110,7 +112,7 @@ def _static(
 ) -> tuple[nn.Module, dict[str, Any]]:
     backbone: Any = encoder.backbone
     policy = read_policy(options.policy, "policy")
-    backbone.threshold = policy.threshold
+    _turn(backbone, policy)
     flops = count_flops(backbone, (size, size))
     kept = kept_channels(policy, flops, options.keep, options.multiple)
     net = slice_encoder(backbone, kept, options.gates == "keep")
@@ -124,7 +126,13 @@ def _static(
         "hidden": [len(indices) for indices in kept.channels],
         "flops": cost,  # all kept channels computed
         "flops_cut": 1 - cost / flops.dense,
+        **({} if policy.budget is None else {"budget": policy.budget}),
     }
+
+
+def _turn(backbone: Any, policy: Policy) -> None:
+    """Set a backbone's dial as it stood when the policy was made."""
+    Setting(policy.threshold, policy.share, policy.budget).apply(backbone)
 
 
 def _accuracies(evaluation: Evaluation, path: str, net: nn.Module) -> dict[str, Any]:

@@ -4,7 +4,8 @@
 
 FLOPs are multiply-accumulates of convolutions for one image of the first view's crop size; BatchNorm,
 ReLU, pooling and the classifier are not counted, the gates are. Without a checkpoint the gated path
-is shown at gating.target_budget, with the same share of channels in every block. With
+is shown at gating.target_budget, with the same share of channels in every block; if that is a range, at
+its middle or at flops.budget. With
 
     flops.checkpoint=trained_models/vicreg_dual/<run>/last.ckpt   flops.images=1000
 
@@ -22,6 +23,7 @@ from torch.utils.data import DataLoader, Subset
 
 from . import METHODS, InputError
 from .backbones import ResNet, TwoPathResNet
+from .budgets import checked_budget, is_range, middle
 from .cli import run
 from .config import prepare_config
 from .data import evaluation_loader
@@ -42,19 +44,30 @@ def report_flops(cfg: DictConfig) -> dict[str, Any]:
     """
     prepare_config(cfg)
     backbone = _backbone(cfg)
+    if cfg.flops.budget is not None:
+        checked_budget(cfg.flops.budget, getattr(backbone, "budget_range", None), "flops.budget")
+        backbone.budget = cfg.flops.budget
     size = cfg.augmentations[0].crop_size
     flops = count_flops(backbone, (size, size))
     channels, source = None, ""
     if isinstance(backbone, TwoPathResNet):
         if cfg.flops.checkpoint is None:
             budget = cfg.gating.target_budget
-            channels, source = channels_at(flops, budget), f"at the target budget {budget}"
+            if backbone.budget is not None:
+                budget = backbone.budget
+            elif is_range(budget):
+                budget = middle(budget)
+            channels, source = channels_at(flops, budget), f"at the target budget {budget:g}"
         else:
             loader = _first_images(cfg)
             counted = extract(backbone, loader, "gated").channels
             channels = counted.double().mean(dim=0)  # type: ignore[union-attr]
             source = f"measured on {len(loader.dataset)} images"  # type: ignore[arg-type]
+            if backbone.budget is not None:
+                source += f" at the budget {backbone.budget:g}"
     metrics = summarise(backbone, flops, channels)
+    if getattr(backbone, "budget", None) is not None:
+        metrics["budget"] = backbone.budget
     metrics["resolution"] = [size, size]
     print(format_report(metrics, source))
     folder = Path(cfg.flops.output or f"outputs/flops/{cfg.name}")

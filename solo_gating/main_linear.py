@@ -10,6 +10,7 @@
     dataset=cifar10             other images than the checkpoint's (transfer), from data.train_path,
                                 data.val_path, data.format
     threshold=0.4               of the gates (main_policy --calibrate)
+    budget=0.3                  that the gates are told, of a network trained for a range
 
 Without --config-name: the images of pre-training. Writes metrics.json and a file for each finished
 classifier into a folder beside the checkpoint (output=...); the same command again trains only the

@@ -4,8 +4,11 @@
 
     --calibrate 0.3     find the threshold at which the gated path uses 0.3 of the dense FLOPs, on
                         calibration_images=512 training images (no labels), and use it; evaluations
-                        take it as threshold=...
+                        take it as threshold=... A network that was trained for a range of budgets
+                        is told 0.3 first (budget=...), and the threshold corrects what is left
     --sweep             also 1-NN accuracy against FLOPs, at every share of shares=[0.05,...,1.0]
+    budget=0.3          that the gates are told, of a network trained for a range; --calibrate and
+                        --sweep then turn the threshold only
     dataset=cifar10     other images than the checkpoint's, from data.train_path, data.val_path
 
 On the validation images: writes policy.json (a file that other commands read; its schema is in
@@ -20,7 +23,8 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from .checks import at_least, is_share, require, true_or_false
+from .backbones import TwoPathResNet
+from .checks import at_least, is_number, is_share, require, true_or_false
 from .cli import run
 from .evaluate.dial import calibrate, draw_sweep, lowest_share, sweep
 from .evaluate.evaluation import Evaluation, flops_row, prepare_evaluation
@@ -65,11 +69,11 @@ def evaluate_policy(cfg: DictConfig) -> dict[str, Any]:
     images = _calibration_images(evaluation) if turned else torch.empty(0)
     row: dict[str, Any] = {}
     if cfg.calibrate is not None:
-        setting = calibrate(backbone, images, cfg.calibrate)
-        backbone.threshold = setting.threshold
+        setting = calibrate(backbone, images, cfg.calibrate, cfg.budget)
+        setting.apply(backbone)
         row["calibrated_share"] = setting.share
         evaluation.say(
-            f"threshold={setting.threshold:.6g} gives {setting.share:.4f} of the dense FLOPs on "
+            f"{_position(backbone)} gives {setting.share:.4f} of the dense FLOPs on "
             f"{len(images)} training images"
         )
     found = evaluation.extract("val", "gated")
@@ -83,10 +87,18 @@ def evaluate_policy(cfg: DictConfig) -> dict[str, Any]:
     evaluation.say(format_policy(policy))
     row |= flops_row(found, evaluation.encoder)
     row |= {"threshold": policy.threshold, "share": policy.share, "share_std": policy.share_std}
+    if policy.budget is not None:
+        row["budget"] = policy.budget
     _write_policy(evaluation, policy)
     if cfg.sweep:
         row["sweep"] = _sweep(evaluation, images, shares, policy.target_budget)
     return evaluation.write({"gated": row}, len(images))
+
+
+def _position(backbone: TwoPathResNet) -> str:
+    """How the dial stands, as config overrides."""
+    position = f"threshold={backbone.threshold:.6g}"
+    return position if backbone.budget is None else f"budget={backbone.budget:g} {position}"
 
 
 def _calibration_images(evaluation: Evaluation) -> Tensor:
@@ -118,13 +130,18 @@ def _write_policy(evaluation: Evaluation, policy: Policy) -> None:
     )
     title = f"Channels of {evaluation.encoder.args.get('name')} on {policy.images:,} images, "
     title += f"{policy.share:.1%} of the FLOPs"
-    if policy.target_budget is not None:
+    if policy.budget is not None:
+        title += f" (budget {policy.budget:.0%})"
+    elif is_number(policy.target_budget):
         title += f" (target budget {policy.target_budget:.0%})"
     draw_policy(policy, folder / "policy.png", title)
 
 
 def _sweep(
-    evaluation: Evaluation, images: Tensor, shares: list[float], target_budget: float | None
+    evaluation: Evaluation,
+    images: Tensor,
+    shares: list[float],
+    target_budget: float | list[float] | None,
 ) -> list[dict[str, Any]]:
     backbone: Any = evaluation.encoder.backbone
 
@@ -139,7 +156,7 @@ def _sweep(
             figures |= {"share": 1 - row["flops_cut"], "flops": row["flops"]}
             evaluation.say(
                 f"{figures['share']:>7.1%} of the FLOPs: 1-NN {figures['knn_top1']:.2f} % "
-                f"(threshold {backbone.threshold:.4g})"
+                f"({_position(backbone)})"
             )
         return figures
 
@@ -151,7 +168,7 @@ def _sweep(
         )
     dense = accuracy("dense")["knn_top1"]
     evaluation.say(f"dense path: 1-NN {dense:.2f} %")
-    points = sweep(backbone, images, possible, lambda: accuracy("gated"))
+    points = sweep(backbone, images, possible, lambda: accuracy("gated"), evaluation.cfg.budget)
     if evaluation.fabric.is_global_zero:
         write_csv(evaluation.folder / "sweep.csv", points)
         draw_sweep(
@@ -159,7 +176,7 @@ def _sweep(
             dense,
             target_budget,
             evaluation.folder / "sweep.png",
-            f"{evaluation.encoder.args.get('name')}, one checkpoint, threshold turned",
+            f"{evaluation.encoder.args.get('name')}, one checkpoint",
         )
     return points
 

@@ -4,6 +4,7 @@
 
     classes=10 images=5000      of the validation images: the first classes, at most so many images
     path=dense|gated|both       default: both, if both were trained
+    budget=0.3                  that the gates are told, of a network trained for a range
     dataset=cifar10             other images than the checkpoint's, from data.train_path, data.val_path
 
 Needs `pip install umap-learn` (the extra `umap`). Writes umap.png, umap.csv and metrics.json into a

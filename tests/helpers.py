@@ -79,7 +79,10 @@ def tiny_model(
     torch.manual_seed(seed)
     model = METHODS[cfg.method](cfg).to(dtype)
     model._trainer = SimpleNamespace(
-        current_epoch=epoch, estimated_stepping_batches=steps, sanity_checking=False
+        current_epoch=epoch,
+        global_step=0,
+        estimated_stepping_batches=steps,
+        sanity_checking=False,
     )
     return _keeping_its_log(model).train()
 

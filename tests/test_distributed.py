@@ -1,6 +1,7 @@
 """Two processes with a batch of B each give the gradients of one process with 2·B."""
 
 import os
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -14,7 +15,8 @@ from solo_gating.methods import gated
 
 from .helpers import default_dtype, random_batch, tiny_config, tiny_model
 
-METHODS = ("vicreg_dual", "simsiam_gated")
+RANGE = "vicreg_dual over a range of budgets"
+METHODS = ("vicreg_dual", "simsiam_gated", RANGE)
 LOCAL = "vicreg_dual with shares of each process"
 BATCH = 4  # per process
 
@@ -85,8 +87,10 @@ def rows_of_one_table(rows: slice):
 
 def gradients(method: str, rows: slice, parallel: bool) -> tuple[dict[str, Tensor], Tensor]:
     """Of a step with some of the images, and the FLOPs share that was logged."""
-    gating = {"target_budget": 0.1, "sparsity_weight": 1000.0, "bound_weight": 100.0}
-    model = tiny_model(tiny_config(method, gating=gating), epoch=2)
+    target: Any = [0.05, 0.9] if method == RANGE else 0.1
+    gating = {"target_budget": target, "sparsity_weight": 1000.0, "bound_weight": 100.0}
+    model = tiny_model(tiny_config(method.split()[0], gating=gating), epoch=2)
+    model._trainer.global_step = 17
     synchronise(model)
     indices, views, targets = random_batch(2 * BATCH)
     batch = [indices[rows], [view[rows] for view in views], targets[rows]]

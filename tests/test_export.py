@@ -74,7 +74,7 @@ def test_without_gates_all_kept_channels_are_computed():
 
     for block, indices in zip(net.gated_blocks, kept.channels, strict=True):
 
-        def mask(x, indices=indices, block=block):
+        def mask(x, budget=None, indices=indices, block=block):
             open_ = torch.zeros(len(x), block.conv1.out_channels)
             open_[:, indices] = 1
             return open_

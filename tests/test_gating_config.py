@@ -18,12 +18,14 @@ def read(gating, crops=2):
 
 
 SHARES = [0, -1, 1.5, math.nan, math.inf, "a", True]
+NO_RANGES = [[], [0.3], [0.3, 0.3], [0.9, 0.05], [0, 0.5], [0.5, 1.1], [0.1, "b"], [0.1, 0.2, 0.3]]
+BUDGET = "a number in (0, 1] or a range like [0.05, 0.9]"
 
 
 @pytest.mark.parametrize(
     ("key", "value", "accepted"),
     [
-        *(("target_budget", value, "a number in (0, 1]") for value in SHARES),
+        *(("target_budget", value, BUDGET) for value in [*SHARES, *NO_RANGES]),
         *(("bound_target", value, "sqrt, budget or a number in (0, 1]") for value in [0, 2, "x"]),
         *(("sparsity_weight", value, "a number ≥ 0") for value in [-1, math.nan, "5", False]),
         ("bound_weight", -0.1, "a number ≥ 0"),
@@ -35,6 +37,10 @@ SHARES = [0, -1, 1.5, math.nan, math.inf, "a", True]
         ("warmup_epochs", 1.5, "an integer ≥ 0"),
         ("separate_bn", "yes", "true or false"),
         ("views", "gated", "a list like [gated, dense]"),
+        ("budget_anneal_epochs", -1, "an integer ≥ 0"),
+        ("budget_embedding", 1, "true or false"),
+        ("open_start", "wide", "true or false"),
+        ("shuffle_views", 0, "true or false"),
     ],
 )
 def test_a_value_is_refused_in_one_sentence(key, value, accepted):
@@ -49,7 +55,8 @@ def test_a_value_is_refused_in_one_sentence(key, value, accepted):
         (
             {"budget": 0.3},
             "gating.budget: no such key, accepted are target_budget, sparsity_weight, bound_weight, "
-            "bound_decay, bound_target, reduction, temperature, separate_bn, warmup_epochs, views",
+            "bound_decay, bound_target, reduction, temperature, separate_bn, warmup_epochs, views, "
+            "budget_sampling, budget_anneal_epochs, budget_embedding, open_start, shuffle_views",
         ),
         (
             {"views": ["gated", "sparse"]},

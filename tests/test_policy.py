@@ -319,7 +319,7 @@ def calibrated(monkeypatch):
     """What is asked of the dial, which does nothing and says that it has found a threshold."""
     asked = []
 
-    def fake(backbone, images, share):
+    def fake(backbone, images, share, budget=None):
         asked.append((images, share))
         return Setting(1 - 2 * share, share + 0.01)
 

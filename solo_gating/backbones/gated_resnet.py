@@ -4,20 +4,25 @@ import copy
 import itertools
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
+from ..budgets import RANGE, Range, checked_budget, is_range, middle
+from ..checks import require
 from ..errors import InputError
-from ..gates import ChannelGate
+from ..gates import BudgetEmbedding, ChannelGate
 from .resnet import ResNet
 
 PATHS = ("gated", "dense")
+
+# With it sigmoid(4) = 98 % of the channels are sampled.
+_OPEN = 4.0
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,14 @@ class ForwardPass:
     masks: tuple[Tensor, ...] = ()
 
 
+class _Scope(NamedTuple):
+    """What `TwoPathResNet.path` chose: successive paths, where the passes go, and the budget."""
+
+    paths: Iterator[str]
+    passes: deque[ForwardPass]
+    budget: Tensor | None
+
+
 class GatedBasicBlock(BasicBlock):
     """torchvision's BasicBlock with a second, gated way through it.
 
@@ -44,10 +57,22 @@ class GatedBasicBlock(BasicBlock):
     `gated_bn2`) or, if they are shared, bn1 and bn2 (unification paper, Figure 1).
     """
 
-    def add_gate(self, reduction: int, temperature: float, separate_bn: bool) -> None:
-        """Add the gate, and the gated path's BatchNorms as copies of the dense path's."""
+    def add_gate(
+        self, reduction: int, temperature: float, separate_bn: bool, told: bool, open_start: bool
+    ) -> None:
+        """Add the gate, and the gated path's BatchNorms as copies of the dense path's.
+
+        A gate that is told the budget, or starts open, has a bias.
+        """
         conv1 = self.conv1
-        self.gate = ChannelGate(conv1.in_channels, conv1.out_channels, reduction, temperature)
+        channels = conv1.out_channels
+        self.gate = ChannelGate(
+            conv1.in_channels, channels, reduction, temperature, bias=told or open_start
+        )
+        if told:
+            self.gate.embedding = BudgetEmbedding(channels)
+        if open_start:
+            nn.init.constant_(self.gate.get_parameter("expand.bias"), _OPEN)
         self.separate_bn = separate_bn
         if separate_bn:
             self.gated_bn1 = type(self.bn1)(conv1.out_channels)
@@ -55,12 +80,12 @@ class GatedBasicBlock(BasicBlock):
             self.gated_bn1.load_state_dict(self.bn1.state_dict())
             self.gated_bn2.load_state_dict(self.bn2.state_dict())
 
-    def forward_gated(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """B × C_in × H × W → (B × C_out × H' × W', the mask B × C_out)."""
+    def forward_gated(self, x: Tensor, budget: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """B × C_in × H × W, and the gate's budget → (B × C_out × H' × W', the mask B × C_out)."""
         bn1, bn2 = (self.bn1, self.bn2)
         if self.separate_bn:
             bn1, bn2 = (self.gated_bn1, self.gated_bn2)
-        mask = self.gate(x)
+        mask = self.gate(x, budget)
         hidden = self.relu(bn1(self.conv1(x)))
         hidden = hidden * mask.to(hidden.dtype)[:, :, None, None]
         out = bn2(self.conv2(hidden))
@@ -81,24 +106,45 @@ class TwoPathResNet(ResNet):
     Args:
         layers: number of blocks of the four stages.
         path: the path taken outside of every scope.
+        budget_range: the lowest and the highest budget that the gates can be told, shares of the
+            dense FLOPs; None for gates that are told none, as in the papers.
+        budget: the budget outside of every scope; None for the middle of the range.
         kwargs: those of `ResNet`.
 
     Raises:
-        InputError: for a path that is neither "gated" nor "dense".
+        InputError: for a path that is neither "gated" nor "dense", a range that is none, or a
+            budget outside of it.
     """
 
-    def __init__(self, layers: list[int], *, path: str = "dense", **kwargs: Any):
+    def __init__(
+        self,
+        layers: list[int],
+        *,
+        path: str = "dense",
+        budget_range: Sequence[float] | None = None,
+        budget: float | None = None,
+        **kwargs: Any,
+    ):
         super().__init__(layers, **kwargs)
         self.default_path = checked_path(path, "backbone.kwargs.path")
-        self._scope: tuple[Iterator[str], deque[ForwardPass]] | None = None
+        self._scope: _Scope | None = None
+        self.budget_range: Range | None = None
+        # A buffer, so that it follows the weights and a compiled network takes it as an input.
+        self.register_buffer("_budget", None, persistent=False)
+        if budget_range is not None:
+            require("backbone.kwargs.budget_range", budget_range, is_range, RANGE)
+            self.budget_range = (float(budget_range[0]), float(budget_range[1]))
+        self.budget = budget
 
     @property
     def gated_blocks(self) -> list[GatedBasicBlock]:
         """The blocks that have a gate, in the order in which masks are returned."""
         raise NotImplementedError
 
-    def forward_gated(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """B × 3 × H × W → (features B × C, one mask B × C_out for each block)."""
+    def forward_gated(
+        self, x: Tensor, budget: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """B × 3 × H × W, and the gates' budget → (features B × C, one mask B × C_out per block)."""
         raise NotImplementedError
 
     @property
@@ -118,22 +164,58 @@ class TwoPathResNet(ResNet):
         for block in self.gated_blocks:
             block.gate.threshold = float(value)
 
+    @property
+    def budget(self) -> float | None:
+        """The share of the dense FLOPs that the gates are told to aim at.
+
+        Any in `budget_range`; it may be set at any time, None for the range's middle, and is in no
+        checkpoint, like `threshold`. What is then used comes near it (`evaluate.dial.calibrate`
+        makes it exact). None for a network that was trained for no range: it cannot be set there.
+        """
+        return self._budget_set
+
+    @budget.setter
+    def budget(self, value: float | None) -> None:
+        if value is None and self.budget_range is not None:
+            value = middle(self.budget_range)
+        if value is not None:
+            value = checked_budget(value, self.budget_range)
+        self._budget_set = value
+        self._budget = None if value is None else self._as_tensor(value)
+
+    @property
+    def budget_told(self) -> Tensor | None:
+        """`budget` as the gates are told it outside of every scope."""
+        return self._budget
+
+    def _as_tensor(self, budget: float) -> Tensor:
+        weight = self.bn1.weight
+        return torch.full((), budget, dtype=weight.dtype, device=weight.device)
+
     @contextmanager
-    def path(self, *paths: str) -> Iterator[deque[ForwardPass]]:
-        """Choose the path of every forward pass inside a `with` block.
+    def path(self, *paths: str, budget: float | None = None) -> Iterator[deque[ForwardPass]]:
+        """Choose the path of every forward pass inside a `with` block, and the gates' budget.
 
         Several names are the paths of successive forward passes, over and over: with
         `path("gated", "dense")` the first view of a training step is gated, the second dense.
+
+        Args:
+            paths: "gated" or "dense"; none for the default path.
+            budget: of the gates inside the block; None for `budget`.
 
         Yields:
             The latest forward passes, oldest first; as many as there are names.
 
         Raises:
-            InputError: for a path that is neither "gated" nor "dense".
+            InputError: for a path that is neither "gated" nor "dense", or a budget outside of
+                `budget_range`.
         """
         names = [checked_path(path, "path") for path in paths or (self.default_path,)]
         passes: deque[ForwardPass] = deque(maxlen=len(names))
-        outer, self._scope = self._scope, (itertools.cycle(names), passes)
+        told = None
+        if budget is not None:
+            told = self._as_tensor(checked_budget(budget, self.budget_range))
+        outer, self._scope = self._scope, _Scope(itertools.cycle(names), passes, told)
         try:
             yield passes
         finally:
@@ -141,15 +223,18 @@ class TwoPathResNet(ResNet):
 
     def forward(self, x: Tensor) -> Tensor:
         """B × 3 × H × W → features B × C (or logits, while the network has its `fc`)."""
-        path = self.default_path if self._scope is None else next(self._scope[0])
+        path, budget = self.default_path, self.budget_told
+        if self._scope is not None:
+            path = next(self._scope.paths)
+            budget = budget if self._scope.budget is None else self._scope.budget
         masks: tuple[Tensor, ...] = ()
         if path == "dense":
             features = super().forward(x)
         else:
-            features, masks = self.forward_gated(x)
+            features, masks = self.forward_gated(x, budget)
         if self._scope is not None:
             height, width = x.shape[-2:]
-            self._scope[1].append(ForwardPass(path, (height, width), features, masks))
+            self._scope.passes.append(ForwardPass(path, (height, width), features, masks))
         return features
 
 
@@ -163,6 +248,7 @@ class GatedResNet(TwoPathResNet):
         reduction: the gates' reduction rate r.
         temperature: the gates' sampling temperature τ.
         threshold: of the gates' logits in evaluation.
+        open_start: whether the gates start open, with a bias of +4 that they learn.
         kwargs: those of `TwoPathResNet`.
 
     Raises:
@@ -177,11 +263,13 @@ class GatedResNet(TwoPathResNet):
         reduction: int = 4,
         temperature: float = 2 / 3,
         threshold: float = 0.0,
+        open_start: bool = False,
         **kwargs: Any,
     ):
         super().__init__(layers, block=GatedBasicBlock, **kwargs)
+        told = self.budget_range is not None
         for block in self.gated_blocks:
-            block.add_gate(reduction, temperature, separate_bn)
+            block.add_gate(reduction, temperature, separate_bn, told, open_start)
         self.threshold = threshold
 
     @property
@@ -189,12 +277,14 @@ class GatedResNet(TwoPathResNet):
         """Every block of the four stages."""
         return [*self.layer1, *self.layer2, *self.layer3, *self.layer4]
 
-    def forward_gated(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """B × 3 × H × W → (features B × C, one mask B × C_out for each block)."""
+    def forward_gated(
+        self, x: Tensor, budget: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """B × 3 × H × W, and the gates' budget → (features B × C, one mask B × C_out per block)."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         masks = []
         for block in self.gated_blocks:
-            x, mask = block.forward_gated(x)
+            x, mask = block.forward_gated(x, budget)
             masks.append(mask)
         return self.fc(torch.flatten(self.avgpool(x), 1)), tuple(masks)
 
@@ -211,7 +301,10 @@ class TwoEncoderResNet(TwoPathResNet):
         reduction: the gates' reduction rate r.
         temperature: the gates' sampling temperature τ.
         threshold: of the gates' logits in evaluation.
+        open_start: whether the gates start open.
         path: the path taken outside of every scope.
+        budget_range: as in `TwoPathResNet`.
+        budget: as in `TwoPathResNet`.
         kwargs: those of `ResNet`, for both encoders.
     """
 
@@ -223,12 +316,21 @@ class TwoEncoderResNet(TwoPathResNet):
         reduction: int = 4,
         temperature: float = 2 / 3,
         threshold: float = 0.0,
+        open_start: bool = False,
         path: str = "dense",
+        budget_range: Sequence[float] | None = None,
+        budget: float | None = None,
         **kwargs: Any,
     ):
-        super().__init__(layers, path=path, **kwargs)
+        super().__init__(layers, path=path, budget_range=budget_range, budget=budget, **kwargs)
         self.gated_net = GatedResNet(
-            layers, separate_bn=False, reduction=reduction, temperature=temperature, **kwargs
+            layers,
+            separate_bn=False,
+            reduction=reduction,
+            temperature=temperature,
+            open_start=open_start,
+            budget_range=budget_range,
+            **kwargs,
         )
         self.gated_net.fc = nn.Identity()
         self.threshold = threshold
@@ -238,9 +340,11 @@ class TwoEncoderResNet(TwoPathResNet):
         """Every block of the gated encoder."""
         return self.gated_net.gated_blocks
 
-    def forward_gated(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """B × 3 × H × W → (features B × C, one mask B × C_out for each block)."""
-        features, masks = self.gated_net.forward_gated(x)
+    def forward_gated(
+        self, x: Tensor, budget: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """B × 3 × H × W, and the gates' budget → (features B × C, one mask B × C_out per block)."""
+        features, masks = self.gated_net.forward_gated(x, budget)
         return self.fc(features), masks
 
     def __setattr__(self, name: str, value: Any) -> None:

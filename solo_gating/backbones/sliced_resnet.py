@@ -17,7 +17,7 @@ class SlicedBasicBlock(BasicBlock):
     channels instead of C_out; with a gate m = gate(x) over them: conv2(m · relu(bn1(conv1 x))).
     """
 
-    def slice(self, hidden: int, gate: bool, reduction: int) -> None:
+    def slice(self, hidden: int, gate: bool, reduction: int, gate_bias: bool) -> None:
         """Replace conv1, bn1 and conv2 by ones with `hidden` channels between them."""
         conv1, conv2 = self.get_submodule("conv1"), self.get_submodule("conv2")
         self.conv1 = nn.Conv2d(conv1.in_channels, hidden, 3, conv1.stride, padding=1, bias=False)  # type: ignore[arg-type]
@@ -25,7 +25,9 @@ class SlicedBasicBlock(BasicBlock):
         self.conv2 = nn.Conv2d(hidden, conv2.out_channels, 3, padding=1, bias=False)
         for conv in (self.conv1, self.conv2):  # as torchvision initialises a ResNet's
             nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-        self.gate = ChannelGate(conv1.in_channels, hidden, reduction) if gate else None
+        self.gate = (
+            ChannelGate(conv1.in_channels, hidden, reduction, bias=gate_bias) if gate else None
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """B × C_in × H × W → B × C_out × H' × W'."""
@@ -48,6 +50,7 @@ class SlicedResNet(ResNet):
         hidden: channels between the two convolutions of each block, in order.
         gates: whether the blocks have gates over these channels.
         reduction: the gates' reduction rate r.
+        gate_bias: whether the gates' logits have a bias, as for the budget that they were told.
         kwargs: those of `ResNet`.
 
     Attributes:
@@ -64,6 +67,7 @@ class SlicedResNet(ResNet):
         hidden: list[int],
         gates: bool = False,
         reduction: int = 4,
+        gate_bias: bool = False,
         **kwargs: Any,
     ):
         super().__init__(layers, block=SlicedBasicBlock, **kwargs)
@@ -72,6 +76,7 @@ class SlicedResNet(ResNet):
             "hidden": hidden,
             "gates": gates,
             "reduction": reduction,
+            "gate_bias": gate_bias,
             **kwargs,
         }
         blocks = self.blocks
@@ -80,7 +85,7 @@ class SlicedResNet(ResNet):
                 f"hidden: found {hidden}, accepted are {len(blocks)} numbers of channels ≥ 1"
             )
         for block, number in zip(blocks, hidden, strict=True):
-            block.slice(number, gates, reduction)
+            block.slice(number, gates, reduction, gate_bias)
 
     @property
     def blocks(self) -> list[SlicedBasicBlock]:

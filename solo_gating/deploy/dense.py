@@ -88,7 +88,8 @@ def solo_learn_args(encoder: Encoder) -> dict[str, Any]:
         plain = GATED_METHODS[method].__bases__[0]
         method = next(name for name, cls in METHODS.items() if cls is plain)
     depth, _, kind = args["backbone"]["name"].partition("_")
-    own = ("width", "stem", "path", "threshold", "reduction", "temperature", "separate_bn")
+    own = {"width", "stem", "path", "threshold", "budget", "budget_range", "open_start"}
+    own |= {"reduction", "temperature", "separate_bn"}
     args["method"] = method
     args["backbone"] = {
         "name": depth if kind in _OURS else args["backbone"]["name"],

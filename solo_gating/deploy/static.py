@@ -11,6 +11,7 @@ from ..backbones import SlicedResNet, TwoEncoderResNet, TwoPathResNet
 from ..errors import InputError
 from ..evaluate.policy import Policy
 from ..flops import BackboneFlops, count_flops
+from ..gates import ChannelGate
 
 KEEP = "dynamic, always_on or top:SHARE"
 
@@ -104,14 +105,16 @@ def slice_encoder(backbone: TwoPathResNet, kept: Kept, gates: bool) -> SlicedRes
     Args:
         backbone: a gated encoder.
         kept: from `kept_channels`.
-        gates: whether the gates stay, at the backbone's threshold.
+        gates: whether the gates stay, at the backbone's threshold and for good at its budget.
     """
     source = backbone.gated_net if isinstance(backbone, TwoEncoderResNet) else backbone
     first = source.gated_blocks[0]
+    gate_bias = gates and first.gate.expand.bias is not None
     net = SlicedResNet(
         [len(getattr(source, f"layer{stage}")) for stage in (1, 2, 3, 4)],
         hidden=[len(indices) for indices in kept.channels],
         gates=gates,
+        gate_bias=gate_bias,
         reduction=max(1, first.gate.reduce.in_channels // first.gate.reduce.out_channels),
         width=source.bn1.num_features,
         stem="cifar" if isinstance(source.maxpool, nn.Identity) else "imagenet",
@@ -133,12 +136,24 @@ def slice_encoder(backbone: TwoPathResNet, kept: Kept, gates: bool) -> SlicedRes
         state[f"{name}.conv2.weight"] = block.conv2.weight[:, indices]
         if gates:
             for key, value in block.gate.state_dict().items():
-                state[f"{name}.gate.{key}"] = value[indices] if key == "expand.weight" else value
+                if not key.startswith("embedding."):
+                    state[f"{name}.gate.{key}"] = value
+            state[f"{name}.gate.expand.weight"] = block.gate.expand.weight[indices]
+            if gate_bias:
+                state[f"{name}.gate.expand.bias"] = _bias(block.gate, backbone)[indices]
     net.load_state_dict(state)
     for block, original in zip(net.blocks, source.gated_blocks, strict=True):
         if block.gate is not None:
             block.gate.threshold = original.gate.threshold
     return net.eval().requires_grad_(False)
+
+
+def _bias(gate: ChannelGate, backbone: TwoPathResNet) -> Tensor:
+    """What the budget adds to the logits, as if it were part of the gate's bias."""
+    if gate.embedding is None:
+        return gate.bias
+    with torch.no_grad():
+        return gate.bias + gate.embedding(backbone.budget_told)
 
 
 def _named_blocks(source: TwoPathResNet) -> list[tuple[str, Any]]:

@@ -2,6 +2,7 @@
 
 import csv
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,14 @@ def read_logs(folder: Path) -> dict[str, dict[int, float]]:
     return dict(series)
 
 
-def draw_curves(folder: Path, target_budget: float | None, title: str) -> Path | None:
+def draw_curves(
+    folder: Path, target_budget: float | Sequence[float] | None, title: str
+) -> Path | None:
     """Draw `training.png` into a run's folder.
 
     Args:
         folder: the run's folder.
-        target_budget: t_d, drawn as a line; None for a method without gates.
+        target_budget: t_d, drawn as a line, or its range; None for a method without gates.
         title: above the panels.
 
     Returns:
@@ -104,7 +107,12 @@ def draw_curves(folder: Path, target_budget: float | None, title: str) -> Path |
                     **style,
                 )
         if "FLOPs" in heading:
-            if target_budget is not None:
+            if isinstance(target_budget, Sequence):
+                low, high = target_budget
+                axis.axhspan(
+                    100 * low, 100 * high, color=NEUTRAL, alpha=0.1, label="target budgets"
+                )
+            elif target_budget is not None:
                 axis.axhline(
                     100 * target_budget, color="black", lw=1, ls="-.", label="target budget"
                 )

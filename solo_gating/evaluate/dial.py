@@ -1,7 +1,11 @@
-"""The dial: the threshold on the gates' logits that makes the gated path use a given share."""
+"""The dial: makes the gated path use a given share of the FLOPs.
+
+A threshold on the gates' logits does so for any network. Where the gates can be told a budget, they
+are told the share first, and the threshold corrects what is left.
+"""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,29 +28,47 @@ _LARGEST = 1e6
 
 @dataclass(frozen=True)
 class Setting:
-    """A position of the dial: the logits' threshold, and the share of the FLOPs that it gives."""
+    """A position of the dial, and the share of the FLOPs that it gives.
+
+    Attributes:
+        threshold: of the logits.
+        share: F^R / F^O.
+        budget: that the gates are told; None for a network that was trained for no range.
+    """
 
     threshold: float
     share: float
+    budget: float | None = None
+
+    def apply(self, backbone: TwoPathResNet) -> None:
+        """Turn a backbone's dial to this position."""
+        backbone.threshold = self.threshold
+        backbone.budget = self.budget
 
 
 def calibrate(
-    backbone: TwoPathResNet, images: Tensor, share: float, tolerance: float = 1e-4
+    backbone: TwoPathResNet,
+    images: Tensor,
+    share: float,
+    budget: float | None = None,
+    tolerance: float = 1e-4,
 ) -> Setting:
-    """Find the threshold at which the gated path uses a share of the dense FLOPs.
+    """Find the position at which the gated path uses a share of the dense FLOPs.
 
-    A bisection, since a gate sees what the gates before it let through. The backbone's own
-    threshold is put back afterwards.
+    The threshold by bisection, since a gate sees what the gates before it let through. The
+    backbone's own position is put back afterwards.
 
     Args:
         backbone: a gated encoder; evaluated in evaluation mode.
         images: unlabelled, N × 3 × H × W; some hundred will do.
         share: F^R / F^O to reach, gates included, in (0, 1].
+        budget: of a network that was trained for a range; None for the share itself, or the end
+            of the range that is nearest to it.
         tolerance: how far the share may stay off; with few images and channels it cannot always
             be met, and the nearest that was found is returned.
 
     Raises:
-        InputError: for a share that no threshold gives.
+        InputError: for a share that no threshold gives, or a budget outside of the range.
     """
     lowest = lowest_share(backbone, (images.shape[-2], images.shape[-1]))
     if not lowest <= share <= 1:
@@ -55,7 +77,16 @@ def calibrate(
             "gates alone) to 1"
         )
 
-    return threshold_for(backbone, lambda: mean_share(backbone, images), share, tolerance)
+    before = current(backbone)
+    try:
+        if budget is None and backbone.budget_range is not None:
+            low, high = backbone.budget_range
+            budget = min(max(share, low), high)
+        if budget is not None:
+            backbone.budget = budget
+        return threshold_for(backbone, lambda: mean_share(backbone, images), share, tolerance)
+    finally:
+        before.apply(backbone)
 
 
 def threshold_for(
@@ -75,7 +106,7 @@ def threshold_for(
 
     def at(threshold: float) -> Setting:
         backbone.threshold = threshold
-        return Setting(threshold, measure())
+        return Setting(threshold, measure(), backbone.budget)
 
     before = backbone.threshold
     try:
@@ -97,6 +128,16 @@ def threshold_for(
         backbone.threshold = before
 
 
+def current(backbone: TwoPathResNet, share: float = math.nan) -> Setting:
+    """The position that a backbone's dial has.
+
+    Args:
+        backbone: a gated encoder.
+        share: that it is known to give.
+    """
+    return Setting(backbone.threshold, share, backbone.budget)
+
+
 def lowest_share(backbone: TwoPathResNet, resolution: tuple[int, int]) -> float:
     """F^R / F^O without a single channel: what stem, shortcuts and gates cost.
 
@@ -110,7 +151,7 @@ def lowest_share(backbone: TwoPathResNet, resolution: tuple[int, int]) -> float:
 
 @torch.no_grad()
 def mean_share(backbone: TwoPathResNet, images: Tensor) -> float:
-    """F^R / F^O of the gated path on images, in evaluation mode, at the backbone's threshold.
+    """F^R / F^O of the gated path on images, in evaluation mode, as the backbone's dial stands.
 
     Args:
         backbone: a gated encoder; its mode is put back afterwards.
@@ -136,43 +177,46 @@ def sweep(
     images: Tensor,
     shares: Iterable[float],
     evaluate: Callable[[], dict[str, float]],
+    budget: float | None = None,
 ) -> list[dict[str, float]]:
-    """Evaluate the gated path at several positions of the dial, and at the threshold it has.
+    """Evaluate the gated path at several positions of the dial, and at the one it has.
 
     Args:
-        backbone: a gated encoder; its threshold is put back afterwards.
+        backbone: a gated encoder; its position is put back afterwards.
         images: to calibrate on, as in `calibrate`.
         shares: of the FLOPs.
         evaluate: gives figures of the backbone as it is.
+        budget: as in `calibrate`.
 
     Returns:
-        For each position, in order of the thresholds from high to low, what `evaluate` gives, with
-        `threshold`, `calibrated_share` and `asked` (None for the position that was there before).
+        For each position, in order of the shares from low to high, what `evaluate` gives, with
+        `threshold`, `calibrated_share`, `asked` (None for the position that was there before), and
+        for a network that was trained for a range `budget`.
     """
-    before = backbone.threshold
-    settings: list[tuple[float | None, Setting]] = [
-        (None, Setting(before, mean_share(backbone, images)))
-    ]
-    settings += [(share, calibrate(backbone, images, share)) for share in shares]
+    before = current(backbone, mean_share(backbone, images))
+    settings: list[tuple[float | None, Setting]] = [(None, before)]
+    settings += [(share, calibrate(backbone, images, share, budget)) for share in shares]
     points = []
     try:
-        for asked, setting in sorted(settings, key=lambda s: -s[1].threshold):
-            backbone.threshold = setting.threshold
+        for asked, setting in sorted(settings, key=lambda s: (s[1].share, -s[1].threshold)):
+            setting.apply(backbone)
             point: dict[str, Any] = {
                 "asked": asked,
                 "threshold": setting.threshold,
                 "calibrated_share": setting.share,
             }
+            if setting.budget is not None:
+                point["budget"] = setting.budget
             points.append(point | evaluate())
     finally:
-        backbone.threshold = before
+        before.apply(backbone)
     return points
 
 
 def draw_sweep(
     points: list[dict[str, Any]],
     dense: float,
-    target_budget: float | None,
+    target_budget: float | Sequence[float] | None,
     path: Path,
     title: str,
 ) -> None:
@@ -181,15 +225,19 @@ def draw_sweep(
     Args:
         points: from `sweep`, with `share` and `knn_top1`.
         dense: the dense path's accuracy.
-        target_budget: t_d of the pre-training, drawn as a line; None for none.
+        target_budget: t_d of the pre-training, drawn as a line, or its range; None for none.
         path: of the PNG.
         title: above the curve.
     """
     figure, axis = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
     shares = [100 * point["share"] for point in points]
     accuracies = [point["knn_top1"] for point in points]
-    axis.plot(shares, accuracies, "-o", color=GATED, ms=4, label="gated path, threshold turned")
+    turned = "threshold" if "budget" not in points[0] else "budget and threshold"
+    axis.plot(shares, accuracies, "-o", color=GATED, ms=4, label=f"gated path, {turned} turned")
     own = next(point for point in points if point["asked"] is None)
+    position = f"threshold {own['threshold']:g}"
+    if "budget" in own:
+        position = f"budget {own['budget']:g}, {position}"
     axis.plot(
         100 * own["share"],
         own["knn_top1"],
@@ -198,10 +246,13 @@ def draw_sweep(
         ms=15,
         mec="black",
         ls="",
-        label=f"gated path as it is (threshold {own['threshold']:g})",
+        label=f"gated path as it is ({position})",
     )
     axis.plot(100, dense, "s", color=DENSE, ms=8, ls="", label="dense path")
-    if target_budget is not None:
+    if isinstance(target_budget, Sequence):
+        low, high = target_budget
+        axis.axvspan(100 * low, 100 * high, color=NEUTRAL, alpha=0.1, label="budgets of training")
+    elif target_budget is not None:
         axis.axvline(
             100 * target_budget, color=NEUTRAL, ls="-.", lw=1, label="target budget of training"
         )

@@ -71,6 +71,8 @@ class Encoder:
 def describe_pretraining(args: DictConfig, epochs: int, checkpoint: Path | None) -> dict[str, Any]:
     """What identifies a pre-training among others: method, data, network, length, budget, seed.
 
+    The target budget is a number, or a list of both ends of a range.
+
     Args:
         args: a complete pre-training config.
         epochs: epochs done.
@@ -87,7 +89,7 @@ def describe_pretraining(args: DictConfig, epochs: int, checkpoint: Path | None)
         "backbone": args.backbone.name,
         "width": (args.backbone.get("kwargs") or {}).get("width", 64),
         "epochs": epochs,
-        "target_budget": (args.get("gating") or {}).get("target_budget"),
+        "target_budget": (group("gating") or {}).get("target_budget"),
         "gating": group("gating"),
         "method_kwargs": group("method_kwargs"),
         "optimizer": group("optimizer"),

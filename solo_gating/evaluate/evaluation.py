@@ -133,16 +133,20 @@ def prepare_evaluation(
     require("threshold", cfg.threshold, is_number, "a number")
     encoder = load_encoder(cfg.pretrained_feature_extractor, cfg.get("features", "backbone"))
     paths = encoder.paths(cfg.path)
-    if isinstance(encoder.backbone, TwoPathResNet):
-        encoder.backbone.threshold = cfg.threshold
-    elif cfg.threshold:
-        raise InputError(
-            f"threshold: found {cfg.threshold}, the encoder has no gates; accepted is 0"
-        )
+    backbone = encoder.backbone
+    if isinstance(backbone, TwoPathResNet):
+        backbone.threshold = cfg.threshold
+        backbone.budget = cfg.budget
+    else:
+        for key, accepted in (("threshold", 0), ("budget", "null")):
+            if cfg[key]:
+                raise InputError(
+                    f"{key}: found {cfg[key]}, the encoder has no gates; accepted is {accepted}"
+                )
     _complete_data(cfg, encoder.args)
     loaders = {split: evaluation_loader(cfg, split, cfg.batch_size) for split in splits}
     fabric = _launch(cfg)
-    encoder.backbone.to(fabric.device)
+    backbone.to(fabric.device)
     encoder.head.to(fabric.device)
 
     config = plain(cfg)
@@ -151,6 +155,8 @@ def prepare_evaluation(
         for key in (*settings, "threshold", "features", "precision")
         if key in config
     }
+    if getattr(backbone, "budget", None) is not None:
+        decisive["budget"] = backbone.budget
     free = ("num_workers", "num_large_crops", "num_small_crops")
     data = {key: value for key, value in config["data"].items() if key not in free}
     decides = [decisive, data, cfg.augmentations[0].crop_size, encoder.epochs]

@@ -8,7 +8,8 @@ A policy is a JSON file that other commands read:
       "resolution": [32, 32],           height and width of the images
       "images": 10000,                  N
       "threshold": 0.0,                 of the gates' logits
-      "target_budget": 0.3,             t_d of the pre-training, or null
+      "budget": null,                   that the gates were told, of a network trained for a range
+      "target_budget": 0.3,             t_d of the pre-training, a number or a range, or null
       "share": 0.331,                   F^R / F^O, mean over the images
       "share_std": 0.02,                its standard deviation over the images
       "blocks": [{
@@ -78,11 +79,12 @@ class Policy:
     resolution: list[int]
     images: int
     threshold: float
-    target_budget: float | None
+    target_budget: float | list[float] | None
     share: float
     share_std: float
     blocks: list[BlockPolicy]
     classes: list[dict[str, Any]]
+    budget: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """What the file holds."""
@@ -94,7 +96,7 @@ def policy_of(
     found: Extraction,
     name: str,
     kwargs: dict[str, Any],
-    target_budget: float | None,
+    target_budget: float | list[float] | None,
 ) -> Policy:
     """Make a policy from the decisions on a set of images.
 
@@ -103,7 +105,7 @@ def policy_of(
         found: its gated path on N images.
         name: the backbone's name in solo-learn's registry.
         kwargs: what it was built with.
-        target_budget: t_d of its pre-training.
+        target_budget: t_d of its pre-training, a number or a range.
     """
     if found.channels is None:
         raise InputError("path: found dense, a policy is of the gated path")
@@ -137,6 +139,7 @@ def policy_of(
         share_std=float(shares.std(correction=0)),
         blocks=blocks,
         classes=_classes(flops, found.channels.double(), found.targets),
+        budget=backbone.budget,
     )
 
 

@@ -1,5 +1,6 @@
 """Gating for any solo-learn method that compares views: `class X(Method, DualMethod)`."""
 
+import random
 from collections.abc import Iterable
 from typing import Any
 
@@ -25,7 +26,8 @@ class GatedMethod(BaseMethod):
         total = SSL(z_1, z_2) + classification + Σ over gated views of (budget + bound)
 
     (unification paper, Eqs. 1 and 3; the classifier sees detached features.) Nothing else of the
-    method changes, whichever it is.
+    method changes, whichever it is. Where `gating.target_budget` is a range, each step has a budget
+    of its own, of all its gated views; validation is at the middle of the range.
 
     Raises:
         InputError: for a backbone without gates, or a `gating` group that cannot be used.
@@ -38,6 +40,7 @@ class GatedMethod(BaseMethod):
         cfg.backbone.kwargs = {**(cfg.backbone.get("kwargs") or {}), **self.gating.backbone_kwargs}
         check_gated_backbone(cfg)
         super().__init__(cfg)
+        self._seed = cfg.get("seed")
         self._flops: dict[tuple[int, int], BackboneFlops] = {}
         # solo-learn's own kNN mixes the views; here each path has a bank of its own.
         self.path_knn = nn.ModuleDict()
@@ -63,29 +66,35 @@ class GatedMethod(BaseMethod):
     def training_step(self, batch: list[Any], batch_idx: int) -> dict[str, Any]:
         """solo-learn's base step; its "loss" also holds the gates' losses."""
         epoch = self.current_epoch - self.gating.warmup_epochs
-        views = self.gating.views if epoch >= 0 else ("dense",) * len(self.gating.views)
-        with self.backbone.path(*views) as passes:
+        views = self._views() if epoch >= 0 else ("dense",) * len(self.gating.views)
+        budget = self.gating.schedule.at(self._seed, self.global_step, max(epoch, 0))
+        with self.backbone.path(*views, budget=budget if self.gating.told else None) as passes:
             outs = super().training_step(batch, batch_idx)
         gated = [view for view in passes if view.path == "gated"]
         if gated:
-            outs["loss"] = outs["loss"] + self._gates_loss(gated, epoch)
+            outs["loss"] = outs["loss"] + self._gates_loss(gated, epoch, budget)
         self._remember(list(passes)[: self.num_large_crops], batch[-1])
         return outs
 
-    def _gates_loss(self, passes: list[ForwardPass], epoch: int) -> Tensor:
+    def _views(self) -> tuple[str, ...]:
+        """The path of each view of this step; like the budget the same on every process."""
+        views = list(self.gating.views)
+        if self.gating.shuffle_views:
+            random.Random(f"views, seed {self._seed}, step {self.global_step}").shuffle(views)
+        return tuple(views)
+
+    def _gates_loss(self, passes: list[ForwardPass], epoch: int, target: float) -> Tensor:
         channels = [selected_channels(view.masks).mean(dim=0) for view in passes]
         shares, budgets, bounds = [], [], []
         for view, selected in zip(passes, global_mean(torch.stack(channels)), strict=True):
             flops = self.flops(view.resolution)
             total = selected.new_tensor([block.channels for block in flops.blocks])
             shares.append(flops.share(selected))
-            budgets.append(
-                budget_loss(shares[-1], self.gating.target_budget, self.gating.sparsity_weight)
-            )
+            budgets.append(budget_loss(shares[-1], target, self.gating.sparsity_weight))
             bounds.append(
                 bound_loss(
                     selected / total,
-                    self.gating.bound_share,
+                    self.gating.bound_share(target),
                     epoch,
                     self.gating.bound_weight,
                     self.gating.bound_decay,
@@ -97,6 +106,8 @@ class GatedMethod(BaseMethod):
             "train_bound_loss": bound,
             "train_flops_share": torch.stack(shares).mean(),
         }
+        if not self.gating.schedule.constant:
+            metrics["train_target_budget"] = torch.full_like(budget, target)
         # Already the same on every process.
         self.log_dict({k: v.detach() for k, v in metrics.items()}, on_epoch=True, prog_bar=True)
         return budget + bound

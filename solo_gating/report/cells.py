@@ -152,7 +152,7 @@ def _place(record: Record) -> tuple[Any, ...]:
         record.pretraining["dataset"],
         record.data["dataset"],
         record.variant,
-        record.pretraining.get("target_budget"),
+        record.target_budget,
     )
 
 
@@ -160,7 +160,8 @@ def _conditions(record: Record) -> dict[str, Any]:
     """What must be the same for figures of different methods in one row."""
     data = {key: value for key, value in record.data.items() if key != "dataset"}
     length = {key: record.pretraining[key] for key in ("epochs", "width")}
-    return _flat(length | {"images": data, record.metric: record.settings})
+    settings = {key: value for key, value in record.settings.items() if key != "budget"}
+    return _flat(length | {"images": data, record.metric: settings})
 
 
 def _run(record: Record) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..budgets import is_range, middle
 from ..errors import InputError
 
 METRICS = ("linear", "knn")
@@ -61,7 +62,7 @@ class Record:
         """The method, with what the papers vary: a second encoder, the invariance loss.
 
         These are Tables 5 and 6 of the unification paper. Another backbone than the papers'
-        ResNet-18 is named, so that no table of theirs takes it.
+        ResNet-18 is named, and so is a range of budgets, so that no table of theirs takes it.
         """
         method, backbone = self.pretraining["method"], self.pretraining["backbone"]
         gated = method.endswith(("_dual", "_gated"))
@@ -72,7 +73,15 @@ class Record:
             name += f" ({backbone})"
         if (self.pretraining.get("method_kwargs") or {}).get("sim_loss_weight") == 0:
             name += "_no_invariance"
+        if is_range(self.pretraining.get("target_budget")):
+            name += " (range of budgets)"
         return name
+
+    @property
+    def target_budget(self) -> float | None:
+        """t_d; of a range of budgets the one that the gates were told in this evaluation."""
+        target: Any = self.pretraining.get("target_budget")
+        return self.settings.get("budget", middle(target)) if is_range(target) else target
 
     @property
     def as_in_the_papers(self) -> bool:
@@ -209,8 +218,9 @@ def _pretraining(content: dict[str, Any]) -> dict[str, Any]:
         _text(found, key, where)
     for key in ("epochs", "width"):
         _number(found, key, where)
-    for key in ("target_budget", "seed"):
-        _number(found, key, where, optional=True)
+    _number(found, "seed", where, optional=True)
+    if not is_range(found.get("target_budget")):
+        _number(found, "target_budget", where, optional=True)
     if not isinstance(found.get("method_kwargs") or {}, dict):
         raise _UnusableError(f"`{where}.method_kwargs` is {found['method_kwargs']!r}")
     if not isinstance(found.get("checkpoint") or "", str):
@@ -284,6 +294,7 @@ def _without_superseded(records: list[Record]) -> list[Record]:
             other.path == record.path
             and other.data["dataset"] == record.data["dataset"]
             and other.settings["threshold"] == 0
+            and other.target_budget == record.target_budget
             and _same_checkpoint(other, record)
             for other in evaluated
         )

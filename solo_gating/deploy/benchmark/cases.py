@@ -262,7 +262,7 @@ def with_threshold(backbone: TwoPathResNet, images: Tensor, density: float | Non
         backbone.threshold = threshold_for(backbone, share, density, tolerance=1e-3).threshold
     seen: list[Tensor] = []
     hooks = [
-        block.gate.expand.register_forward_hook(lambda m, x, logits: seen.append(logits.flatten()))
+        block.gate.register_forward_hook(lambda m, x, mask: seen.append(m.logits(*x).flatten()))
         for block in backbone.gated_blocks
     ]
     share()

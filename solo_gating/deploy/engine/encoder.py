@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ...budgets import checked_budget
 from ...checks import at_least, is_number, one_of, require
 from ...errors import InputError
 from .fallback import TorchEngine
@@ -105,7 +106,15 @@ class CompiledEncoder(nn.Module):
         threads: used at most; may be set.
     """
 
-    def __init__(self, net: FoldedNetwork, path: str, threshold: float, dtype: str, engine: str):
+    def __init__(
+        self,
+        net: FoldedNetwork,
+        path: str,
+        threshold: float,
+        budget: float | None,
+        dtype: str,
+        engine: str,
+    ):
         super().__init__()
         self.path, self.dtype = path, dtype
         self.engine, self._engine = _engine(net, engine, DTYPES[dtype])
@@ -113,6 +122,8 @@ class CompiledEncoder(nn.Module):
         self._in_channels = net.stem.weight.shape[1]
         self._smallest = net.smallest_image
         self.threads = torch.get_num_threads()
+        self._shifts = net.shifts
+        self._budget = None if budget is None else self._checked_budget(budget)
         self.threshold = threshold
 
     @property
@@ -126,9 +137,26 @@ class CompiledEncoder(nn.Module):
             "threshold", value, lambda v: is_number(v) or v in (math.inf, -math.inf), "a number"
         )
         self._threshold = float(value)
+        self._set_thresholds()
+
+    @property
+    def budget(self) -> float | None:
+        """That the gates are told, as `TwoPathResNet.budget`; it may be set at no cost."""
+        return self._budget
+
+    @budget.setter
+    def budget(self, value: float) -> None:
+        self._budget = self._checked_budget(value)
+        self._set_thresholds()
+
+    def _checked_budget(self, value: float) -> float:
+        return checked_budget(value, None if self._shifts is None else self._shifts.budget_range)
+
+    def _set_thresholds(self) -> None:
         # A new tensor: a call in another thread goes on with the one that it has.
-        gated = self.path == "gated"
-        self._thresholds = torch.full((sum(self.channels),), self._threshold) if gated else None
+        self._thresholds = (
+            None if self._shifts is None else self.threshold - self._shifts.at(self.budget)
+        )
 
     def forward(self, images: Images) -> Images:
         """B × C × H × W float32 → features B × F.
@@ -164,7 +192,7 @@ class CompiledEncoder(nn.Module):
         """What `print` says."""
         return (
             f"path={self.path}, dtype={self.dtype}, engine={self.engine}, threads={self.threads}, "
-            f"threshold={self.threshold}"
+            f"threshold={self.threshold}" + (f", budget={self.budget}" if self.budget else "")
         )
 
     def _checked(self, images: Any) -> Tensor:
@@ -194,6 +222,7 @@ def compile(
     path: str = "gated",
     *,
     threshold: float | None = None,
+    budget: float | None = None,
     dtype: str = "float32",
     engine: str | None = None,
 ) -> CompiledEncoder:
@@ -217,6 +246,7 @@ def compile(
             later changes to it have no effect.
         path: "gated" or "dense".
         threshold: of the gates; None for the backbone's own.
+        budget: that the gates are told, of a network trained for a range; None for the backbone's own.
         dtype: "float32", or "bfloat16" to hold the convolutions' weights in half of the memory.
             Sums and activations stay float32, but results change (docs/deploy.md says how much).
         engine: "avx512", "avx2", "portable" or "pytorch"; None for what the environment's
@@ -234,7 +264,9 @@ def compile(
     net = fold(backbone, path)
     if threshold is None:
         threshold = _threshold(backbone) if path == "gated" else 0.0
-    return CompiledEncoder(net, path, threshold, dtype, engine)
+    if budget is None and path == "gated":
+        budget = getattr(backbone, "budget", None)
+    return CompiledEncoder(net, path, threshold, budget, dtype, engine)
 
 
 def _backbone(checkpoint: str | Path) -> nn.Module:

@@ -1,6 +1,8 @@
 """A ResNet's weights with every BatchNorm folded into the convolution before it."""
 
+import copy
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +11,9 @@ from torchvision.models.resnet import BasicBlock
 from torchvision.models.resnet import ResNet as TorchvisionResNet
 
 from ...backbones import SlicedResNet, TwoEncoderResNet, TwoPathResNet, checked_path
+from ...budgets import Range
 from ...errors import InputError
+from ...gates import BudgetEmbedding, ChannelGate
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,7 @@ class FoldedConvolution:
 
 @dataclass(frozen=True)
 class FoldedGate:
-    """A gate on pooled inputs: logits = expand · relu(reduce · x + bias).
+    """A gate on pooled inputs: logits = expand · relu(reduce · x + bias), apart from their shift.
 
     Attributes:
         reduce: hidden × C_in.
@@ -60,6 +64,35 @@ class FoldedBlock:
 
 
 @dataclass(frozen=True)
+class Shifts:
+    """What is added to the logits of gates that have a bias or are told a budget.
+
+    The kernel knows nothing of it: a shift of the logits is one of their thresholds.
+
+    Attributes:
+        bias: of the channels of all blocks, one block after another.
+        embeddings: one for each block; empty for gates that are told no budget.
+        budget_range: of the budgets that the gates can be told, None without one.
+    """
+
+    bias: Tensor
+    embeddings: tuple[BudgetEmbedding, ...] = ()
+    budget_range: Range | None = None
+
+    @torch.no_grad()
+    def at(self, budget: float | None) -> Tensor:
+        """The shift of each channel, in the order of `bias`.
+
+        Args:
+            budget: in the range; None without one.
+        """
+        if budget is None:
+            return self.bias
+        told = torch.tensor(budget, dtype=torch.float32)
+        return self.bias + torch.cat([embedding(told) for embedding in self.embeddings])
+
+
+@dataclass(frozen=True)
 class FoldedNetwork:
     """One path of a backbone, in float32.
 
@@ -70,6 +103,7 @@ class FoldedNetwork:
         max_pool: whether a 3×3 max-pool of stride 2 and padding 1 follows.
         blocks: those of the four stages, one after another.
         linear: weight (classes × C) and bias of the classifier; None without one.
+        shifts: of the gates' logits; None on the dense path.
     """
 
     stem: FoldedConvolution
@@ -78,6 +112,7 @@ class FoldedNetwork:
     max_pool: bool
     blocks: tuple[FoldedBlock, ...]
     linear: tuple[Tensor, Tensor] | None
+    shifts: Shifts | None = None
 
     @property
     def features(self) -> int:
@@ -157,6 +192,19 @@ def fold(backbone: nn.Module, path: str) -> FoldedNetwork:
         max_pool=not isinstance(pool, nn.Identity),
         blocks=tuple(_folded_block(block, path) for block in blocks),
         linear=_linear(backbone.fc),
+        shifts=_shifts(backbone, blocks) if path == "gated" else None,
+    )
+
+
+def _shifts(backbone: nn.Module, blocks: list[Any]) -> Shifts:
+    gates: list[ChannelGate] = [block.gate for block in blocks]
+    embeddings = [
+        copy.deepcopy(gate.embedding).to("cpu", torch.float32) for gate in gates if gate.embedding
+    ]
+    return Shifts(
+        _float(torch.cat([gate.bias for gate in gates])),
+        tuple(embeddings),
+        getattr(backbone, "budget_range", None),
     )
 
 

@@ -1,0 +1,118 @@
+"""Target budgets: one share of the FLOPs, or a range of them with a new one at each step."""
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .checks import is_number, is_share, one_of, require
+from .errors import InputError
+
+RANGE = "a range like [0.05, 0.9]"
+SAMPLINGS = ("uniform", "log_uniform", "sandwich")
+
+Range = tuple[float, float]
+
+
+def is_range(value: Any) -> bool:
+    """Whether a config value is two numbers, 0 < low < high ≤ 1."""
+    return (
+        isinstance(value, Sequence)
+        and len(value) == 2
+        and all(is_share(end) for end in value)
+        and value[0] < value[1]
+    )
+
+
+def middle(budget_range: Range) -> float:
+    """The budget that is used where none is named: the mean of both ends."""
+    return sum(budget_range) / 2
+
+
+def checked_budget(budget: Any, budget_range: Range | None, key: str = "budget") -> float:
+    """The budget as a number, if a network can be told it.
+
+    Args:
+        budget: the share of the dense FLOPs that the gates should aim at.
+        budget_range: what the network was trained for; None for gates that are told none.
+        key: that names it, for messages.
+
+    Raises:
+        InputError: for a number outside of the range, or any for a network without one.
+    """
+    if budget_range is None:
+        raise InputError(
+            f"{key}: found {budget!r}, the network's gates are told no budget; accepted is null"
+        )
+    low, high = budget_range
+    require(
+        key,
+        budget,
+        lambda v: is_number(v) and low <= v <= high,
+        f"a number from {low:g} to {high:g}, the range that the network was trained for",
+    )
+    return float(budget)
+
+
+@dataclass(frozen=True)
+class BudgetSchedule:
+    """The target budget of each training step, a function of seed, step and epoch alone.
+
+    So it is the same on every process, a continued run goes on with the same sequence, and no
+    random stream of PyTorch's is touched.
+
+    Attributes:
+        low: the lower end; with low = high every step has this budget.
+        high: the upper end.
+        sampling: "uniform"; "log_uniform", uniform in the logarithm; or "sandwich": successive
+            steps take the lower end, the upper end, and a uniform draw between, in turn. (The
+            sandwich rule of slimmable networks, arXiv:1903.05134, does all three in *every* step,
+            at three times the cost.)
+        anneal_epochs: over so many epochs the lower end falls linearly to its value, from the
+            upper end, or for a single budget from 1.
+    """
+
+    low: float
+    high: float
+    sampling: str = "uniform"
+    anneal_epochs: int = 0
+
+    def __post_init__(self) -> None:
+        one_of("gating.budget_sampling", self.sampling, SAMPLINGS)
+
+    @property
+    def constant(self) -> bool:
+        """Whether all steps have the same budget."""
+        return self.low == self.high and self.anneal_epochs == 0
+
+    def ends(self, epoch: int) -> Range:
+        """The range that an epoch draws from.
+
+        Args:
+            epoch: since the gates were switched on, from 0.
+        """
+        start = self.high if self.low < self.high else 1.0
+        left = max(0.0, 1 - epoch / self.anneal_epochs) if self.anneal_epochs else 0.0
+        low = self.low + left * (start - self.low)
+        return low, max(low, self.high)
+
+    def at(self, seed: int | None, step: int, epoch: int) -> float:
+        """The budget of a training step.
+
+        Args:
+            seed: of the run.
+            step: the optimiser's steps before this one; batches whose gradients are accumulated
+                have the same.
+            epoch: as in `ends`.
+        """
+        low, high = self.ends(epoch)
+        if low == high:
+            return low
+        if self.sampling == "sandwich" and step % 3 < 2:
+            return (low, high)[step % 3]
+        # Seeded with a text: the same numbers on every machine and in every Python.
+        uniform = random.Random(f"target budget, seed {seed}, step {step}").random()
+        if self.sampling == "log_uniform":
+            return min(high, low * math.exp(uniform * math.log(high / low)))
+        return low + uniform * (high - low)
