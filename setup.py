@@ -66,7 +66,7 @@ setup(
         "export": EXPORT,
         "benchmark": BENCHMARK,
         "wandb": ["wandb"],
-        "dev": ["pytest", "ruff", "mypy", "build", "umap-learn", *BENCHMARK],
+        "dev": ["pytest", "pytest-xdist", "ruff", "mypy", "build", "umap-learn", *BENCHMARK],
     },
     entry_points={
         "console_scripts": [

@@ -12,7 +12,10 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session", autouse=True)
 def _kernel_cache(tmp_path_factory):
     """The kernels that tests build, away from the user's own (unless the environment says where)."""
-    os.environ.setdefault("SOLO_GATING_CACHE", str(tmp_path_factory.mktemp("kernels")))
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # one folder for all processes
+        folder = folder.parent
+    os.environ.setdefault("SOLO_GATING_CACHE", str(folder / "kernels"))
 
 
 @pytest.fixture(autouse=True)
