@@ -130,7 +130,11 @@ def read_checkpoint(path: str | Path, key: str) -> dict[str, Any]:
         raise InputError(f"{key}: {str(path)!r} is not a file")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except pickle.UnpicklingError as error:  # torch's own words advise to run whatever is in it
+        raise InputError(
+            f"{key}: cannot read {str(path)!r} as a checkpoint (it is damaged, or holds code)"
+        ) from error
+    except (RuntimeError, EOFError, OSError, zipfile.BadZipFile) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{key}: cannot read {str(path)!r} as a checkpoint ({reason})") from error
     if not isinstance(content, dict) or "state_dict" not in content:
