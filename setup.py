@@ -17,6 +17,7 @@ CONFIG_FOLDERS = [
     *(f"configs/{d.name}" for d in (HERE / "configs").iterdir() if d.is_dir()),
 ]
 
+DEVICE = ["kornia>=0.7"]
 EXPORT = ["onnx", "onnxscript", "onnxruntime"]
 BENCHMARK = [*EXPORT, "openvino"]
 
@@ -63,10 +64,11 @@ setup(
     ],
     extras_require={
         "umap": ["umap-learn"],
+        "device": DEVICE,
         "export": EXPORT,
         "benchmark": BENCHMARK,
         "wandb": ["wandb"],
-        "dev": ["pytest", "ruff", "mypy", "build", "umap-learn", *BENCHMARK],
+        "dev": ["pytest", "ruff", "mypy", "build", "umap-learn", *DEVICE, *BENCHMARK],
     },
     entry_points={
         "console_scripts": [
