@@ -82,6 +82,7 @@ setup(
             "solo-gating-report = solo_gating.main_report:main",
             "solo-gating-export = solo_gating.main_export:main",
             "solo-gating-benchmark = solo_gating.main_benchmark:main",
+            "solo-gating-benchmark-data = solo_gating.main_benchmark_data:main",
         ]
     },
     classifiers=[

@@ -1,6 +1,7 @@
 """Views made on the device: the same as Pillow, torchvision and solo-learn make, one by one."""
 
 import importlib.util
+import json
 from collections import Counter
 from types import SimpleNamespace
 from unittest import mock
@@ -31,6 +32,7 @@ from solo_gating.data.device import operations as op
 from solo_gating.data.device import parameters as draw
 from solo_gating.data.device.loader import DeviceLoader, arrays_of, fits
 from solo_gating.data.device.views import DeviceView, send
+from solo_gating.main_benchmark_data import benchmark_data
 from solo_gating.main_pretrain import pretrain
 
 FULL = {
@@ -550,6 +552,46 @@ def test_images_of_two_sizes_and_fewer_than_a_batch_for_each_process_are_refused
         loader(tmp_path / "*.npz")
     with pytest.raises(InputError, match=r"^optimizer.batch_size: found 8 on 3 processes with 21"):
         loader(file, Place(processes=3))
+
+
+# The benchmark
+
+
+def options_of(folder, **changes):
+    overrides = [
+        *("data.format=npz", f"data.train_path={folder}/a.npz"),
+        *("optimizer.batch_size=8", "data.num_workers=4"),
+    ]
+    options = {"config_name": "vicreg_dual_cifar10", "seconds": 0.01, "threads": 1}
+    options |= {"output": folder / "out", "overrides": overrides, **changes}
+    return SimpleNamespace(**options)
+
+
+def test_the_benchmark_times_both_pipelines(file, tmp_path):
+    report = benchmark_data(options_of(tmp_path))
+    assert json.loads((tmp_path / "out/benchmark_data.json").read_text()) == report
+    baseline, device, *_ = report["rows"]
+    assert [baseline["pipeline"], device["pipeline"]] == ["workers", "device, CPU"]
+    assert baseline["ratio"] == 1
+    for row in report["rows"]:
+        assert row["images_per_second"] * row["milliseconds"] == pytest.approx(8000)
+        assert row["rounds"] >= 5
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seconds": 0}, "^seconds: found 0, accepted is a number > 0"),
+        ({"config_name": "vicreg"}, "^config-name: found 'vicreg', accepted is one of"),
+        ({"overrides": ["data.train_pth=x"]}, "data.train_pth"),
+        ({"overrides": []}, "^data.train_path|^data.pipeline"),
+    ],
+)
+def test_what_the_benchmark_cannot_time_is_refused(changes, message, file, tmp_path, monkeypatch):
+    monkeypatch.setattr(tv.CIFAR10, "download", mock.Mock(side_effect=OSError("offline")))
+    with pytest.raises(InputError, match=message):
+        benchmark_data(options_of(tmp_path, **changes))
+    assert not (tmp_path / "out").exists()
 
 
 # A run
