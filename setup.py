@@ -17,6 +17,7 @@ CONFIG_FOLDERS = [
     *(f"configs/{d.name}" for d in (HERE / "configs").iterdir() if d.is_dir()),
 ]
 
+DEVICE = ["kornia>=0.7"]
 EXPORT = ["onnx", "onnxscript", "onnxruntime"]
 BENCHMARK = [*EXPORT, "openvino"]
 
@@ -63,10 +64,20 @@ setup(
     ],
     extras_require={
         "umap": ["umap-learn"],
+        "device": DEVICE,
         "export": EXPORT,
         "benchmark": BENCHMARK,
         "wandb": ["wandb"],
-        "dev": ["pytest", "pytest-xdist", "ruff", "mypy", "build", "umap-learn", *BENCHMARK],
+        "dev": [
+            "pytest",
+            "pytest-xdist",
+            "ruff",
+            "mypy",
+            "build",
+            "umap-learn",
+            *BENCHMARK,
+            *DEVICE,
+        ],
     },
     entry_points={
         "console_scripts": [
@@ -80,6 +91,7 @@ setup(
             "solo-gating-report = solo_gating.main_report:main",
             "solo-gating-export = solo_gating.main_export:main",
             "solo-gating-benchmark = solo_gating.main_benchmark:main",
+            "solo-gating-benchmark-data = solo_gating.main_benchmark_data:main",
         ]
     },
     classifiers=[

@@ -6,7 +6,15 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from .checks import at_least, is_not_negative, one_of, require
-from .data import DATASETS, FORMATS, NUM_CLASSES, check_augmentations, count_class_folders
+from .data import (
+    DATASETS,
+    FORMATS,
+    NUM_CLASSES,
+    PIPELINES,
+    check_augmentations,
+    check_device_pipeline,
+    count_class_folders,
+)
 from .errors import InputError
 from .gating_config import GatingConfig
 from .methods import GATED_METHODS, check_gated_backbone
@@ -29,6 +37,7 @@ DEFAULTS: dict[str, Any] = {
     "data": {
         "val_path": None,
         "format": "image_folder",
+        "pipeline": "workers",
         "no_labels": False,
         "fraction": -1,
         "num_workers": 4,
@@ -78,6 +87,9 @@ def prepare_config(cfg: DictConfig) -> DictConfig:
     one_of("backbone.name", cfg.backbone.name, BaseMethod._BACKBONES)
     one_of("data.dataset", cfg.data.dataset, DATASETS)
     one_of("data.format", cfg.data.format, FORMATS)
+    one_of("data.pipeline", cfg.data.pipeline, PIPELINES)
+    if cfg.data.pipeline == "device":
+        check_device_pipeline(cfg.data)
     at_least("max_epochs", cfg.max_epochs, 1)
     at_least("data.num_workers", cfg.data.num_workers, 0)
     check_optimizer(cfg.optimizer, least_batch=2)  # for BatchNorm

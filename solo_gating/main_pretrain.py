@@ -25,7 +25,7 @@ from omegaconf import DictConfig
 from . import METHODS
 from .cli import run
 from .config import prepare_config, scale_learning_rates
-from .data import evaluation_loader, training_loader
+from .data import evaluation_loader, place_of, training_loader
 from .evaluate.curves import draw_curves
 from .evaluate.encoder import describe_pretraining
 from .evaluate.final_table import final_table, format_table
@@ -53,9 +53,9 @@ def pretrain(cfg: DictConfig) -> dict[str, Any]:
         NonFiniteLossError: for a loss that becomes infinite or NaN.
     """
     prepare_config(cfg)
-    train = training_loader(cfg)
-    val = None if cfg.data.val_path is None else evaluation_loader(cfg, "val")
     trainer = build_trainer(cfg)
+    train = training_loader(cfg, place_of(trainer))
+    val = None if cfg.data.val_path is None else evaluation_loader(cfg, "val")
     scale_learning_rates(cfg, trainer.world_size)
     model = _build(cfg)  # completes the config, with which checkpoints are compared
     checkpoint = _checkpoint_to_continue(cfg)
@@ -71,7 +71,7 @@ def pretrain(cfg: DictConfig) -> dict[str, Any]:
         "pretraining": describe_pretraining(cfg, trainer.current_epoch, folder / "last.ckpt"),
         "data": {
             "dataset": cfg.data.dataset,
-            "train_images": len(train.dataset),  # type: ignore[arg-type]
+            "train_images": len(train.dataset),
             "val_images": len(val.dataset) if val else 0,  # type: ignore[arg-type]
             "resolution": [cfg.augmentations[0].crop_size] * 2,
         },

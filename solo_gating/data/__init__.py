@@ -14,6 +14,9 @@ from .augmentations import (
     training_transform,
 )
 from .datasets import DATASETS, FORMATS, NUM_CLASSES, count_class_folders, fraction_of, open_dataset
+from .device import Place, check_device_pipeline, device_loader, place_of
+
+PIPELINES = ("workers", "device")
 
 
 class Indexed(Dataset):
@@ -29,16 +32,22 @@ class Indexed(Dataset):
         return (index, *self.dataset[index])
 
 
-def training_loader(cfg: DictConfig) -> DataLoader:
+def training_loader(cfg: DictConfig, place: Place | None = None) -> Any:
     """Batches `[indices, [view 1, view 2, ...], targets]` for pre-training.
 
     Args:
         cfg: a complete config (`config.prepare_config`).
+        place: with `data.pipeline: device`, where the views are to be made; default: this
+            process alone, on the CPU.
+
+    Returns:
+        A DataLoader whose workers make views from PIL images, or a `device.loader.DeviceLoader`.
 
     Raises:
         InputError: for data that cannot be used, or fewer images than one batch.
     """
-    transform = training_transform(cfg.data.dataset, cfg.augmentations)
+    on_device = cfg.data.pipeline == "device"
+    transform = None if on_device else training_transform(cfg.data.dataset, cfg.augmentations)
     dataset: Any = open_dataset(cfg.data, "train", transform)
     if cfg.data.fraction > 0:
         dataset = fraction_of(dataset, cfg.data.fraction)
@@ -47,6 +56,8 @@ def training_loader(cfg: DictConfig) -> DataLoader:
             f"optimizer.batch_size: found {cfg.optimizer.batch_size} with {len(dataset)} training "
             "images, accepted is at most their number (an incomplete last batch is dropped)"
         )
+    if on_device:
+        return device_loader(cfg, dataset, place or Place())
     return _loader(Indexed(dataset), cfg, cfg.optimizer.batch_size, shuffle=True, drop_last=True)
 
 
@@ -121,9 +132,12 @@ __all__ = [
     "DATASETS",
     "FORMATS",
     "NUM_CLASSES",
+    "PIPELINES",
     "check_augmentations",
+    "check_device_pipeline",
     "classification_loader",
     "count_class_folders",
     "evaluation_loader",
+    "place_of",
     "training_loader",
 ]
