@@ -11,7 +11,9 @@ from types import MappingProxyType
 from typing import Any
 
 import hydra
+from hydra.errors import HydraException
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 from .errors import InputError
 from .gating_config import check_key
@@ -46,6 +48,23 @@ def config_names(evaluation: str | None = None) -> list[str]:
     if evaluation is None:
         return [name for name in names if kinds[name] not in (*EVALUATIONS, "run")]
     return [name for name in names if kinds[name] == evaluation]
+
+
+def composed(name: str, overrides: list[str]) -> DictConfig:
+    """One of the package's configs, for entry points that are not Hydra's own.
+
+    Args:
+        name: as `--config-name` takes it.
+        overrides: `key=value`, in Hydra's language.
+
+    Raises:
+        InputError: for an override that the config does not take.
+    """
+    try:
+        with hydra.initialize_config_dir(str(configs_folder()), version_base="1.2"):
+            return hydra.compose(name, overrides=[*overrides, "hydra.run.dir=."])
+    except (HydraException, OmegaConfBaseException) as error:
+        raise InputError(str(error).splitlines()[0]) from error
 
 
 def run(

@@ -22,18 +22,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from .checks import at_least, is_positive, one_of, require
-from .cli import config_names, configs_folder, one_sentence_errors
+from .cli import composed, config_names, one_sentence_errors
 from .config import prepare_config
 from .data import Place, training_loader
 from .deploy.benchmark.machine import cores, cpu_name, versions
 from .deploy.benchmark.timing import interleaved, is_noisy, paired_ratio
-from .errors import InputError
 from .files import make_folder, write_json
 
 _BASELINE = "workers"
@@ -97,11 +93,7 @@ def _config(options: argparse.Namespace) -> DictConfig:
     at_least("threads", options.threads, 1)
     require("threads", options.threads, lambda v: v <= cores(), f"at most {cores()} here")
     one_of("config-name", options.config_name, config_names())
-    try:
-        with initialize_config_dir(str(configs_folder()), version_base="1.2"):
-            cfg = compose(options.config_name, overrides=options.overrides)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise InputError(str(error).splitlines()[0]) from error
+    cfg = composed(options.config_name, options.overrides)
     OmegaConf.set_struct(cfg, False)
     cfg.data.pipeline, cfg.data.num_workers = "device", 0
     return prepare_config(cfg)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
 from lightning.fabric import Fabric
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
@@ -14,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from ..backbones import TwoPathResNet
 from ..checks import at_least, is_number, require
-from ..cli import configs_folder
+from ..cli import composed
 from ..config import DEFAULTS, number_of_classes
 from ..data import check_augmentations, evaluation_loader
 from ..errors import InputError
@@ -178,9 +177,7 @@ def evaluation_of(checkpoint: Path, overrides: list[str], splits: tuple[str, ...
         InputError: as `prepare_evaluation`.
     """
     overrides = [f"pretrained_feature_extractor='{checkpoint}'", *overrides]
-    with initialize_config_dir(str(configs_folder()), version_base="1.2"):
-        cfg = compose("knn", overrides=[*overrides, "hydra.run.dir=."])
-    return prepare_evaluation(cfg, "knn", (), splits)
+    return prepare_evaluation(composed("knn", overrides), "knn", (), splits)
 
 
 def flops_row(found: Extraction, encoder: Encoder) -> dict[str, float]:
