@@ -32,6 +32,21 @@ def true_or_false(key: str, value: Any) -> None:
     require(key, value, lambda v: isinstance(v, bool), "true or false")
 
 
+def checked_threshold(value: Any) -> float:
+    """A threshold of the gates' logits as a number; infinite ones close or open all gates.
+
+    Raises:
+        InputError: for what is no number.
+    """
+    require("threshold", value, _is_threshold, "a number")
+    return float(value)
+
+
+def _is_threshold(value: Any) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and not math.isnan(value)
+
+
 def is_int(value: Any, least: int) -> bool:
     """Whether a config value is an integer, not a truth value, of at least `least`."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least

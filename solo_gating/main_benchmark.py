@@ -55,7 +55,7 @@ from .deploy.benchmark.machine import (
 from .deploy.benchmark.measure import Case, measure
 from .deploy.benchmark.sources import CheckpointSource, RandomSource
 from .deploy.benchmark.table import format_case
-from .deploy.engine.library import chosen_isa
+from .deploy.engine.library import chosen_engine
 from .errors import InputError
 from .files import make_folder, write_json
 
@@ -79,7 +79,7 @@ def benchmark(options: argparse.Namespace) -> dict[str, Any]:
     make_folder(options.output)
     report: dict[str, Any] = {
         "cpu": cpu_name(),
-        "isa": chosen_isa(options.isa),
+        "isa": chosen_engine(options.isa),
         "cores": cores(),
         "versions": versions(),
         "network": source.description,

@@ -219,4 +219,4 @@ def test_the_best_instruction_set_is_taken(monkeypatch):
     ):
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda c=capability: c)
         assert library.supported_isas() == isas
-        assert library.chosen_isa() == isas[0]
+        assert library.chosen_engine() == isas[0]

@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
 from ..budgets import RANGE, Range, checked_budget, is_range, middle
-from ..checks import require
+from ..checks import checked_threshold, require
 from ..errors import InputError
 from ..gates import BudgetEmbedding, ChannelGate
 from .resnet import ResNet
@@ -159,10 +158,9 @@ class TwoPathResNet(ResNet):
 
     @threshold.setter
     def threshold(self, value: float) -> None:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
-            raise InputError(f"threshold: found {value!r}, accepted is a number")
+        threshold = checked_threshold(value)
         for block in self.gated_blocks:
-            block.gate.threshold = float(value)
+            block.gate.threshold = threshold
 
     @property
     def budget(self) -> float | None:

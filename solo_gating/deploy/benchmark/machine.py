@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ... import __version__
 from ...checks import one_of
-from ..engine.library import ISA_VARIABLE, chosen_isa
+from ..engine.library import ISA_VARIABLE, chosen_engine
 
 # What keeps engines to an instruction set; read when their libraries are loaded. OpenVINO's
 # convolutions obey oneDNN's variable (its own code for pooling does not). ONNX Runtime has none.
@@ -60,6 +60,6 @@ def restart_restricted_to(isa: str) -> None:
     wanted = ISA_VARIABLES[isa] | {ISA_VARIABLE: isa}
     if all(os.environ.get(name) == value for name, value in wanted.items()):
         return
-    chosen_isa(isa)
+    chosen_engine(isa)
     sys.stdout.flush()
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | wanted)

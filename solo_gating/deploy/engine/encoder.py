@@ -1,7 +1,6 @@
 """`compile`: from a backbone or a checkpoint to a module that runs fast on a CPU."""
 
 import ctypes
-import math
 import os
 import warnings
 import weakref
@@ -13,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ...budgets import checked_budget
-from ...checks import at_least, is_number, one_of, require
+from ...checks import at_least, checked_threshold, one_of, require
 from ...errors import InputError
 from .fallback import TorchEngine
 from .fold import FoldedNetwork, fold
-from .library import ISA_VARIABLE, PYTORCH, BuildError, chosen_isa, load_library
+from .library import PYTORCH, BuildError, chosen_engine, load_library
 from .pack import PackedNetwork, Shapes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -30,7 +29,7 @@ class KernelEngine:
 
     Args:
         net: the folded network.
-        isa: the instruction set, from `library.chosen_isa`.
+        isa: the instruction set, one of `library.supported_isas`.
         dtype: of the convolutions' weights.
 
     Attributes:
@@ -133,10 +132,7 @@ class CompiledEncoder(nn.Module):
 
     @threshold.setter
     def threshold(self, value: float) -> None:
-        require(
-            "threshold", value, lambda v: is_number(v) or v in (math.inf, -math.inf), "a number"
-        )
-        self._threshold = float(value)
+        self._threshold = checked_threshold(value)
         self._set_thresholds()
 
     @property
@@ -257,10 +253,7 @@ def compile(
     """
     one_of("dtype", dtype, DTYPES)
     backbone = source if isinstance(source, nn.Module) else _backbone(source)
-    if engine is None and os.environ.get(ISA_VARIABLE) == PYTORCH:
-        engine = PYTORCH
-    if engine != PYTORCH:
-        engine = chosen_isa(engine)
+    engine = chosen_engine(engine)
     net = fold(backbone, path)
     if threshold is None:
         threshold = _threshold(backbone) if path == "gated" else 0.0

@@ -52,18 +52,20 @@ def supported_isas() -> tuple[str, ...]:
     return ISAS[first:]
 
 
-def chosen_isa(isa: str | None = None) -> str:
-    """The instruction set to use: the one asked for, or the best one here.
+def chosen_engine(name: str | None = None) -> str:
+    """The engine to use: the one asked for, or the best one here.
 
     Args:
-        isa: one of `ISAS`; None for what the environment's SOLO_GATING_ISA says, or the best.
+        name: an instruction set or "pytorch"; None for what the environment's SOLO_GATING_ISA says,
+            or the best instruction set.
 
     Raises:
-        InputError: for another name, or one that this CPU does not have.
+        InputError: for another name, or an instruction set that this CPU does not have.
     """
-    wanted = isa or os.environ.get(ISA_VARIABLE) or supported_isas()[0]
-    if wanted not in supported_isas():
-        key, accepted = "engine" if isa else ISA_VARIABLE, (*supported_isas(), PYTORCH)
+    wanted = name or os.environ.get(ISA_VARIABLE) or supported_isas()[0]
+    accepted = (*supported_isas(), PYTORCH)
+    if wanted not in accepted:
+        key = "engine" if name else ISA_VARIABLE
         raise InputError(f"{key}: found {wanted!r}, accepted here are {', '.join(accepted)}")
     return wanted
 
@@ -84,7 +86,7 @@ def load_library(isa: str, dtype: torch.dtype) -> ctypes.CDLL:
     A file in the cache is used only if it is whole: it ends with its own SHA-256.
 
     Args:
-        isa: from `chosen_isa`.
+        isa: one of `supported_isas`.
         dtype: of the convolutions' weights, torch.float32 or torch.bfloat16.
 
     Raises:
