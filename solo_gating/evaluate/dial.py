@@ -20,7 +20,7 @@ from torch import Tensor
 from ..backbones import TwoPathResNet
 from ..errors import InputError
 from ..files import write_picture
-from ..flops import count_flops, selected_channels
+from ..flops import BackboneFlops, count_flops, selected_channels
 from .curves import DENSE, GATED, NEUTRAL
 
 _LARGEST = 1e6
@@ -70,7 +70,8 @@ def calibrate(
     Raises:
         InputError: for a share that no threshold gives, or a budget outside of the range.
     """
-    lowest = lowest_share(backbone, (images.shape[-2], images.shape[-1]))
+    flops = count_flops(backbone, (images.shape[-2], images.shape[-1]))
+    lowest = flops.fixed / flops.dense
     if not lowest <= share <= 1:
         raise InputError(
             f"calibrate: found {share}, accepted are shares from {lowest:.4f} (stem, shortcuts and "
@@ -84,7 +85,9 @@ def calibrate(
             budget = min(max(share, low), high)
         if budget is not None:
             backbone.budget = budget
-        return threshold_for(backbone, lambda: mean_share(backbone, images), share, tolerance)
+        return threshold_for(
+            backbone, lambda: _measured_share(backbone, images, flops), share, tolerance
+        )
     finally:
         before.apply(backbone)
 
@@ -149,7 +152,6 @@ def lowest_share(backbone: TwoPathResNet, resolution: tuple[int, int]) -> float:
     return flops.fixed / flops.dense
 
 
-@torch.no_grad()
 def mean_share(backbone: TwoPathResNet, images: Tensor) -> float:
     """F^R / F^O of the gated path on images, in evaluation mode, as the backbone's dial stands.
 
@@ -158,6 +160,11 @@ def mean_share(backbone: TwoPathResNet, images: Tensor) -> float:
         images: N × 3 × H × W.
     """
     flops = count_flops(backbone, (images.shape[-2], images.shape[-1]))
+    return _measured_share(backbone, images, flops)
+
+
+@torch.no_grad()
+def _measured_share(backbone: TwoPathResNet, images: Tensor, flops: BackboneFlops) -> float:
     device = next(backbone.parameters()).device
     was_training = backbone.training
     backbone.eval()
