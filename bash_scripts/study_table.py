@@ -19,11 +19,11 @@ def position(file: Path, share: float) -> str:
 
 def table(out: Path, shares: list[float]) -> None:
     """1-NN and linear accuracy of each variant, mean ± std over its seeds."""
-    runs: dict[str, list[dict[str, str]]] = {}
+    runs: dict[str, list[dict[tuple[str, str], float]]] = {}
     for folder in sorted(out.glob("*/seed_*")):
         if not list(folder.glob("*/*/metrics.json")):
             continue
-        runs.setdefault(folder.parent.name, []).append(figures(folder, shares))
+        runs.setdefault(folder.parent.name, []).append(figures(folder))
     columns = ["dense", *(f"gated at {share:.0%}" for share in shares)]
     print("| run | seeds | " + " | ".join(f"{c}: 1-NN / linear" for c in columns) + " |")
     print("|" + "---|" * (len(columns) + 2))
@@ -38,9 +38,9 @@ def table(out: Path, shares: list[float]) -> None:
         print(f"| {name} | {len(rows)} | " + " | ".join(cells) + " |")
 
 
-def figures(folder: Path, shares: list[float]) -> dict[Any, float]:
+def figures(folder: Path) -> dict[tuple[str, str], float]:
     """The accuracies of one run, by column and kind."""
-    found: dict[Any, float] = {}
+    found: dict[tuple[str, str], float] = {}
     (metrics,) = folder.glob("*/offline*/metrics.json")
     found["dense", "knn"] = read(metrics)["dense"]["knn_top1"]
     sweep = folder / "sweep/metrics.json"

@@ -1,4 +1,5 @@
 import os
+import sys
 
 import pytest
 import torch
@@ -21,3 +22,20 @@ def _kernel_cache(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def call(monkeypatch, tmp_path, capsys):
+    """Runs an entry point in this process, in an empty folder: exit code and what it printed."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(module, *arguments):
+        monkeypatch.setattr(sys, "argv", [module.__name__, *arguments])
+        code = 0
+        try:
+            module.main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        return code, *capsys.readouterr()
+
+    return run

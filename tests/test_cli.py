@@ -30,23 +30,6 @@ def start(*arguments, cwd):
     )
 
 
-@pytest.fixture
-def call(monkeypatch, tmp_path, capsys):
-    """Runs an entry point in this process: its exit code, and what it printed."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(module, *arguments):
-        monkeypatch.setattr(sys, "argv", [module.__name__, *arguments])
-        code = 0
-        try:
-            module.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        return code, *capsys.readouterr()
-
-    return run
-
-
 def assert_one_sentence(code, stderr, *parts):
     lines = [line for line in stderr.splitlines() if line.startswith("error: ")]
     assert code != 0

@@ -744,23 +744,6 @@ EVALUATIONS = {
 }
 
 
-@pytest.fixture
-def call(monkeypatch, tmp_path, capsys):
-    """Runs an entry point in this process, in an empty folder: exit code and output."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(module, *arguments):
-        monkeypatch.setattr(sys, "argv", [module.__name__, *arguments])
-        code = 0
-        try:
-            module.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        return code, *capsys.readouterr()
-
-    return run
-
-
 @pytest.mark.parametrize("module", EVALUATIONS)
 def test_help_explains_an_evaluation_and_lists_its_configs(module, call):
     code, stdout, _ = call(module, "--help")
