@@ -220,3 +220,9 @@ def test_the_best_instruction_set_is_taken(monkeypatch):
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda c=capability: c)
         assert library.supported_isas() == isas
         assert library.chosen_engine() == isas[0]
+
+
+def test_the_environment_may_ask_for_pytorch(monkeypatch):
+    monkeypatch.setenv("SOLO_GATING_ISA", "pytorch")
+    assert library.chosen_engine() == "pytorch"
+    assert deploy.compile(encoder()).engine == "pytorch"

@@ -259,3 +259,15 @@ def test_a_mistake_is_one_sentence(run, tmp_path, monkeypatch, capsys, arguments
     assert words in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_mistyped_override_is_one_sentence(run, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stop:
+        call(
+            monkeypatch,
+            *("--checkpoint", run.checkpoint, "--path", "dense", "--output", tmp_path / "out"),
+            "no_such_key=1",
+        )
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.strip() == "error: Could not override 'no_such_key'."
+    assert not (tmp_path / "out").exists()

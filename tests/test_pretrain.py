@@ -306,6 +306,15 @@ def test_only_a_run_of_the_same_config_is_continued(killed, steps, tmp_path):
     assert (killed / "metrics.json").exists()
 
 
+def test_a_run_from_before_a_key_came_is_continued(killed, steps, tmp_path):
+    args = json.loads((killed / "args.json").read_text())
+    del args["data"]["pipeline"]
+    (killed / "args.json").write_text(json.dumps(args))
+    seen = len(steps.rates)
+    pretrain(killed_config(tmp_path))
+    assert steps.rates[seen][:2] == (2 * STEPS, 2)
+
+
 def test_old_runs_are_not_continued(killed, steps, tmp_path):
     seen = len(steps.rates)
     steps.kill_at = 1

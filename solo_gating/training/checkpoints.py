@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import WandbLogger
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from ..config import DEFAULTS
 from ..errors import InputError
 from ..files import write_json
 
@@ -107,6 +108,8 @@ def find_checkpoint(cfg: DictConfig) -> Path | None:
         if time.time() - written > cfg.auto_resume.max_hours * 3600:
             continue
         args = read_args(file.parent)
+        # A run of an earlier version took the defaults of keys that have come since.
+        args = plain(OmegaConf.merge(DEFAULTS, args))  # type: ignore[arg-type]
         if _what_matters(args) == wanted and not (file.parent / "metrics.json").exists():
             found.append((written, file))
     return max(found)[1] if found else None
