@@ -80,6 +80,7 @@ setup(
             "solo-gating-report = solo_gating.main_report:main",
             "solo-gating-export = solo_gating.main_export:main",
             "solo-gating-benchmark = solo_gating.main_benchmark:main",
+            "solo-gating-benchmark-train = solo_gating.main_benchmark_train:main",
         ]
     },
     classifiers=[
