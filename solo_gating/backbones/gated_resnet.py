@@ -87,7 +87,9 @@ class GatedBasicBlock(BasicBlock):
             bn1, bn2 = (self.gated_bn1, self.gated_bn2)
         mask = self.gate(x, budget)
         hidden = self.relu(bn1(self.conv1(x)))
-        out = bn2(self.conv2(apply_mask(hidden, mask)))
+        masked = apply_mask(hidden, mask)
+        with _kept_as(hidden, mask, masked):
+            out = bn2(self.conv2(masked))
         out += x if self.downsample is None else self.downsample(x)
         return self.relu(out), mask
 
@@ -95,6 +97,30 @@ class GatedBasicBlock(BasicBlock):
 def apply_mask(hidden: Tensor, mask: Tensor) -> Tensor:
     """B × C × H × W and a mask B × C → their product, in the first one's dtype."""
     return hidden * mask.to(hidden.dtype)[:, :, None, None]
+
+
+@contextmanager
+def _kept_as(hidden: Tensor, mask: Tensor, masked: Tensor) -> Iterator[None]:
+    """What autograd keeps of `masked` inside the block is what it is the product of.
+
+    `hidden` is kept for the ReLU in any case, so that the gated path needs hardly more memory than
+    the dense one; the product is computed again in the backward pass. A compiler decides such
+    things by itself.
+    """
+    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and masked.requires_grad):
+        yield
+        return
+    kept = (hidden.detach(), mask.detach())
+    where, shape = masked.data_ptr(), masked.shape
+
+    def pack(saved: Tensor) -> Tensor | None:
+        return None if saved.data_ptr() == where and saved.shape == shape else saved
+
+    def unpack(saved: Tensor | None) -> Tensor:
+        return apply_mask(*kept) if saved is None else saved
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
 
 
 class TwoPathResNet(ResNet):
@@ -152,7 +178,7 @@ class TwoPathResNet(ResNet):
             kwargs: those of `torch.compile`.
         """
         self._compiled = {
-            "dense": torch.compile(super().forward, *args, **kwargs),  # type: ignore[misc]
+            "dense": torch.compile(super().forward, *args, **kwargs),
             "gated": torch.compile(self.forward_gated, *args, **kwargs),
         }
 
@@ -253,7 +279,7 @@ class TwoPathResNet(ResNet):
             budget = budget if self._scope.budget is None else self._scope.budget
         masks: tuple[Tensor, ...] = ()
         if path == "dense":
-            features = self._compiled.get("dense", super().forward)(x)
+            features = self._compiled.get("dense", super().forward)(x)  # type: ignore[misc]
         else:
             features, masks = self._compiled.get("gated", self.forward_gated)(x, budget)
         if self._scope is not None:
