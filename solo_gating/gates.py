@@ -130,7 +130,13 @@ class ChannelGate(nn.Module):
             x: the block's input.
             budget: for a gate with an embedding: a number, or one for each image, B.
         """
-        hidden = self.relu(self.norm(self.reduce(spatial_mean(x))))
+        if torch.is_autocast_enabled(x.device.type):  # decisions are no place for half precision
+            with torch.autocast(x.device.type, enabled=False):
+                return self._logits(spatial_mean(x.to(self.reduce.weight.dtype)), budget)
+        return self._logits(spatial_mean(x), budget)
+
+    def _logits(self, means: Tensor, budget: Tensor | None) -> Tensor:
+        hidden = self.relu(self.norm(self.reduce(means)))
         logits = self.expand(hidden).flatten(1)
         return logits if self.embedding is None else logits + self.embedding(budget)
 

@@ -7,6 +7,7 @@
     --batch             images of each of the two views
     --resolution        in pixels; stem: cifar up to 64, imagenet above
     --backbone-width    of the first stage; 64 is ResNet-18's
+    --projector-width   of its layers; 2048 in the papers
     --optimization      lars (the papers'), sgd or adamw
     --precision         32-true, bf16-mixed or 16-mixed
     --memory-format     contiguous or channels_last
@@ -74,6 +75,7 @@ def benchmark_train(options: argparse.Namespace) -> dict[str, Any]:
         "batch": setup.batch,
         "resolution": setup.resolution,
         "backbone_width": setup.width,
+        "projector_width": setup.projector,
         "optimization": setup.optimization,
         "precision": setup.precision,
         "memory_format": options.memory_format,
@@ -158,7 +160,7 @@ def _setup(options: argparse.Namespace) -> Setup:
     for method in options.methods:
         one_of("methods", method, RECIPES)
     at_least("batch", options.batch, 2)
-    for key in ("resolution", "backbone_width", "threads"):
+    for key in ("resolution", "backbone_width", "projector_width", "threads"):
         at_least(key, getattr(options, key), 1)
     require("threads", options.threads, lambda v: v <= cores(), f"at most {cores()} here")
     require("seconds", options.seconds, is_positive, "a number > 0")
@@ -183,6 +185,7 @@ def _setup(options: argparse.Namespace) -> Setup:
         batch=options.batch,
         resolution=options.resolution,
         width=options.backbone_width,
+        projector=options.projector_width,
         optimization=options.optimization,
         precision=options.precision,
         channels_last=options.memory_format == "channels_last",
@@ -207,6 +210,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--resolution", type=int, default=32)
     parser.add_argument("--backbone-width", type=int, default=64)
+    parser.add_argument("--projector-width", type=int, default=2048)
     parser.add_argument("--optimization", default="lars")
     parser.add_argument("--precision", default="32-true")
     parser.add_argument("--memory-format", default="channels_last")

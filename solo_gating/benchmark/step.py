@@ -33,6 +33,7 @@ class Setup:
         batch: images of a view.
         resolution: of the images, in pixels.
         width: of the backbone's first stage.
+        projector: width of the projector's layers.
         optimization: of `configs/optimization`.
         precision: as Lightning names it.
         channels_last: the memory format of images and weights.
@@ -44,6 +45,7 @@ class Setup:
     batch: int
     resolution: int
     width: int = 64
+    projector: int = 2048
     optimization: str = "lars"
     precision: str = "32-true"
     channels_last: bool = True
@@ -60,6 +62,8 @@ class Setup:
             f"optimizer.batch_size={self.batch}",
             f"++backbone.kwargs.width={self.width}",
             f"++backbone.kwargs.stem={'cifar' if self.resolution <= _CIFAR_UP_TO else 'imagenet'}",
+            f"method_kwargs.proj_hidden_dim={self.projector}",
+            f"method_kwargs.proj_output_dim={self.projector}",
             f"performance.disable_channel_last={not self.channels_last}",
             f"performance.compile={self.compile}",
         ]
