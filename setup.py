@@ -92,6 +92,7 @@ setup(
             "solo-gating-export = solo_gating.main_export:main",
             "solo-gating-benchmark = solo_gating.main_benchmark:main",
             "solo-gating-benchmark-data = solo_gating.main_benchmark_data:main",
+            "solo-gating-benchmark-train = solo_gating.main_benchmark_train:main",
         ]
     },
     classifiers=[

@@ -19,6 +19,7 @@ from .errors import InputError
 from .gating_config import GatingConfig
 from .methods import GATED_METHODS, check_gated_backbone
 from .solo_learn import METHODS, BaseMethod
+from .training.model import PERFORMANCE, check_performance
 
 # Where solo-learn has a default, this is it.
 DEFAULTS: dict[str, Any] = {
@@ -50,7 +51,7 @@ DEFAULTS: dict[str, Any] = {
     "auto_resume": {"enabled": False, "max_hours": 36},
     "wandb": {"enabled": False, "entity": None, "project": "solo-learn", "offline": False},
     "knn_eval": {"enabled": False, "k": 20, "distance_func": "euclidean"},
-    "performance": {"disable_channel_last": False},
+    "performance": PERFORMANCE,
     "method_kwargs": {},
     "final_knn": {"enabled": False, "labels_per_class": 10, "draws": 20},
     "flops": {"checkpoint": None, "images": 1000, "budget": None, "output": None},
@@ -91,6 +92,7 @@ def prepare_config(cfg: DictConfig) -> DictConfig:
     if cfg.data.pipeline == "device":
         check_device_pipeline(cfg.data)
     at_least("max_epochs", cfg.max_epochs, 1)
+    check_performance(cfg.performance)
     at_least("data.num_workers", cfg.data.num_workers, 0)
     check_optimizer(cfg.optimizer, least_batch=2)  # for BatchNorm
     fraction = cfg.data.fraction

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import InputError
@@ -35,6 +36,16 @@ def gumbel_sigmoid(logits: Tensor, temperature: float) -> Tensor:
     soft = torch.sigmoid((logits + logistic_noise(logits)) / temperature)
     hard = (soft >= 0.5).to(soft.dtype)
     return hard - soft.detach() + soft
+
+
+def spatial_mean(x: Tensor) -> Tensor:
+    """B × C × H × W → B × C × 1 × 1, as `nn.AdaptiveAvgPool2d(1)`.
+
+    That one's gradient is a whole B × C × H × W tensor; this one's a view of B × C numbers.
+    """
+    if not torch.is_grad_enabled():
+        return F.adaptive_avg_pool2d(x, 1)
+    return x.sum((2, 3), keepdim=True) / (x.shape[2] * x.shape[3])
 
 
 class BudgetEmbedding(nn.Module):
@@ -102,7 +113,6 @@ class ChannelGate(nn.Module):
         hidden = max(1, in_channels // reduction)
         self.temperature = temperature
         self.threshold = 0.0
-        self.pool = nn.AdaptiveAvgPool2d(1)
         self.reduce = nn.Conv2d(in_channels, hidden, kernel_size=1, bias=False)
         self.norm = nn.BatchNorm2d(hidden)
         self.relu = nn.ReLU(inplace=True)
@@ -120,7 +130,14 @@ class ChannelGate(nn.Module):
             x: the block's input.
             budget: for a gate with an embedding: a number, or one for each image, B.
         """
-        hidden = self.relu(self.norm(self.reduce(self.pool(x))))
+        device = x.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):  # decisions are no place for half precision
+                return self._logits(spatial_mean(x.to(self.reduce.weight.dtype)), budget)
+        return self._logits(spatial_mean(x), budget)
+
+    def _logits(self, means: Tensor, budget: Tensor | None) -> Tensor:
+        hidden = self.relu(self.norm(self.reduce(means)))
         logits = self.expand(hidden).flatten(1)
         return logits if self.embedding is None else logits + self.embedding(budget)
 

@@ -40,18 +40,13 @@ from typing import Any
 
 from .backbones import GATED_BACKBONES
 from .backbones.resnet import STEMS
+from .benchmark.machine import cores, cpu_name, versions
 from .checks import at_least, is_positive, is_share, one_of, require
 from .cli import one_sentence_errors
 from .deploy.benchmark.cases import LEAST_WIDTH
 from .deploy.benchmark.chart import draw_chart
 from .deploy.benchmark.engines import ENGINES, OURS
-from .deploy.benchmark.machine import (
-    NOT_RESTRICTED,
-    cores,
-    cpu_name,
-    restart_restricted_to,
-    versions,
-)
+from .deploy.benchmark.machine import NOT_RESTRICTED, restart_restricted_to
 from .deploy.benchmark.measure import Case, measure
 from .deploy.benchmark.sources import CheckpointSource, RandomSource
 from .deploy.benchmark.table import format_case
@@ -81,7 +76,7 @@ def benchmark(options: argparse.Namespace) -> dict[str, Any]:
         "cpu": cpu_name(),
         "isa": chosen_engine(options.isa),
         "cores": cores(),
-        "versions": versions(),
+        "versions": versions(("torch", "onnxruntime", "openvino")),
         "network": source.description,
         "images": source.images,
         "seconds": options.seconds,

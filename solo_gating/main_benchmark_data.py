@@ -15,7 +15,6 @@ all its views), and the ratio, the median over rounds of workers' time / own tim
 """
 
 import argparse
-import importlib.metadata
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,12 +23,12 @@ import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from .benchmark.machine import cores, cpu_name, torch_threads, versions
+from .benchmark.timing import interleaved, is_noisy, paired_ratio
 from .checks import at_least, is_positive, one_of, require
 from .cli import composed, config_names, one_sentence_errors
 from .config import prepare_config
 from .data import Place, training_loader
-from .deploy.benchmark.machine import cores, cpu_name, versions
-from .deploy.benchmark.timing import interleaved, is_noisy, paired_ratio
 from .files import make_folder, write_json
 
 _BASELINE = "workers"
@@ -50,16 +49,15 @@ def benchmark_data(options: argparse.Namespace) -> dict[str, Any]:
     cfg = _config(options)
     calls = _pipelines(cfg)
     make_folder(options.output)
-    torch.set_num_threads(options.threads)
-    times = interleaved(calls, options.seconds)
+    with torch_threads(options.threads):
+        times = interleaved(calls, options.seconds)
     batch = cfg.optimizer.batch_size
     report = {
         "cpu": cpu_name(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cores": cores(),
         "threads": options.threads,
-        "versions": versions()
-        | {name: importlib.metadata.version(name) for name in ("torchvision", "pillow", "kornia")},
+        "versions": versions(("torch", "torchvision", "pillow", "kornia")),
         "config": options.config_name,
         "batch": batch,
         "augmentations": OmegaConf.to_container(cfg.augmentations),

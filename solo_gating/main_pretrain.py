@@ -19,10 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import seed_everything
 from omegaconf import DictConfig
 
-from . import METHODS
 from .cli import run
 from .config import prepare_config, scale_learning_rates
 from .data import evaluation_loader, place_of, training_loader
@@ -36,6 +34,7 @@ from .training.checkpoints import (
     new_run_folder,
     read_checkpoint,
 )
+from .training.model import build_model
 from .training.trainer import attach_outputs, build_trainer
 
 
@@ -57,7 +56,7 @@ def pretrain(cfg: DictConfig) -> dict[str, Any]:
     train = training_loader(cfg, place_of(trainer))
     val = None if cfg.data.val_path is None else evaluation_loader(cfg, "val")
     scale_learning_rates(cfg, trainer.world_size)
-    model = _build(cfg)  # completes the config, with which checkpoints are compared
+    model = build_model(cfg)  # completes the config, with which checkpoints are compared
     checkpoint = _checkpoint_to_continue(cfg)
     folder = checkpoint.parent if checkpoint else new_run_folder(cfg)
     if checkpoint is not None:
@@ -93,14 +92,6 @@ def pretrain(cfg: DictConfig) -> dict[str, Any]:
     return metrics
 
 
-def _build(cfg: DictConfig) -> Any:
-    seed_everything(cfg.seed, verbose=False)
-    model = METHODS[cfg.method](cfg)
-    if not cfg.performance.disable_channel_last:
-        model = model.to(memory_format=torch.channels_last)
-    return model
-
-
 def _checkpoint_to_continue(cfg: DictConfig) -> Path | None:
     if cfg.resume_from_checkpoint is not None:
         return Path(cfg.resume_from_checkpoint)
@@ -111,7 +102,7 @@ def _final_table(cfg: DictConfig, model: Any, device: torch.device) -> dict[str,
     paths = getattr(model, "trained_paths", (None,))
     return final_table(
         model.to(device).backbone,
-        _build(cfg).to(device).backbone,  # the same seed: as it was before training
+        build_model(cfg).to(device).backbone,  # the same seed: as it was before training
         paths,
         evaluation_loader(cfg, "train"),
         evaluation_loader(cfg, "val"),

@@ -12,7 +12,9 @@ import torch
 from PIL import Image
 
 from solo_gating import InputError
-from solo_gating.deploy.benchmark import machine, timing
+from solo_gating.benchmark import timing
+from solo_gating.benchmark.machine import torch_threads
+from solo_gating.deploy.benchmark import machine
 from solo_gating.deploy.benchmark.cases import (
     Network,
     gated_case,
@@ -21,7 +23,7 @@ from solo_gating.deploy.benchmark.cases import (
     with_random_gates,
     with_threshold,
 )
-from solo_gating.deploy.benchmark.engines import DENSE, torch_threads
+from solo_gating.deploy.benchmark.engines import DENSE
 from solo_gating.deploy.benchmark.measure import Contender, check, rows
 from solo_gating.deploy.dense import dense_resnet
 from solo_gating.flops import count_flops

@@ -3,7 +3,7 @@
 import copy
 import itertools
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -86,10 +86,40 @@ class GatedBasicBlock(BasicBlock):
             bn1, bn2 = (self.gated_bn1, self.gated_bn2)
         mask = self.gate(x, budget)
         hidden = self.relu(bn1(self.conv1(x)))
-        hidden = hidden * mask.to(hidden.dtype)[:, :, None, None]
-        out = bn2(self.conv2(hidden))
+        masked = apply_mask(hidden, mask)
+        with _kept_as(hidden, mask, masked):
+            out = bn2(self.conv2(masked))
         out += x if self.downsample is None else self.downsample(x)
         return self.relu(out), mask
+
+
+def apply_mask(hidden: Tensor, mask: Tensor) -> Tensor:
+    """B × C × H × W and a mask B × C → their product, in the first one's dtype."""
+    return hidden * mask.to(hidden.dtype)[:, :, None, None]
+
+
+@contextmanager
+def _kept_as(hidden: Tensor, mask: Tensor, masked: Tensor) -> Iterator[None]:
+    """What autograd keeps of `masked` inside the block is what it is the product of.
+
+    `hidden` is kept for the ReLU in any case, so that the gated path needs hardly more memory than
+    the dense one; the product is computed again in the backward pass. A compiler decides such
+    things by itself.
+    """
+    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and masked.requires_grad):
+        yield
+        return
+    kept = (hidden.detach(), mask.detach())
+    where, shape = masked.data_ptr(), masked.shape
+
+    def pack(saved: Tensor) -> Tensor | None:
+        return None if saved.data_ptr() == where and saved.shape == shape else saved
+
+    def unpack(saved: Tensor | None) -> Tensor:
+        return apply_mask(*kept) if saved is None else saved
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
 
 
 class TwoPathResNet(ResNet):
@@ -127,6 +157,7 @@ class TwoPathResNet(ResNet):
         super().__init__(layers, **kwargs)
         self.default_path = checked_path(path, "backbone.kwargs.path")
         self._scope: _Scope | None = None
+        self._compiled: dict[str, Callable[..., Any]] = {}
         self.budget_range: Range | None = None
         # A buffer, so that it follows the weights and a compiled network takes it as an input.
         self.register_buffer("_budget", None, persistent=False)
@@ -134,6 +165,25 @@ class TwoPathResNet(ResNet):
             require("backbone.kwargs.budget_range", budget_range, is_range, RANGE)
             self.budget_range = (float(budget_range[0]), float(budget_range[1]))
         self.budget = budget
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile both paths, each by itself; the choice between them stays Python.
+
+        A scope of `path` is no part of what is compiled, so that entering one compiles nothing
+        again. Names in the state dict stay; copies and pickles are not compiled.
+
+        Args:
+            args: those of `torch.compile`.
+            kwargs: those of `torch.compile`.
+        """
+        self._compiled = {
+            "dense": torch.compile(super().forward, *args, **kwargs),
+            "gated": torch.compile(self.forward_gated, *args, **kwargs),
+        }
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Compiled functions hold on to the network that they were made of.
+        return {**super().__getstate__(), "_compiled": {}}
 
     @property
     def gated_blocks(self) -> list[GatedBasicBlock]:
@@ -227,9 +277,9 @@ class TwoPathResNet(ResNet):
             budget = budget if self._scope.budget is None else self._scope.budget
         masks: tuple[Tensor, ...] = ()
         if path == "dense":
-            features = super().forward(x)
+            features = self._compiled.get("dense", super().forward)(x)  # type: ignore[misc]
         else:
-            features, masks = self.forward_gated(x, budget)
+            features, masks = self._compiled.get("gated", self.forward_gated)(x, budget)
         if self._scope is not None:
             height, width = x.shape[-2:]
             self._scope.passes.append(ForwardPass(path, (height, width), features, masks))

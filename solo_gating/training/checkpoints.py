@@ -33,6 +33,7 @@ _FREE_TO_CHANGE = (
     "strategy",
     "enable_progress_bar",
     "log_every_n_steps",
+    "performance",
     "final_knn",
     "flops",
 )

@@ -5,9 +5,8 @@
 | `cases.py` | encoders whose gates choose a wanted share of the channels, and images |
 | `sources.py` | these encoders and images for each resolution and batch: random, or of a checkpoint |
 | `engines.py` | makes an engine ready for a network, a batch and a number of threads |
-| `timing.py` | calls the engines in turns; medians over rounds |
 | `measure.py` | one case: which engines take part, checks of their features, rows of figures |
 | `table.py` | rows as text |
 | `chart.py` | speed-up against FLOPs cut |
-| `machine.py` | CPU and versions; keeps all engines to an instruction set |
+| `machine.py` | keeps all engines to an instruction set |
 """

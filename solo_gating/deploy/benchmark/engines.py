@@ -1,34 +1,22 @@
 """Makes an engine ready for a network, a batch and a number of threads."""
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ...benchmark.timing import Call, quickest
 from ...errors import InputError
 from .cases import Network
-from .timing import Call, quickest
 
 OURS = "ours"
 
 
 class UnavailableError(RuntimeError):
     """An engine cannot run here; the message says why."""
-
-
-@contextmanager
-def torch_threads(number: int) -> Iterator[None]:
-    """PyTorch computes with a number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def torch_eager(network: Network, threads: int) -> Call:

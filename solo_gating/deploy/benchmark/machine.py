@@ -1,12 +1,8 @@
-"""What the benchmark runs on, and how engines are kept to an instruction set."""
+"""How engines are kept to an instruction set."""
 
-import importlib.metadata
 import os
-import platform
 import sys
-from pathlib import Path
 
-from ... import __version__
 from ...checks import one_of
 from ..engine.library import ISA_VARIABLE, chosen_engine
 
@@ -18,36 +14,6 @@ ISA_VARIABLES = {
     "portable": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"},
 }
 NOT_RESTRICTED = ("onnxruntime",)
-
-_PACKAGES = ("torch", "onnxruntime", "openvino")
-
-
-def cpu_name() -> str:
-    """The CPU's model."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def cores() -> int:
-    """How many this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def versions() -> dict[str, str | None]:
-    """Versions of the engines' packages, None for one that is not installed, and of ours and Python."""
-    found: dict[str, str | None] = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found | {"solo-gating": __version__, "python": platform.python_version()}
 
 
 def restart_restricted_to(isa: str) -> None:

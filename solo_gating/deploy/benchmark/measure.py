@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...benchmark.machine import torch_threads
+from ...benchmark.timing import Call, interleaved, is_noisy, paired_ratio, quickest
 from ...errors import InputError
 from .. import CompiledEncoder
 from .. import compile as compile_encoder
@@ -18,9 +20,7 @@ from .engines import (
     STATIC,
     UnavailableError,
     openvino_bfloat16,
-    torch_threads,
 )
-from .timing import Call, interleaved, is_noisy, paired_ratio, quickest
 
 # Of the largest feature, in float32.
 TOLERANCE = 1e-3

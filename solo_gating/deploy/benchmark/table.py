@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .timing import NOISY
+from ...benchmark.timing import NOISY
 
 _COLUMNS = {
     "engine": "engine",

@@ -1,0 +1,230 @@
+"""How long a training step takes: gated methods beside solo-learn's own VICReg.
+
+    python -m solo_gating.main_benchmark_train --batch 64 --resolution 32 --output DIR
+
+    --methods           of vicreg_dual, vicreg_gated, vicreg_dual_two_encoders (two encoders that share nothing,
+                        the unification paper's Table 5), vicreg_any; vicreg always takes part
+    --batch             images of each of the two views
+    --resolution        in pixels; stem: cifar up to 64, imagenet above
+    --backbone-width    of the first stage; 64 is ResNet-18's
+    --projector-width   of its layers; 2048 in the papers
+    --optimization      lars (the papers'), sgd or adamw
+    --precision         32-true, bf16-mixed or 16-mixed
+    --memory-format     contiguous or channels_last
+    --compile           torch.compile of backbone and projector; it needs a C++ compiler and some minutes
+    --accelerator       cpu, gpu, or auto
+    --threads           of PyTorch on the CPU
+
+A step is forward, both views' losses, backward and optimiser, on one random batch: no data is loaded and nothing
+is logged. The methods take turns of one step in a new order each round, for --seconds or five rounds; the ratio is
+the median over rounds of a method's time / vicreg's in the same round. Memory is the most that is held at any
+moment of a step: weights, gradients, the optimiser's state, the batch, and what the step allocates. Then the
+parts of each method that vicreg has not are timed alone. Writes benchmark_train.json.
+"""
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .benchmark.machine import cores, cpu_name, torch_threads, versions
+from .benchmark.memory import MEANING
+from .benchmark.parts import part_milliseconds
+from .benchmark.step import OPTIMIZATIONS, PRECISIONS, RECIPES, Setup, TrainingStep
+from .benchmark.timing import NOISY, interleaved, is_noisy, paired_ratio
+from .checks import at_least, is_positive, one_of, require
+from .cli import one_sentence_errors
+from .files import make_folder, write_json
+
+BASELINE = "vicreg"
+_FORMATS = ("contiguous", "channels_last")
+
+
+def benchmark_train(options: argparse.Namespace) -> dict[str, Any]:
+    """Time and measure the steps, print the table and write the file.
+
+    Args:
+        options: as parsed by `main`.
+
+    Returns:
+        What `benchmark_train.json` holds.
+
+    Raises:
+        InputError: before any timing, for what cannot be used.
+    """
+    setup = _setup(options)
+    make_folder(options.output)
+    with torch_threads(options.threads):
+        steps = {method: TrainingStep(method, setup) for method in _methods(options)}
+        device = steps[BASELINE].device
+        for step in steps.values():
+            step()
+        memory = {method: step.peak_bytes() for method, step in steps.items()}
+        calls = {method: step.timed for method, step in steps.items()}
+        times = interleaved(calls, options.seconds)
+        parts = {method: part_milliseconds(step) for method, step in steps.items()}
+    report = {
+        "cpu": cpu_name(),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "cores": cores(),
+        "threads": options.threads,
+        "versions": versions(("torch", "lightning", "solo-learn")),
+        "batch": setup.batch,
+        "resolution": setup.resolution,
+        "backbone_width": setup.width,
+        "projector_width": setup.projector,
+        "optimization": setup.optimization,
+        "precision": setup.precision,
+        "memory_format": options.memory_format,
+        "compile": setup.compile,
+        "seconds": options.seconds,
+        "memory": MEANING[device.type],
+        "rows": rows(times, memory, parts, setup.batch),
+    }
+    print(format_report(report), flush=True)
+    write_json(options.output / "benchmark_train.json", report)
+    return report
+
+
+def rows(
+    times: Mapping[str, list[float]],
+    memory: Mapping[str, int],
+    parts: Mapping[str, dict[str, float]],
+    batch: int,
+) -> list[dict[str, Any]]:
+    """The figures of each method, beside those of `BASELINE`.
+
+    Args:
+        times: seconds per step in each round.
+        memory: bytes, the most that a step holds.
+        parts: milliseconds of parts of the step.
+        batch: images of each view.
+    """
+    base = times[BASELINE]
+    return [
+        {
+            "method": method,
+            "ratio": paired_ratio(own, base),
+            "milliseconds": 1000 * float(np.median(own)),
+            "peak_memory_mib": memory[method] / 2**20,
+            "memory_ratio": memory[method] / memory[BASELINE],
+            "images_per_second": batch / float(np.median(own)),
+            "extra_milliseconds": 1000 * float(np.median(np.subtract(own, base))),
+            "parts_milliseconds": parts[method],
+            "rounds": len(own),
+            "noisy": is_noisy(own, base),
+        }
+        for method, own in times.items()
+    ]
+
+
+def format_report(report: Mapping[str, Any]) -> str:
+    """The rows as a table, and under it where the extra time goes."""
+    on = report["gpu"] or f"{report['cpu']}, threads: {report['threads']}"
+    lines = [
+        f"{on}; torch {report['versions']['torch']}",
+        f"batch {report['batch']}, {report['resolution']}×{report['resolution']} pixels, width "
+        f"{report['backbone_width']}, {report['optimization']}, {report['precision']}, "
+        f"{report['memory_format']}{', compiled' if report['compile'] else ''}; "
+        f"{report['rows'][0]['rounds']} rounds",
+        "",
+        f"{'method':26}{'ratio':>8}{'ms':>10}{'images/s':>10}{'MiB':>9}{'ratio':>8}",
+    ]
+    for row in report["rows"]:
+        lines.append(
+            f"{row['method']:26}{row['ratio']:>8.3f}{row['milliseconds']:>10.1f}"
+            f"{row['images_per_second']:>10.2f}{row['peak_memory_mib']:>9.0f}"
+            f"{row['memory_ratio']:>8.3f}{'  *' if row['noisy'] else ''}"
+        )
+    lines += ["", "parts alone, ms (forward and backward), beside what the whole step takes more"]
+    for row in report["rows"]:
+        found = [f"{part} {ms:.1f}" for part, ms in row["parts_milliseconds"].items()]
+        lines.append(f"{row['method']:26}{', '.join(found)}; more: {row['extra_milliseconds']:.1f}")
+    lines += ["", f"MiB: {report['memory']}"]
+    if any(row["noisy"] for row in report["rows"]):
+        lines.append(
+            f"Figures marked * are not to be trusted: between rounds they spread by more than "
+            f"{NOISY:.0%} (interquartile range / median)."
+        )
+    return "\n".join(lines)
+
+
+def _methods(options: argparse.Namespace) -> list[str]:
+    return list(dict.fromkeys([BASELINE, *options.methods]))
+
+
+def _setup(options: argparse.Namespace) -> Setup:
+    for method in options.methods:
+        one_of("methods", method, RECIPES)
+    at_least("batch", options.batch, 2)
+    for key in ("resolution", "backbone_width", "projector_width", "threads"):
+        at_least(key, getattr(options, key), 1)
+    require("threads", options.threads, lambda v: v <= cores(), f"at most {cores()} here")
+    require("seconds", options.seconds, is_positive, "a number > 0")
+    one_of("optimization", options.optimization, OPTIMIZATIONS)
+    one_of("precision", options.precision, PRECISIONS)
+    one_of("memory_format", options.memory_format, _FORMATS)
+    on_gpu = torch.cuda.is_available()
+    require(
+        "accelerator",
+        options.accelerator,
+        lambda v: v in ("auto", "cpu") or (v == "gpu" and on_gpu),
+        "one of auto, cpu, gpu" if on_gpu else "auto or cpu: PyTorch sees no GPU here",
+    )
+    accelerator = "gpu" if on_gpu and options.accelerator != "cpu" else "cpu"
+    require(
+        "precision",
+        options.precision,
+        lambda v: accelerator == "gpu" or v != "16-mixed",
+        "32-true or bf16-mixed on a CPU",
+    )
+    return Setup(
+        batch=options.batch,
+        resolution=options.resolution,
+        width=options.backbone_width,
+        projector=options.projector_width,
+        optimization=options.optimization,
+        precision=options.precision,
+        channels_last=options.memory_format == "channels_last",
+        compile=options.compile,
+        accelerator=accelerator,
+        seed=options.seed,
+    )
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(
+        prog="python -m solo_gating.main_benchmark_train",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=["vicreg_dual", "vicreg_gated", "vicreg_dual_two_encoders"],
+    )
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--resolution", type=int, default=32)
+    parser.add_argument("--backbone-width", type=int, default=64)
+    parser.add_argument("--projector-width", type=int, default=2048)
+    parser.add_argument("--optimization", default="lars")
+    parser.add_argument("--precision", default="32-true")
+    parser.add_argument("--memory-format", default="channels_last")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--accelerator", default="auto")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, required=True)
+    with one_sentence_errors():
+        options = parser.parse_args()
+        benchmark_train(options)
+        print(options.output / "benchmark_train.json")
+
+
+if __name__ == "__main__":
+    main()

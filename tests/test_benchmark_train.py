@@ -1,0 +1,197 @@
+"""What main_benchmark_train measures: steps as Lightning does them, honest memory, rows that add up."""
+
+import json
+import sys
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+
+from solo_gating.benchmark.memory import added_bytes, bytes_of
+from solo_gating.benchmark.parts import part_milliseconds
+from solo_gating.benchmark.step import Setup, TrainingStep
+from solo_gating.main_benchmark_train import main, rows
+from solo_gating.training.model import build_model
+
+TINY = Setup(batch=4, resolution=16, width=4, projector=16, accelerator="cpu", optimization="sgd")
+CPU = torch.device("cpu")
+
+
+def call(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["main_benchmark_train", *map(str, arguments)])
+    main()
+
+
+class _Batches(torch.utils.data.Dataset):
+    def __init__(self, batch):
+        self.batch = batch
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        return self.batch
+
+
+@pytest.mark.parametrize("recipe", ["vicreg", "vicreg_dual"])
+def test_a_step_is_lightnings(recipe):
+    step = TrainingStep(recipe, TINY)
+    torch.manual_seed(1)
+    step()
+    step()
+
+    cfg = TINY.config(recipe)
+    model = build_model(cfg)
+    # A constant rate, as in the benchmark, which has no scheduler.
+    (optimizer,), _ = TrainingStep(recipe, TINY).model.configure_optimizers()
+    rates = [group["lr"] for group in optimizer.param_groups]
+    configure = model.configure_optimizers
+
+    def without_scheduler():
+        (optimizer,), _ = configure()
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        return optimizer
+
+    model.configure_optimizers = without_scheduler
+    trainer = pl.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    loader = torch.utils.data.DataLoader(_Batches(step.batch), batch_size=None)
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    model.on_train_batch_start = lambda batch, index: (
+        torch.set_rng_state(state) if index == 0 else None
+    )
+    trainer.fit(model, loader)
+    for name, value in step.model.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_memory_is_the_most_held_at_once():
+    kept = []
+
+    def call():
+        a = torch.ones(1000)
+        del a
+        kept.append(torch.ones(3000))
+        b = torch.ones(2000)
+        del b
+
+    assert added_bytes(call, CPU) == pytest.approx(4 * 5000, abs=200)
+
+
+def test_bytes_of_shared_memory_count_once():
+    x = torch.zeros(100)
+    assert bytes_of([x, x[:10], x.view(10, 10), torch.zeros(5)]) == 400 + 20
+
+
+def test_what_a_step_holds_is_weights_gradients_momentum_and_batch():
+    step = TrainingStep("vicreg", TINY)
+    step()
+    weights = sum(p.numel() for p in step.model.parameters())
+    buffers = list(step.model.buffers())
+    batch = 2 * step.batch[1][0].numel() * 4 + 4 * 8
+    expected = 3 * 4 * weights + bytes_of(buffers) + batch
+    assert step.held_bytes == pytest.approx(expected, rel=1e-3)
+    assert step.peak_bytes() > expected
+    assert step.peak_bytes() == pytest.approx(step.peak_bytes(), rel=1e-3)
+
+
+def test_the_gated_step_holds_hardly_more_than_the_dense_one():
+    # At this size activations are most of what is held.
+    setup = Setup(
+        batch=16, resolution=32, width=16, projector=16, accelerator="cpu", optimization="sgd"
+    )
+    held, kept = {}, []
+    for recipe in ("vicreg", "vicreg_gated"):
+        step = TrainingStep(recipe, setup)
+        step()
+        step.optimizer.zero_grad()
+        held[recipe] = added_bytes(
+            lambda step=step: kept.append(step.model.training_step(step.batch, 0)), CPU
+        )
+    assert held["vicreg_gated"] < 1.05 * held["vicreg"]
+
+
+def test_parts_are_those_that_a_method_has():
+    assert set(part_milliseconds(TrainingStep("vicreg", TINY))) == {"optimiser"}
+    parts = part_milliseconds(TrainingStep("vicreg_any", TINY))
+    assert set(parts) == {"gates", "masks", "losses", "optimiser"}
+    assert all(ms > 0 for ms in parts.values())
+
+
+def test_rows_compare_rounds_in_pairs():
+    base = [1.0, 2.0, 4.0]
+    times = {"vicreg": base, "vicreg_dual": [1.1, 2.2, 8.0]}
+    memory = {"vicreg": 2**20, "vicreg_dual": 3 * 2**19}
+    parts = {"vicreg": {}, "vicreg_dual": {"gates": 1.0}}
+    first, second = rows(times, memory, parts, batch=64)
+    assert (first["ratio"], first["memory_ratio"], first["extra_milliseconds"]) == (1, 1, 0)
+    assert second["ratio"] == pytest.approx(1.1)  # of the medians it would be 1.1 too, of means 1.6
+    assert second["milliseconds"] == pytest.approx(2200)
+    assert second["extra_milliseconds"] == pytest.approx(200)
+    assert second["images_per_second"] == pytest.approx(64 / 2.2)
+    assert second["peak_memory_mib"] == pytest.approx(1.5)
+    assert second["noisy"]
+
+
+def test_end_to_end(tmp_path, monkeypatch, capsys):
+    call(
+        monkeypatch,
+        *(
+            "--batch",
+            4,
+            "--resolution",
+            16,
+            "--backbone-width",
+            4,
+            "--projector-width",
+            16,
+            "--optimization",
+            "adamw",
+        ),
+        *("--methods", "vicreg_dual", "vicreg_dual_two_encoders", "--precision", "bf16-mixed"),
+        *("--memory-format", "contiguous", "--seconds", 0.1, "--output", tmp_path),
+    )
+    report = json.loads((tmp_path / "benchmark_train.json").read_text())
+    methods = ["vicreg", "vicreg_dual", "vicreg_dual_two_encoders"]
+    assert [row["method"] for row in report["rows"]] == methods
+    for row in report["rows"]:
+        assert row["ratio"] > 0
+        assert row["images_per_second"] == pytest.approx(4000 / row["milliseconds"])
+        assert row["peak_memory_mib"] > 0
+        assert row["rounds"] >= 5
+    assert report["precision"] == "bf16-mixed"
+    assert report["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert np.isfinite(report["rows"][1]["extra_milliseconds"])
+    printed = capsys.readouterr().out
+    assert "vicreg_dual_two_encoders" in printed
+    assert "gates" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--methods", "byol"), "methods: found 'byol', accepted is one of vicreg, "),
+        (("--batch", 1), "batch: found 1, accepted is an integer ≥ 2"),
+        (("--precision", "8"), "precision: found '8'"),
+        (("--memory-format", "nhwc"), "memory_format: found 'nhwc'"),
+        (("--optimization", "adam"), "optimization: found 'adam'"),
+        (("--accelerator", "tpu"), "accelerator: found 'tpu'"),
+        (("--accelerator", "cpu", "--precision", "16-mixed"), "precision: found '16-mixed'"),
+        (("--seconds", 0), "seconds: found 0.0, accepted is a number > 0"),
+        (("--threads", 5000), "threads: found 5000, accepted is at most"),
+    ],
+)
+def test_mistakes_are_told_in_one_sentence(arguments, words, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        call(monkeypatch, *arguments, "--output", tmp_path / "out")
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
