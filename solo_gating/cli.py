@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from .errors import InputError
 from .gating_config import check_key
 from .training.callbacks import NonFiniteLossError
+from .training.processes import CONTINUE, lost_process
 
 EVALUATIONS = ("linear", "knn", "policy", "umap")
 
@@ -137,7 +138,9 @@ def _guarded(
 
 @contextmanager
 def one_sentence_errors(evaluation: str | None = None) -> Iterator[None]:
-    """End the process with one sentence for a user's mistake, a loss that is not finite, or Ctrl-C.
+    """End the process with one sentence for a user's mistake and for what stops a run from outside.
+
+    The latter are a loss that is not finite, Ctrl-C, and the death of another process.
 
     With HYDRA_FULL_ERROR=1 in the environment the stack trace is shown.
 
@@ -150,6 +153,11 @@ def one_sentence_errors(evaluation: str | None = None) -> Iterator[None]:
         if os.environ.get("HYDRA_FULL_ERROR"):
             raise
         _fail(str(error))
+    except RuntimeError as error:
+        lost = lost_process(error)
+        if lost is None or os.environ.get("HYDRA_FULL_ERROR"):
+            raise
+        _fail(f"{lost}; {_how_to_continue(evaluation)}", 1)
     except SystemExit as stop:  # how Lightning ends at Ctrl-C
         if not isinstance(stop.__context__, KeyboardInterrupt):
             raise
@@ -159,11 +167,11 @@ def one_sentence_errors(evaluation: str | None = None) -> Iterator[None]:
 
 
 def _interrupted(evaluation: str | None) -> None:
-    if evaluation is None:
-        how = "with auto_resume.enabled=true continues from the last checkpoint"
-    else:
-        how = "continues after what was finished"
-    _fail(f"interrupted; the same command {how}", 130)
+    _fail(f"interrupted; {_how_to_continue(evaluation)}", 130)
+
+
+def _how_to_continue(evaluation: str | None) -> str:
+    return CONTINUE if evaluation is None else "the same command continues after what was finished"
 
 
 def _fail(sentence: str, code: int = 2) -> None:

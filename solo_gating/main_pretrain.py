@@ -35,6 +35,7 @@ from .training.checkpoints import (
     read_checkpoint,
 )
 from .training.model import build_model
+from .training.processes import announce_dead_processes
 from .training.trainer import attach_outputs, build_trainer
 
 
@@ -65,6 +66,7 @@ def pretrain(cfg: DictConfig) -> dict[str, Any]:
 
     if trainer.is_global_zero:
         print(f"{'continuing' if checkpoint else 'writing to'} {folder}", flush=True)
+    announce_dead_processes()
     trainer.fit(model, train, val, ckpt_path=checkpoint)
     metrics: dict[str, Any] = {
         "pretraining": describe_pretraining(cfg, trainer.current_epoch, folder / "last.ckpt"),
