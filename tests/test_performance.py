@@ -2,18 +2,22 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
 from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from solo_gating import InputError
 from solo_gating.backbones import gated_resnet
 from solo_gating.config import prepare_config
 from solo_gating.gates import spatial_mean
+from solo_gating.solo_learn.fixes import covariance_loss
 from solo_gating.training.model import build_model, compile_model
 
 from .helpers import copy_of, random_batch, tiny_config, tiny_model
+from .test_distributed import Step
 
 
 @pytest.fixture(autouse=True)
@@ -173,6 +177,46 @@ def test_the_mean_over_pixels_is_torchs():
     (mine * weights).sum().backward()
     (theirs * weights).sum().backward()
     torch.testing.assert_close(x.grad, y.grad)
+
+
+@pytest.mark.parametrize(
+    ("method", "gating"),
+    [
+        ("vicreg", {}),
+        ("vicreg_dual", {}),
+        ("vicreg_dual", {"target_budget": [0.1, 0.9]}),
+        ("simsiam_gated", {}),
+    ],
+)
+def test_no_step_waits_for_the_device(method, gating):
+    """With tensors that have shapes but no values: whatever would read one raises."""
+    cfg = tiny_config(method, **({"gating": gating} if gating else {}))
+    model = tiny_model(cfg, dtype=torch.float32)
+    if gating or method != "vicreg":
+        model.flops((16, 16))  # once in a run
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fake = mode.from_tensor
+    indices, views, targets = random_batch(dtype=torch.float32)
+    batch = [fake(indices), [fake(view) for view in views], fake(targets)]
+    state = [*model.named_parameters(), *model.named_buffers()]
+    step = Step(model)
+    with mode:
+        weights = {f"model.{name}": fake(tensor) for name, tensor in state}
+        loss = torch.func.functional_call(step, weights, (batch,))
+        loss.backward()
+    assert loss.shape == ()
+    with pytest.raises(DataDependentOutputException):
+        float(loss)
+
+
+def test_the_covariance_loss_is_the_sum_off_the_diagonal():
+    z1, z2 = (torch.randn(7, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    expected = 0.0
+    for z in (z1, z2):
+        covariances = np.cov(z.detach().numpy(), rowvar=False)
+        expected += (covariances**2).sum() - (np.diag(covariances) ** 2).sum()
+    assert covariance_loss(z1, z2).item() == pytest.approx(expected / 5, rel=1e-12)
+    assert torch.autograd.gradcheck(covariance_loss, (z1, z2))
 
 
 def test_validation_runs_the_backbone_once_for_each_path(monkeypatch):

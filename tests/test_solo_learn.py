@@ -105,6 +105,44 @@ def test_lars_puts_weight_decay_back():
     assert optimizer.param_groups[0]["weight_decay"] == 0.5
 
 
+def test_lars_leaves_a_weight_without_gradient_alone():
+    parameter = nn.Parameter(torch.ones(2, 2))
+    optimizer = LARS([parameter], lr=0.1, weight_decay=0.5)
+    parameter.grad = torch.zeros(2, 2)
+    optimizer.step()
+    assert torch.equal(parameter, torch.ones(2, 2))
+
+
+@pytest.mark.skipif(LINE == "legacy", reason="1.0.2 has another LARS")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"momentum": 0.9, "clip_lr": True, "eta": 0.02, "exclude_bias_n_norm": True},
+        {"momentum": 0.9, "nesterov": True},
+        {"momentum": 0.9, "dampening": 0.1},
+        {},
+    ],
+)
+def test_lars_is_solo_learns(settings):
+    from solo.utils.lars import LARS as SoloLARS
+
+    def both(lars):
+        return optimise(lambda p: lars(p, lr=0.3, weight_decay=1e-3, **settings))
+
+    for ours, theirs in zip(both(LARS), both(SoloLARS), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-13)
+
+
+def test_lars_waits_for_no_device():
+    """Tensors without data: a branch on one of them raises."""
+    parameters = [nn.Parameter(torch.ones(3, 2, device="meta")) for _ in range(2)]
+    optimizer = LARS(parameters, lr=0.1, momentum=0.9, weight_decay=0.1, clip_lr=True)
+    for _ in range(2):
+        for p in parameters:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+
+
 # The schedule
 
 

@@ -2,7 +2,7 @@
 
 This is the only room that knows which line that is: `modern` re-exports GitHub's 1.0.6 to 1.0.8,
 `legacy` gives PyPI's 1.0.2 the same names, signatures and config schema, and `fixes` mends what
-is broken on both under current versions of torchmetrics and PyTorch. The rest of the package is
+is broken or slow on both, `lars` is the optimiser of both. The rest of the package is
 written against the modern API. No solo-learn code is copied here.
 """
 
@@ -49,9 +49,11 @@ with warnings.catch_warnings():
             build_transform_pipeline,
         )
 
+from solo.losses import vicreg
+
 from .fixes import mend
 
-mend(BaseMethod)
+mend(BaseMethod, vicreg)
 
 __all__ = [
     "LARS",

@@ -1,7 +1,12 @@
-"""What is broken on both lines under current torchmetrics and PyTorch, mended in one place."""
+"""What both lines share and is mended in one place.
+
+Broken under current torchmetrics and PyTorch: the kNN classifier, batches without labels, the
+checkpoints of methods with a static learning rate. Slow: VICReg's covariance loss.
+"""
 
 from collections.abc import Callable
 from functools import wraps
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -104,8 +109,28 @@ def current_knn(base: type[Metric]) -> type[Metric]:
     return WeightedKNNClassifier
 
 
-def mend(base_method: type[Any]) -> None:
-    """Mend solo-learn's BaseMethod in place, once.
+def covariance_loss(z1: Tensor, z2: Tensor) -> Tensor:
+    """VICReg's: Σ of the squared covariances between features / D, of both views.
+
+    The value of `solo/losses/vicreg.py`, which picks the D² − D of them out with a boolean mask: that
+    waits for a GPU, and on a CPU takes longer than the covariances themselves.
+
+    Args:
+        z1: N × D.
+        z2: N × D.
+    """
+    return sum(_off_diagonal_squares(z) for z in (z1, z2)) / z1.shape[1]  # type: ignore[return-value]
+
+
+def _off_diagonal_squares(z: Tensor) -> Tensor:
+    z = z - z.mean(dim=0)
+    squares = (z.T @ z / (len(z) - 1)).pow(2)
+    squares.diagonal().zero_()
+    return squares.sum()
+
+
+def mend(base_method: type[Any], vicreg: ModuleType) -> None:
+    """Mend solo-learn's BaseMethod and covariance loss in place, once.
 
     - A batch without a single label has the classification loss 0 (it was 0 / 0 = NaN, which also
       spoilt the online classifier's weights).
@@ -117,6 +142,7 @@ def mend(base_method: type[Any]) -> None:
         return
     base_method._base_shared_step = _unlabelled_is_zero(base_method._base_shared_step)
     base_method.on_save_checkpoint = _without_functions
+    vicreg.covariance_loss = covariance_loss  # type: ignore[attr-defined]
     base_method._solo_gating_mended = True
 
 

@@ -46,8 +46,9 @@ from solo.utils.pretrain_dataloader import (
     NCropAugmentation,
 )
 
+from .lars import LARS
 from .legacy_augmentations import build_transform_pipeline
-from .legacy_optimizers import LARS, configure_optimizers
+from .legacy_optimizers import configure_optimizers
 
 WeightedKNNClassifier = current_knn(_WeightedKNNClassifier)
 solo_base.WeightedKNNClassifier = WeightedKNNClassifier

@@ -6,62 +6,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
 from omegaconf import DictConfig
-from solo.utils.lars import LARSWrapper
 from torch.optim.lr_scheduler import LambdaLR
 
 from ..errors import InputError
-
-
-class LARS(torch.optim.SGD):
-    """1.0.2's LARS rule, applied to this step's gradients.
-
-    1.0.2's `LARSWrapper.step` scales the gradients and then calls the closure, which under
-    Lightning computes new ones: it is plain SGD. Here the closure comes first, then the wrapper's
-    own rule, then SGD with momentum. Arguments as in the modern line (`solo/utils/lars.py`).
-
-    Args:
-        params: parameters or groups.
-        lr: learning rate.
-        eta: trust coefficient.
-        eps: for the division.
-        clip_lr: never scale a gradient up.
-        exclude_bias_n_norm: leave one-dimensional parameters unscaled, without weight decay.
-        kwargs: `momentum`, `weight_decay`, `dampening`, `nesterov`.
-    """
-
-    def __init__(
-        self,
-        params: Any,
-        lr: float,
-        eta: float = 1e-3,
-        eps: float = 1e-8,
-        clip_lr: bool = False,
-        exclude_bias_n_norm: bool = False,
-        **kwargs: Any,
-    ):
-        super().__init__(params, lr=lr, **kwargs)
-        self.exclude_bias_n_norm = exclude_bias_n_norm
-        self.rule = LARSWrapper(torch.optim.SGD([torch.zeros(1)], lr=0.0), eta, clip_lr, eps)
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One step; returns the closure's loss."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        weight_decays = [group["weight_decay"] for group in self.param_groups]
-        for group, weight_decay in zip(self.param_groups, weight_decays, strict=True):
-            group["weight_decay"] = 0
-            for p in group["params"]:
-                if p.grad is not None and (p.ndim != 1 or not self.exclude_bias_n_norm):
-                    self.rule.update_p(p, group, weight_decay)
-        super().step()
-        for group, weight_decay in zip(self.param_groups, weight_decays, strict=True):
-            group["weight_decay"] = weight_decay
-        return loss
 
 
 def warmup_cosine(

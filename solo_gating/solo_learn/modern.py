@@ -9,14 +9,17 @@ from solo.data.pretrain_dataloader import (
 )
 from solo.methods import METHODS, BarlowTwins, BaseMethod, LinearModel, SimCLR, SimSiam, VICReg
 from solo.utils.knn import WeightedKNNClassifier as _WeightedKNNClassifier
-from solo.utils.lars import LARS
 from solo.utils.metrics import accuracy_at_k
 
 from .fixes import current_knn
+from .lars import LARS
 
 WeightedKNNClassifier = current_knn(_WeightedKNNClassifier)
 solo.methods.base.WeightedKNNClassifier = WeightedKNNClassifier
 solo.utils.knn.WeightedKNNClassifier = WeightedKNNClassifier  # for solo-learn's main_knn.py
+
+for trained in (BaseMethod, LinearModel):
+    trained._OPTIMIZERS["lars"] = LARS
 
 __all__ = [
     "LARS",
