@@ -19,11 +19,13 @@ A step is forward, both views' losses, backward and optimiser, on one random bat
 is logged. The methods take turns of one step in a new order each round, for --seconds or five rounds; the ratio is
 the median over rounds of a method's time / vicreg's in the same round. Memory is the most that is held at any
 moment of a step: weights, gradients, the optimiser's state, the batch, and what the step allocates. Then the
-parts of each method that vicreg has not are timed alone. Writes benchmark_train.json.
+parts of each method that vicreg has not are timed alone, and a large matrix product: a step's operations per
+second are given as a share of its. Writes benchmark_train.json.
 """
 
 import argparse
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ import torch
 from .benchmark.machine import cores, cpu_name, torch_threads, versions
 from .benchmark.memory import MEANING
 from .benchmark.parts import part_milliseconds
+from .benchmark.peak import matrix_flops_per_second, step_flops
 from .benchmark.step import OPTIMIZATIONS, PRECISIONS, RECIPES, Setup, TrainingStep
 from .benchmark.timing import NOISY, interleaved, is_noisy, paired_ratio
 from .checks import at_least, is_positive, one_of, require
@@ -58,6 +61,10 @@ def benchmark_train(options: argparse.Namespace) -> dict[str, Any]:
     setup = _setup(options)
     make_folder(options.output)
     with torch_threads(options.threads):
+        flops = {
+            method: step_flops(TrainingStep(method, replace(setup, compile=False)))
+            for method in _methods(options)
+        }
         steps = {method: TrainingStep(method, setup) for method in _methods(options)}
         device = steps[BASELINE].device
         for step in steps.values():
@@ -66,6 +73,7 @@ def benchmark_train(options: argparse.Namespace) -> dict[str, Any]:
         calls = {method: step.timed for method, step in steps.items()}
         times = interleaved(calls, options.seconds)
         parts = {method: part_milliseconds(step) for method, step in steps.items()}
+        peak = matrix_flops_per_second(device, setup.precision)
     report = {
         "cpu": cpu_name(),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
@@ -82,7 +90,11 @@ def benchmark_train(options: argparse.Namespace) -> dict[str, Any]:
         "compile": setup.compile,
         "seconds": options.seconds,
         "memory": MEANING[device.type],
-        "rows": rows(times, memory, parts, setup.batch),
+        "matrix_flops_per_second": peak,
+        "rows": [
+            {**row, "share_of_peak": 1000 * flops[row["method"]] / row["milliseconds"] / peak}
+            for row in rows(times, memory, parts, setup.batch)
+        ],
     }
     print(format_report(report), flush=True)
     write_json(options.output / "benchmark_train.json", report)
@@ -143,7 +155,12 @@ def format_report(report: Mapping[str, Any]) -> str:
     for row in report["rows"]:
         found = [f"{part} {ms:.1f}" for part, ms in row["parts_milliseconds"].items()]
         lines.append(f"{row['method']:26}{', '.join(found)}; more: {row['extra_milliseconds']:.1f}")
-    lines += ["", f"MiB: {report['memory']}"]
+    lines += [
+        "",
+        f"of the speed of a large matrix product, {report['matrix_flops_per_second'] / 1e12:.3g} TFLOP/s: "
+        + ", ".join(f"{row['method']} {row['share_of_peak']:.0%}" for row in report["rows"]),
+        f"MiB: {report['memory']}",
+    ]
     if any(row["noisy"] for row in report["rows"]):
         lines.append(
             f"Figures marked * are not to be trusted: between rounds they spread by more than "

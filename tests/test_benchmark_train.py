@@ -2,6 +2,7 @@
 
 import json
 import sys
+from itertools import pairwise
 
 import lightning.pytorch as pl
 import numpy as np
@@ -10,7 +11,9 @@ import torch
 
 from solo_gating.benchmark.memory import added_bytes, bytes_of
 from solo_gating.benchmark.parts import part_milliseconds
+from solo_gating.benchmark.peak import step_flops
 from solo_gating.benchmark.step import Setup, TrainingStep
+from solo_gating.flops import count_flops
 from solo_gating.main_benchmark_train import main, rows
 from solo_gating.training.model import build_model
 
@@ -127,6 +130,19 @@ def test_parts_are_those_that_a_method_has():
     assert all(ms > 0 for ms in parts.values())
 
 
+def test_a_step_s_operations_are_three_times_the_forward_pass_s():
+    step = TrainingStep("vicreg", TINY)
+    backbone = count_flops(step.model.backbone, (16, 16))
+    widths = [step.model.features_dim, 16, 16, 16]
+    projector = sum(a * b for a, b in pairwise(widths))
+    covariances = 16 * 16
+    classifier = step.model.features_dim * 100
+    macs = 2 * 4 * (3 * (backbone.dense + projector + covariances) - backbone.stem)
+    # The images need no gradient, nor do the features that the classifier sees.
+    macs += 2 * 4 * 2 * classifier
+    assert step_flops(step) == pytest.approx(2 * macs, rel=0.01)
+
+
 def test_rows_compare_rounds_in_pairs():
     base = [1.0, 2.0, 4.0]
     times = {"vicreg": base, "vicreg_dual": [1.1, 2.2, 8.0]}
@@ -168,6 +184,7 @@ def test_end_to_end(tmp_path, monkeypatch, capsys):
         assert row["images_per_second"] == pytest.approx(4000 / row["milliseconds"])
         assert row["peak_memory_mib"] > 0
         assert row["rounds"] >= 5
+        assert 0 < row["share_of_peak"] < 1
     assert report["precision"] == "bf16-mixed"
     assert report["versions"]["torch"] == torch.__version__.split("+")[0]
     assert np.isfinite(report["rows"][1]["extra_milliseconds"])
