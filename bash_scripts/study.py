@@ -1,0 +1,111 @@
+"""Helpers of study_every_budget.sh.
+
+python bash_scripts/study.py shrink DATA FOLDER PIXELS   images of DATA's arrays, made smaller
+python bash_scripts/study.py evaluate CHECKPOINT FILE SHARE...
+python bash_scripts/study.py table OUT SHARE...          the table of all runs
+"""
+
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from solo_gating.backbones import TwoPathResNet
+from solo_gating.evaluate.dial import calibrate
+from solo_gating.evaluate.evaluation import evaluation_of
+from solo_gating.evaluate.features import extract
+from solo_gating.evaluate.knn import knn_top1
+from solo_gating.files import write_json
+from solo_gating.flops import count_flops
+
+CALIBRATION_IMAGES = 512
+
+
+def shrink(data: Path, folder: Path, pixels: int) -> None:
+    """Write arrays of smaller images, by Pillow's box filter."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in sorted(data.glob("*.npz")):
+        with np.load(file) as arrays:
+            images = [
+                Image.fromarray(i).resize((pixels, pixels), Image.BOX) for i in arrays["images"]
+            ]
+            np.savez(folder / file.name, images=np.stack(images), labels=arrays["labels"])
+
+
+def evaluate(checkpoint: Path, file: Path, shares: list[float]) -> None:
+    """1-NN and logistic regression of the dense path, and of the gated one at its own and at given shares."""
+    evaluation = evaluation_of(checkpoint, ["data.num_workers=0"], ("train", "val"))
+    backbone = evaluation.encoder.backbone
+    batches = {split: list(loader) for split, loader in evaluation.loaders.items()}
+    found = {"dense": accuracies(backbone, batches, "dense")}
+    if isinstance(backbone, TwoPathResNet):
+        told = backbone.budget_range is not None
+        if not told:
+            found["gated, own threshold"] = accuracies(backbone, batches, "gated")
+        images = torch.cat([images for images, _ in batches["train"]])
+        images = images[:: max(1, len(images) // CALIBRATION_IMAGES)][:CALIBRATION_IMAGES]
+        for share in shares:
+            calibrate(backbone, images, share, share if told else None).apply(backbone)
+            found[column(share)] = accuracies(backbone, batches, "gated")
+    write_json(file, found)
+
+
+def accuracies(backbone: Any, batches: dict[str, list[Any]], path: str) -> dict[str, float]:
+    """In percent, and the share of the dense FLOPs on the validation images."""
+    train, val = (extract(backbone, batches[split], path) for split in ("train", "val"))
+    features = [split.features.numpy() for split in (train, val)]
+    dense = count_flops(backbone, val.resolution).dense
+    probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.03, max_iter=300))
+    probe.fit(features[0], train.targets.numpy())
+    return {
+        "knn": knn_top1((train.features, train.targets), (val.features, val.targets)),
+        "linear": 100 * float(probe.score(features[1], val.targets.numpy())),
+        "share": (val.flops or dense) / dense,
+    }
+
+
+def column(share: float) -> str:
+    """The table's name of the gated path with the dial at a share."""
+    return f"gated at {share:.0%}"
+
+
+def table(out: Path, shares: list[float]) -> None:
+    """Accuracy of each variant, mean ± standard deviation over its seeds."""
+    columns = ["dense", *map(column, shares), "gated, own threshold"]
+    print("| run | seeds | " + " | ".join(f"{c}: 1-NN / linear" for c in columns) + " |")
+    print("|" + "---|" * (len(columns) + 2))
+    for folder in sorted(path for path in out.iterdir() if path.is_dir()):
+        runs = [json.loads(file.read_text()) for file in sorted(folder.glob("*/accuracies.json"))]
+        if runs:
+            cells = [cell([run[c] for run in runs if c in run]) for c in columns]
+            print(f"| {folder.name} | {len(runs)} | " + " | ".join(cells) + " |")
+
+
+def cell(rows: list[dict[str, float]]) -> str:
+    """Both accuracies, and the share where it is not the column's."""
+    return " / ".join(mean([row[kind] for row in rows]) for kind in ("knn", "linear") if rows)
+
+
+def mean(values: list[float]) -> str:
+    """Mean ± standard deviation."""
+    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{deviation}"
+
+
+if __name__ == "__main__":
+    command, *words = sys.argv[1:]
+    if command == "shrink":
+        shrink(Path(words[0]), Path(words[1]), int(words[2]))
+    elif command == "evaluate":
+        torch.set_num_threads(1)
+        evaluate(Path(words[0]), Path(words[1]), [float(word) for word in words[2:]])
+    else:
+        table(Path(words[0]), [float(word) for word in words[1:]])
