@@ -12,6 +12,8 @@
     --precision         32-true, bf16-mixed or 16-mixed
     --memory-format     contiguous or channels_last
     --compile           torch.compile of backbone and projector; it needs a C++ compiler and some minutes
+    --changes           also the first of the methods with one thing different, each a row of its own: of compile,
+                        contiguous, channels_last, 32-true, bf16-mixed, 16-mixed, fused (of sgd or adamw)
     --accelerator       cpu, gpu, or auto
     --threads           of PyTorch on the CPU
 
@@ -44,6 +46,13 @@ from .files import make_folder, write_json
 
 BASELINE = "vicreg"
 _FORMATS = ("contiguous", "channels_last")
+_CHANGES: dict[str, dict[str, Any]] = {
+    "compile": {"compile": True},
+    "contiguous": {"channels_last": False},
+    "channels_last": {"channels_last": True},
+    **{precision: {"precision": precision} for precision in PRECISIONS},
+    "fused": {"fused": True},
+}
 
 
 def benchmark_train(options: argparse.Namespace) -> dict[str, Any]:
@@ -59,13 +68,14 @@ def benchmark_train(options: argparse.Namespace) -> dict[str, Any]:
         InputError: before any timing, for what cannot be used.
     """
     setup = _setup(options)
+    cases = _cases(options, setup)
     make_folder(options.output)
     with torch_threads(options.threads):
         flops = {
-            method: step_flops(TrainingStep(method, replace(setup, compile=False)))
-            for method in _methods(options)
+            name: step_flops(TrainingStep(method, replace(own, compile=False)))
+            for name, (method, own) in cases.items()
         }
-        steps = {method: TrainingStep(method, setup) for method in _methods(options)}
+        steps = {name: TrainingStep(method, own) for name, (method, own) in cases.items()}
         device = steps[BASELINE].device
         for step in steps.values():
             step()
@@ -169,13 +179,33 @@ def format_report(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _methods(options: argparse.Namespace) -> list[str]:
-    return list(dict.fromkeys([BASELINE, *options.methods]))
+def _cases(options: argparse.Namespace, setup: Setup) -> dict[str, tuple[str, Setup]]:
+    """The method and the setup of each row."""
+    cases = {method: (method, setup) for method in (BASELINE, *options.methods)}
+    for change in options.changes:
+        method = options.methods[0]
+        cases[f"{method}, {change}"] = (method, replace(setup, **_CHANGES[change]))
+    for _, own in cases.values():
+        require(
+            "precision",
+            own.precision,
+            lambda v: setup.accelerator == "gpu" or v != "16-mixed",
+            "32-true or bf16-mixed on a CPU",
+        )
+        require(
+            "changes",
+            "fused" if own.fused else None,
+            lambda v: v is None or setup.optimization != "lars",
+            "any but fused with lars, of which there is no fused one",
+        )
+    return cases
 
 
 def _setup(options: argparse.Namespace) -> Setup:
     for method in options.methods:
         one_of("methods", method, RECIPES)
+    for change in options.changes:
+        one_of("changes", change, _CHANGES)
     at_least("batch", options.batch, 2)
     for key in ("resolution", "backbone_width", "projector_width", "threads"):
         at_least(key, getattr(options, key), 1)
@@ -192,12 +222,6 @@ def _setup(options: argparse.Namespace) -> Setup:
         "one of auto, cpu, gpu" if on_gpu else "auto or cpu: PyTorch sees no GPU here",
     )
     accelerator = "gpu" if on_gpu and options.accelerator != "cpu" else "cpu"
-    require(
-        "precision",
-        options.precision,
-        lambda v: accelerator == "gpu" or v != "16-mixed",
-        "32-true or bf16-mixed on a CPU",
-    )
     return Setup(
         batch=options.batch,
         resolution=options.resolution,
@@ -232,6 +256,7 @@ def main() -> None:
     parser.add_argument("--precision", default="32-true")
     parser.add_argument("--memory-format", default="channels_last")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--changes", nargs="+", default=[])
     parser.add_argument("--accelerator", default="auto")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=60.0)

@@ -174,10 +174,12 @@ def test_end_to_end(tmp_path, monkeypatch, capsys):
             "adamw",
         ),
         *("--methods", "vicreg_dual", "vicreg_dual_two_encoders", "--precision", "bf16-mixed"),
-        *("--memory-format", "contiguous", "--seconds", 0.1, "--output", tmp_path),
+        *("--memory-format", "contiguous", "--changes", "32-true", "fused"),
+        *("--seconds", 0.1, "--output", tmp_path),
     )
     report = json.loads((tmp_path / "benchmark_train.json").read_text())
     methods = ["vicreg", "vicreg_dual", "vicreg_dual_two_encoders"]
+    methods += ["vicreg_dual, 32-true", "vicreg_dual, fused"]
     assert [row["method"] for row in report["rows"]] == methods
     for row in report["rows"]:
         assert row["ratio"] > 0
@@ -203,6 +205,12 @@ def test_end_to_end(tmp_path, monkeypatch, capsys):
         (("--optimization", "adam"), "optimization: found 'adam'"),
         (("--accelerator", "tpu"), "accelerator: found 'tpu'"),
         (("--accelerator", "cpu", "--precision", "16-mixed"), "precision: found '16-mixed'"),
+        (
+            ("--changes", "faster"),
+            "changes: found 'faster', accepted is one of 16-mixed",
+        ),
+        (("--changes", "16-mixed"), "precision: found '16-mixed'"),
+        (("--changes", "fused"), "changes: found 'fused', accepted is any but fused with lars"),
         (("--seconds", 0), "seconds: found 0.0, accepted is a number > 0"),
         (("--threads", 5000), "threads: found 5000, accepted is at most"),
     ],

@@ -37,6 +37,7 @@ class Setup:
         precision: as Lightning names it.
         channels_last: the memory format of images and weights.
         compile: whether backbone and projector are compiled.
+        fused: whether the optimiser is PyTorch's fused one.
         accelerator: as Lightning names it.
         seed: of the weights, the batch and the gates' noise.
     """
@@ -49,6 +50,7 @@ class Setup:
     precision: str = "32-true"
     channels_last: bool = True
     compile: bool = False
+    fused: bool = False
     accelerator: str = "auto"
     seed: int = 0
 
@@ -65,6 +67,7 @@ class Setup:
             f"method_kwargs.proj_output_dim={self.projector}",
             f"performance.disable_channel_last={not self.channels_last}",
             f"performance.compile={self.compile}",
+            *(["+optimizer.kwargs.fused=true"] if self.fused else []),
         ]
         cfg = composed(f"{recipe}_cifar100", overrides)
         OmegaConf.set_struct(cfg, False)
