@@ -49,7 +49,7 @@ common+=(max_epochs="$epochs" check_val_every_n_epoch="$epochs")
 
 gated="gating.sparsity_weight=100 gating.warmup_epochs=$((epochs / 10))"
 range="gating.target_budget=[0.05,0.9]"
-annealed="$range gating.open_start=true gating.budget_anneal_epochs=$((epochs / 2))"
+annealed="$range gating.open_start=true gating.budget_anneal=0.5"
 declare -A overrides=(
     [fixed_0.1]="gating.target_budget=0.1" [fixed_0.3]="gating.target_budget=0.3" [fixed_0.5]="gating.target_budget=0.5"
     [range]="$range"

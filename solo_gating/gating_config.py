@@ -38,8 +38,9 @@ class GatingConfig:
         warmup_epochs: epochs at the start in which every view is dense and the gates rest.
         views: the path of each view, "gated" or "dense". Default: the method's.
         budget_sampling: how steps draw from a range, see `BudgetSchedule`.
-        budget_anneal_epochs: over so many epochs the lower end of the range falls to its value
-            from the upper end; the budget, where it is a number, from 1.
+        budget_anneal: over this share of the run's epochs, once the gates are switched on, the
+            lower end of the range falls to its value from the upper end; the budget, where it is a
+            number, from 1.
         budget_embedding: whether the gates are told the budget of a range. Without it the network
             cannot be set to a budget later; its threshold can.
         open_start: whether the gates start open, with a bias of +4 that they learn.
@@ -60,7 +61,7 @@ class GatingConfig:
     warmup_epochs: int = 0
     views: tuple[str, ...] = field(default=())
     budget_sampling: str = "uniform"
-    budget_anneal_epochs: int = 0
+    budget_anneal: float = 0.0
     budget_embedding: bool = True
     open_start: bool = False
     shuffle_views: bool = False
@@ -117,7 +118,12 @@ class GatingConfig:
             f"a number in (0, 1] or {RANGE}",
         )
         one_of("gating.budget_sampling", self.budget_sampling, SAMPLINGS)
-        at_least("gating.budget_anneal_epochs", self.budget_anneal_epochs, 0)
+        require(
+            "gating.budget_anneal",
+            self.budget_anneal,
+            lambda v: is_not_negative(v) and v <= 1,
+            "a number from 0 to 1",
+        )
         for key in ("budget_embedding", "open_start", "shuffle_views"):
             true_or_false(f"gating.{key}", getattr(self, key))
         for key in ("sparsity_weight", "bound_weight", "bound_decay"):
@@ -152,11 +158,15 @@ class GatingConfig:
         """The range of target budgets; None if there is only one."""
         return self.target_budget if isinstance(self.target_budget, tuple) else None
 
-    @property
-    def schedule(self) -> BudgetSchedule:
-        """The target budget of each step."""
+    def schedule(self, epochs: int) -> BudgetSchedule:
+        """The target budget of each step.
+
+        Args:
+            epochs: of the whole run.
+        """
         low, high = self.budget_range or (self.target_budget, self.target_budget)
-        return BudgetSchedule(low, high, self.budget_sampling, self.budget_anneal_epochs)  # type: ignore[arg-type]
+        anneal = round(self.budget_anneal * epochs)
+        return BudgetSchedule(low, high, self.budget_sampling, anneal)  # type: ignore[arg-type]
 
     @property
     def told(self) -> bool:
@@ -181,7 +191,7 @@ class GatingConfig:
 
 _UNPUBLISHED = (
     "budget_sampling",
-    "budget_anneal_epochs",
+    "budget_anneal",
     "budget_embedding",
     "open_start",
     "shuffle_views",

@@ -175,7 +175,7 @@ def test_a_range_is_in_the_config_and_in_the_checkpoint_s_args():
     model = METHODS["vicreg_dual"](cfg)
     assert cfg.gating.target_budget == RANGE
     assert cfg.gating.budget_sampling == "log_uniform"
-    assert cfg.gating.budget_anneal_epochs == 0
+    assert cfg.gating.budget_anneal == 0
     assert cfg.backbone.kwargs.budget_range == RANGE
     assert model.backbone.budget_range == tuple(RANGE)
     assert OmegaConf.to_container(prepare_config(cfg.copy())) == OmegaConf.to_container(cfg)
@@ -405,12 +405,13 @@ def test_steps_draw_anew_and_leave_pytorch_s_streams_alone():
 
 
 def test_a_single_budget_is_annealed_in_the_losses_only():
-    cfg = gating_config(target_budget=0.3, budget_anneal_epochs=4, bound_target="budget")
+    cfg = gating_config(target_budget=0.3, budget_anneal=0.5, bound_target="budget")
+    cfg.max_epochs = 8
     model = tiny_model(cfg, epoch=1)
     step(model)
     assert model.logged["train_target_budget"].item() == pytest.approx(0.825)
     assert model.backbone.budget is None
-    assert cfg.gating.budget_anneal_epochs == 4
+    assert cfg.gating.budget_anneal == 0.5
     assert "budget_sampling" not in cfg.gating
 
 

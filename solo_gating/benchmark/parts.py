@@ -40,7 +40,7 @@ def part_milliseconds(step: TrainingStep) -> dict[str, float]:
     passes = [_random_pass(shapes, step.batch[1][0]) for _ in range(views)]
 
     def losses() -> None:
-        target = step.model.gating.schedule.at(None, 0, 0)
+        target = step.model.budget_schedule.at(None, 0, 0)
         step.model._gates_loss(passes, 0, target).backward()
 
     return {

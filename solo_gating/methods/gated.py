@@ -41,6 +41,7 @@ class GatedMethod(BaseMethod):
         check_gated_backbone(cfg)
         super().__init__(cfg)
         self._seed = cfg.get("seed")
+        self.budget_schedule = self.gating.schedule(cfg.max_epochs)
         self._flops: dict[tuple[int, int], BackboneFlops] = {}
         # solo-learn's own kNN mixes the views; here each path has a bank of its own.
         self.path_knn = nn.ModuleDict()
@@ -67,7 +68,7 @@ class GatedMethod(BaseMethod):
         """solo-learn's base step; its "loss" also holds the gates' losses."""
         epoch = self.current_epoch - self.gating.warmup_epochs
         views = self._views() if epoch >= 0 else ("dense",) * len(self.gating.views)
-        budget = self.gating.schedule.at(self._seed, self.global_step, max(epoch, 0))
+        budget = self.budget_schedule.at(self._seed, self.global_step, max(epoch, 0))
         with self.backbone.path(*views, budget=budget if self.gating.told else None) as passes:
             outs = super().training_step(batch, batch_idx)
         gated = [view for view in passes if view.path == "gated"]
@@ -106,7 +107,7 @@ class GatedMethod(BaseMethod):
             "train_bound_loss": bound,
             "train_flops_share": torch.stack(shares).mean(),
         }
-        if not self.gating.schedule.constant:
+        if not self.budget_schedule.constant:
             metrics["train_target_budget"] = torch.full_like(budget, target)
         # Already the same on every process.
         self.log_dict({k: v.detach() for k, v in metrics.items()}, on_epoch=True, prog_bar=True)
