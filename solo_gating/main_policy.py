@@ -90,9 +90,10 @@ def evaluate_policy(cfg: DictConfig) -> dict[str, Any]:
     if policy.budget is not None:
         row["budget"] = policy.budget
     _write_policy(evaluation, policy)
+    rows = {"gated": row}
     if cfg.sweep:
-        row["sweep"] = _sweep(evaluation, images, shares, policy.target_budget)
-    return evaluation.write({"gated": row}, len(images))
+        rows["dense"], row["sweep"] = _sweep(evaluation, images, shares, policy.target_budget)
+    return evaluation.write(rows, len(images))
 
 
 def _position(backbone: TwoPathResNet) -> str:
@@ -142,7 +143,8 @@ def _sweep(
     images: Tensor,
     shares: list[float],
     target_budget: float | list[float] | None,
-) -> list[dict[str, Any]]:
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """The dense path's figures, and those of each position."""
     backbone: Any = evaluation.encoder.backbone
 
     def accuracy(path: str) -> dict[str, float]:
@@ -151,8 +153,10 @@ def _sweep(
         figures = {
             "knn_top1": knn_top1((train.features, train.targets), (val.features, val.targets))
         }
-        if path == "gated":
-            row = flops_row(val, evaluation.encoder)
+        row = flops_row(val, evaluation.encoder)
+        if path == "dense":
+            figures |= row
+        else:
             figures |= {"share": 1 - row["flops_cut"], "flops": row["flops"]}
             evaluation.say(
                 f"{figures['share']:>7.1%} of the FLOPs: 1-NN {figures['knn_top1']:.2f} % "
@@ -166,19 +170,19 @@ def _sweep(
         evaluation.say(
             f"shares below {lowest:.1%} are left out: stem, shortcuts and gates cost that"
         )
-    dense = accuracy("dense")["knn_top1"]
-    evaluation.say(f"dense path: 1-NN {dense:.2f} %")
+    dense = accuracy("dense")
+    evaluation.say(f"dense path: 1-NN {dense['knn_top1']:.2f} %")
     points = sweep(backbone, images, possible, lambda: accuracy("gated"), evaluation.cfg.budget)
     if evaluation.fabric.is_global_zero:
         write_csv(evaluation.folder / "sweep.csv", points)
         draw_sweep(
             points,
-            dense,
+            dense["knn_top1"],
             target_budget,
             evaluation.folder / "sweep.png",
             f"{evaluation.encoder.args.get('name')}, one checkpoint",
         )
-    return points
+    return dense, points
 
 
 def format_policy(policy: Policy) -> str:

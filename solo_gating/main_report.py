@@ -3,8 +3,9 @@
     python -m solo_gating.main_report RUN_DIR... [--output DIR]
 
 Reads every metrics.json below the given folders: those of main_linear and main_knn, and those of
-pre-trainings with a 1-NN table at their end. Writes report.md, report.html (one file, pictures
-inside) and accuracy_flops.png into DIR (default: outputs/report).
+pre-trainings with a 1-NN table at their end; and the sweeps of main_policy --sweep, drawn beside dense
+networks of other widths. Writes report.md, report.html (one file, pictures inside),
+accuracy_flops.png and sweeps.png into DIR (default: outputs/report).
 """
 
 import argparse
@@ -15,11 +16,12 @@ from .cli import one_sentence_errors
 from .files import write_bytes
 from .report.cells import measured_cells, published_tables
 from .report.plot import draw_accuracy_flops
-from .report.records import Record, Skipped, read_records
+from .report.records import Record, Skipped, Sweep, read_records, read_sweeps
 from .report.render import Picture, Section, to_html, to_markdown
+from .report.sweeps import draw_sweeps, sweep_table
 from .report.tables import all_figures, compare
 
-PICTURE = "accuracy_flops.png"
+PICTURE, SWEEPS = "accuracy_flops.png", "sweeps.png"
 
 
 def write_report(folders: Sequence[Path], output: Path) -> list[Path]:
@@ -36,7 +38,8 @@ def write_report(folders: Sequence[Path], output: Path) -> list[Path]:
         InputError: for folders without a usable file, or an output that cannot be written.
     """
     records, skipped = read_records(folders)
-    sections = compose(records, skipped)
+    sweeps, more_skipped = read_sweeps(folders)
+    sections = compose(records, [*skipped, *more_skipped], sweeps)
     files: dict[str, bytes] = {
         "report.md": to_markdown(sections).encode(),
         "report.html": to_html(sections).encode(),
@@ -44,17 +47,21 @@ def write_report(folders: Sequence[Path], output: Path) -> list[Path]:
     files |= {s.picture.name: s.picture.png for s in sections if s.picture is not None}
     for name, content in files.items():
         write_bytes(output / name, content)
-    if PICTURE not in files:  # of an earlier report
-        (output / PICTURE).unlink(missing_ok=True)
+    for picture in (PICTURE, SWEEPS):
+        if picture not in files:  # of an earlier report
+            (output / picture).unlink(missing_ok=True)
     return [output / name for name in files]
 
 
-def compose(records: Sequence[Record], skipped: Sequence[Skipped]) -> list[Section]:
+def compose(
+    records: Sequence[Record], skipped: Sequence[Skipped], sweeps: Sequence[Sweep]
+) -> list[Section]:
     """The report's sections.
 
     Args:
         records: at least one.
         skipped: files that are named at the end.
+        sweeps: of the dial; may be none.
     """
     measured = measured_cells(records)
     published = published_tables()
@@ -73,6 +80,14 @@ def compose(records: Sequence[Record], skipped: Sequence[Skipped]) -> list[Secti
                 picture=Picture(PICTURE, png, "Accuracy against FLOPs, a panel for each data set"),
             )
         )
+    if (png := draw_sweeps(sweeps, records)) is not None:
+        table = sweep_table(sweeps)
+        words = (
+            "A line is one checkpoint's gated path, a square of its colour the dense path; grey: "
+            "dense networks without gates, whose FLOPs are those of their width.",
+        )
+        picture = Picture(SWEEPS, png, "1-NN accuracy against FLOPs with the dial turned")
+        sections.append(Section(table.title, (*table.notes, *words), (), picture, table))
     sections += [Section(t.title, t.notes, table=t) for t in tables.values() if t is not None]
     missing = [title for title, table in tables.items() if table is None]
     if missing:

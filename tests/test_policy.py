@@ -450,6 +450,8 @@ def test_a_sweep_is_written_and_drawn(run, tmp_path, capsys):
     own = next(point for point in points if point["asked"] is None)
     assert own["threshold"] == metrics["gated"]["threshold"] == 0
     assert own["share"] == pytest.approx(metrics["gated"]["share"])
+    knn = evaluate_knn(evaluation_config("knn", run.checkpoint, "path=dense"))
+    assert metrics["dense"] == {key: knn["dense"][key] for key in ("knn_top1", "flops")}
     assert picture(tmp_path / "sweep.png").std() > 10
 
 

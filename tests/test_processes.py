@@ -54,6 +54,7 @@ def died(tmp_path_factory):
         max_epochs=10_000,
         devices=2,
         strategy="ddp",
+        data={"pipeline": "device"},
         optimizer={"batch_size": 8},  # of each process
         gating={"warmup_epochs": 1},  # the gates' parameters have no gradient in it
     )

@@ -1,5 +1,6 @@
 """The report: published figures as printed, measured ones in their places."""
 
+import html
 import json
 import re
 import statistics
@@ -577,3 +578,55 @@ def test_an_earlier_picture_does_not_stay(report, tmp_path):
     files = report(metrics(rows={"gated": (59.0, {})}))  # whose FLOPs are not known
     assert set(files) == {"report.md", "report.html"}
     assert b"accuracy_flops" not in files["report.md"]
+
+
+# Sweeps of the dial
+
+
+def sweep(points, dense=(40.0, 1e8), **run):
+    """The content of a main_policy --sweep: {share asked for: accuracy}."""
+    content = metrics("policy", rows={"gated": (0, {})}, settings={"calibrate": None}, **run)
+    listed = [
+        {"asked": asked, "share": asked or 0.4, "flops": (asked or 0.4) * 1e8, "knn_top1": value}
+        for asked, value in points.items()
+    ]
+    value, flops = dense
+    return content | {
+        "gated": {"sweep": listed},
+        "dense": {"knn_top1": value, "flops": flops},
+    }
+
+
+def test_sweeps_are_drawn_beside_dense_networks_of_other_widths(report):
+    runs = [
+        sweep({0.1: 30.0, None: 36.0, 0.5: 38.0}, name="range", seed=1),
+        sweep({0.1: 34.0, 0.5: 39.0}, dense=(42.0, 1e8), name="range", seed=2),
+        sweep({0.5: 20.0}, name="fixed", seed=1),
+        metrics(
+            "knn", rows={"dense": (33.0, {"flops": 3e7})}, method="vicreg", width=32, gating=None
+        ),
+    ]
+    files = report(*runs)
+    assert files["sweeps.png"].startswith(b"\x89PNG")
+    text = files["report.md"].decode()
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    found = {line[0]: line[2:] for line in lines if len(line) == 6 and line[2] in ("1", "2")}
+    assert found == {
+        "range, width 64, 500 epochs": ["2", "41.0 ± 1.4", "32.0 ± 2.8", "38.5 ± 0.7"],
+        "fixed, width 64, 500 epochs": ["1", "40.0", "–", "20.0"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"dense": None}, "`dense` is None"),
+        ({"gated": {"sweep": [3]}}, "`gated.sweep` is [3], accepted is a list of objects"),
+        ({"gated": {"sweep": [{"flops": 1, "knn_top1": 101}]}}, "knn_top1` is 101"),
+        ({"gated": {"sweep": [{"knn_top1": 1}]}}, "flops` is 'missing'"),
+    ],
+)
+def test_a_damaged_sweep_is_named(report, change, reason):
+    files = report(metrics(), sweep({0.5: 20.0}) | change)
+    assert reason in html.unescape(files["report.html"].decode())
+    assert "sweeps.png" not in files

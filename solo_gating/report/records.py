@@ -59,23 +59,8 @@ class Record:
 
     @property
     def variant(self) -> str:
-        """The method, with what the papers vary: a second encoder, the invariance loss.
-
-        These are Tables 5 and 6 of the unification paper. Another backbone than the papers'
-        ResNet-18 is named, and so is a range of budgets, so that no table of theirs takes it.
-        """
-        method, backbone = self.pretraining["method"], self.pretraining["backbone"]
-        gated = method.endswith(("_dual", "_gated"))
-        name = method
-        if gated and backbone == "resnet18_two_encoders":
-            name += "_two_encoders"
-        elif backbone not in (("resnet18_gated",) if gated else ("resnet18", "resnet18_plain")):
-            name += f" ({backbone})"
-        if (self.pretraining.get("method_kwargs") or {}).get("sim_loss_weight") == 0:
-            name += "_no_invariance"
-        if is_range(self.pretraining.get("target_budget")):
-            name += " (range of budgets)"
-        return name
+        """As `variant_of`."""
+        return variant_of(self.pretraining)
 
     @property
     def target_budget(self) -> float | None:
@@ -103,6 +88,70 @@ class Record:
 
 
 @dataclass(frozen=True)
+class SweepPoint:
+    """A position of the dial.
+
+    Attributes:
+        asked: the share of the dense FLOPs that was asked for; None for the network as it is.
+        flops: per image.
+        value: 1-NN accuracy in percent.
+    """
+
+    asked: float | None
+    flops: float
+    value: float
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """1-NN accuracy along the dial of one checkpoint (`main_policy --sweep`).
+
+    Attributes:
+        file: the `metrics.json`.
+        pretraining: as of a `Record`.
+        data: as of a `Record`.
+        points: of the gated path.
+        dense_flops: per image.
+        dense_value: of the dense path.
+    """
+
+    file: Path
+    pretraining: dict[str, Any]
+    data: dict[str, Any]
+    points: tuple[SweepPoint, ...]
+    dense_flops: float
+    dense_value: float
+
+    @property
+    def variant(self) -> str:
+        """As `variant_of`."""
+        return variant_of(self.pretraining)
+
+
+def variant_of(pretraining: dict[str, Any]) -> str:
+    """The method, with what the papers vary: a second encoder, the invariance loss.
+
+    These are Tables 5 and 6 of the unification paper. Another backbone than the papers' ResNet-18
+    is named, and so is a range of budgets, so that no table of theirs takes it.
+
+    Args:
+        pretraining: the key of that name of a `metrics.json`.
+    """
+    method, backbone = pretraining["method"], pretraining["backbone"]
+    gated = method.endswith(("_dual", "_gated"))
+    name = method
+    if gated and backbone == "resnet18_two_encoders":
+        name += "_two_encoders"
+    elif backbone not in (("resnet18_gated",) if gated else ("resnet18", "resnet18_plain")):
+        name += f" ({backbone})"
+    if (pretraining.get("method_kwargs") or {}).get("sim_loss_weight") == 0:
+        name += "_no_invariance"
+    if is_range(pretraining.get("target_budget")):
+        name += " (range of budgets)"
+    return name
+
+
+@dataclass(frozen=True)
 class Skipped:
     """A `metrics.json` that gave nothing, and why."""
 
@@ -127,19 +176,11 @@ def read_records(folders: Sequence[Path]) -> tuple[list[Record], list[Skipped]]:
     Raises:
         InputError: for something that is not a folder, or if there is no record at all.
     """
-    for folder in folders:
-        if not folder.is_dir():
-            found = "a file" if folder.exists() else "absent"
-            raise InputError(f"RUN_DIR: {str(folder)!r} is {found}, accepted are folders of runs")
-    files = {
-        file.resolve(): file for folder in folders for file in sorted(folder.rglob("metrics.json"))
-    }
+    files = _metrics_files(folders)
     named = ", ".join(repr(str(folder)) for folder in folders)
-    if not files:
-        raise InputError(f"RUN_DIR: there is no metrics.json below {named}")
     records: list[Record] = []
     skipped: list[Skipped] = []
-    for file in sorted(files.values()):
+    for file in files:
         try:
             records += _read(file)
         except _UnusableError as error:
@@ -153,7 +194,72 @@ def read_records(folders: Sequence[Path]) -> tuple[list[Record], list[Skipped]]:
     return _without_copies(_without_superseded(records)), skipped
 
 
-def _read(file: Path) -> list[Record]:
+def read_sweeps(folders: Sequence[Path]) -> tuple[list[Sweep], list[Skipped]]:
+    """All sweeps of the dial below some folders.
+
+    Args:
+        folders: as for `read_records`, which names the files that are no JSON.
+
+    Returns:
+        The sweeps, in the order of their files' paths, and the files of sweeps that were skipped.
+
+    Raises:
+        InputError: as `read_records`, but for the last reason.
+    """
+    sweeps: list[Sweep] = []
+    skipped: list[Skipped] = []
+    for file in _metrics_files(folders):
+        try:
+            content = _content(file)
+        except _UnusableError:
+            continue
+        gated = content.get("gated")
+        if content.get("evaluation") != "policy" or "sweep" not in (gated or {}):
+            continue
+        try:
+            sweeps.append(_sweep(file, content))
+        except _UnusableError as error:
+            skipped.append(Skipped(file, str(error)))
+    return sweeps, skipped
+
+
+def _sweep(file: Path, content: dict[str, Any]) -> Sweep:
+    listed, dense = content["gated"]["sweep"], _object(content, "dense")
+    if not isinstance(listed, list) or not all(isinstance(point, dict) for point in listed):
+        raise _UnusableError(f"`gated.sweep` is {listed!r}, accepted is a list of objects")
+    where = "gated.sweep"
+    return Sweep(
+        file=file,
+        pretraining=_pretraining(content),
+        data=_data(content),
+        points=tuple(
+            SweepPoint(
+                asked=_number(point, "asked", where, optional=True),
+                flops=_known(point, "flops", where),
+                value=_accuracy(point, "knn_top1", where),
+            )
+            for point in listed
+        ),
+        dense_flops=_known(dense, "flops", "dense"),
+        dense_value=_accuracy(dense, "knn_top1", "dense"),
+    )
+
+
+def _metrics_files(folders: Sequence[Path]) -> list[Path]:
+    for folder in folders:
+        if not folder.is_dir():
+            found = "a file" if folder.exists() else "absent"
+            raise InputError(f"RUN_DIR: {str(folder)!r} is {found}, accepted are folders of runs")
+    files = {
+        file.resolve(): file for folder in folders for file in sorted(folder.rglob("metrics.json"))
+    }
+    if not files:
+        named = ", ".join(repr(str(folder)) for folder in folders)
+        raise InputError(f"RUN_DIR: there is no metrics.json below {named}")
+    return sorted(files.values())
+
+
+def _content(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
@@ -162,6 +268,11 @@ def _read(file: Path) -> list[Record]:
         raise _UnusableError(f"is not JSON ({error})") from error
     if not isinstance(content, dict):
         raise _UnusableError("holds no JSON object")
+    return content
+
+
+def _read(file: Path) -> list[Record]:
+    content = _content(file)
     metric = content.get("evaluation")
     if metric is not None and metric not in METRICS:
         return []
@@ -274,6 +385,13 @@ def _number(
             f"`{where}.{key}` is {found.get(key, 'missing')!r}, accepted is a number"
         )
     return value
+
+
+def _known(found: dict[str, Any], key: str, where: str) -> float:
+    value = _number(found, key, where)
+    if value is None:
+        raise _UnusableError(f"`{where}.{key}` is missing, accepted is a number")
+    return float(value)
 
 
 def _accuracy(row: dict[str, Any], key: str, path: str) -> float:
