@@ -68,7 +68,7 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
     Raises:
         InputError: before anything is written, for what cannot be used or does not fit.
     """
-    encoder = load_encoder(options.checkpoint)
+    encoder = load_encoder(options.checkpoint, key="--checkpoint")
     _check(options, encoder)
     size = options.resolution or encoder.args.augmentations[0].crop_size
     evaluation = None

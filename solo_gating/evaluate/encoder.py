@@ -99,12 +99,13 @@ def describe_pretraining(args: DictConfig, epochs: int, checkpoint: Path | None)
     }
 
 
-def load_encoder(checkpoint: str | Path, head: str = "backbone") -> Encoder:
+def load_encoder(checkpoint: str | Path, head: str = "backbone", key: str = KEY) -> Encoder:
     """Load the encoder of any pre-training of this package or of solo-learn's modern line.
 
     Args:
         checkpoint: a Lightning checkpoint with solo-learn's `args.json` beside it.
         head: "backbone" for the backbone's features, "projector" for the projections.
+        key: that names the checkpoint, for messages.
 
     Raises:
         InputError: for files that are missing, damaged, or do not belong together.
@@ -112,20 +113,20 @@ def load_encoder(checkpoint: str | Path, head: str = "backbone") -> Encoder:
     if head not in HEADS:
         raise InputError(f"features: found {head!r}, accepted are {', '.join(HEADS)}")
     path = Path(checkpoint)
-    content = read_checkpoint(path, KEY)
-    args = _read_args(path)
+    content = read_checkpoint(path, key)
+    args = _read_args(path, key)
     state = content["state_dict"]
     if args.backbone.name in ("resnet18", "resnet34"):  # the same network, whose FLOPs are known
         args.backbone.name += "_plain"
     if head == "backbone":
         # The base class is the backbone with solo-learn's changes to it, whatever the method.
-        model = _build(METHODS["base"], args, path)
+        model = _build(METHODS["base"], args, path, key)
         _load(model.backbone, _below("backbone", state), path)
         projector: nn.Module = nn.Identity()
     else:
         if args.method not in METHODS:
             raise InputError(f"features: method {args.method!r} is not known, accepted is backbone")
-        model = _build(METHODS[args.method], args, path)
+        model = _build(METHODS[args.method], args, path, key)
         if not hasattr(model, "projector"):
             raise InputError(f"features: method {args.method!r} has no projector")
         _load(model.backbone, _below("backbone", state), path)
@@ -135,26 +136,26 @@ def load_encoder(checkpoint: str | Path, head: str = "backbone") -> Encoder:
     return Encoder(model.backbone, projector, args, path, int(content.get("epoch", -1)) + 1)
 
 
-def _read_args(checkpoint: Path) -> DictConfig:
+def _read_args(checkpoint: Path, key: str) -> DictConfig:
     file = checkpoint.parent / "args.json"
     if not file.is_file():
         raise InputError(
-            f"{KEY}: there is no args.json beside {str(checkpoint)!r}; solo-learn writes it there, "
+            f"{key}: there is no args.json beside {str(checkpoint)!r}; solo-learn writes it there, "
             "and it says which network this is"
         )
-    args = OmegaConf.create(read_json(file, KEY))
-    for key in ("method", "backbone.name", "data.dataset", "data.num_classes"):
-        if OmegaConf.select(args, key) is None:
+    args = OmegaConf.create(read_json(file, key))
+    for needed in ("method", "backbone.name", "data.dataset", "data.num_classes"):
+        if OmegaConf.select(args, needed) is None:
             raise InputError(
-                f"{KEY}: {str(file)!r} lacks {key}, accepted is solo-learn's args.json"
+                f"{key}: {str(file)!r} lacks {needed}, accepted is solo-learn's args.json"
             )
     return args
 
 
-def _build(cls: Any, args: DictConfig, path: Path) -> Any:
+def _build(cls: Any, args: DictConfig, path: Path, key: str) -> Any:
     if args.backbone.name not in BaseMethod._BACKBONES:
         raise InputError(
-            f"{KEY}: the backbone {args.backbone.name!r} of {str(path)!r} is not known, accepted "
+            f"{key}: the backbone {args.backbone.name!r} of {str(path)!r} is not known, accepted "
             f"are {', '.join(sorted(BaseMethod._BACKBONES))}"
         )
     try:
@@ -164,7 +165,7 @@ def _build(cls: Any, args: DictConfig, path: Path) -> Any:
     except Exception as error:  # whatever a foreign file makes solo-learn and torchvision say
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"{KEY}: the args.json beside {str(path)!r} describes no network ({reason})"
+            f"{key}: the args.json beside {str(path)!r} describes no network ({reason})"
         ) from error
 
 

@@ -92,7 +92,7 @@ class CheckpointSource:
     """
 
     def __init__(self, checkpoint: Path, densities: list[float], overrides: list[str], seed: int):
-        encoder = load_encoder(checkpoint)
+        encoder = load_encoder(checkpoint, key="--checkpoint")
         encoder.paths("gated")
         self._backbone = cast(Any, encoder.backbone)
         self._checkpoint, self._densities = checkpoint, densities

@@ -267,7 +267,7 @@ def _backbone(checkpoint: str | Path) -> nn.Module:
     from ...evaluate.encoder import load_encoder
 
     require("source", checkpoint, lambda v: isinstance(v, (str, Path)), "a module or a checkpoint")
-    return load_encoder(checkpoint).backbone
+    return load_encoder(checkpoint, key="source").backbone
 
 
 def _threshold(backbone: Any) -> float:
