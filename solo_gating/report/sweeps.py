@@ -66,7 +66,7 @@ def sweep_table(sweeps: Sequence[Sweep]) -> Table:
     return Table(
         "1-NN accuracy with the dial at a share of the FLOPs",
         ("By main_policy --sweep; the columns are the shares that were asked for.",),
-        ("run", "images", "n", "dense path", *(f"{share:.0%}" for share in asked)),
+        ("run", "data", "n", "dense path", *(f"{share:.0%}" for share in asked)),
         tuple(rows),
     )
 
@@ -79,7 +79,9 @@ def _by_panel(sweeps: Sequence[Sweep]) -> dict[_Panel, dict[str, list[Sweep]]]:
 
 
 def _panel(found: Sweep | Record) -> _Panel:
-    return found.pretraining["dataset"], found.data["dataset"], str(found.data.get("val_images"))
+    images = found.data.get("val_images")
+    where = "" if images is None else f", {images:,} test images"
+    return found.pretraining["dataset"], found.data["dataset"], where
 
 
 def _name(found: Sweep | Record) -> str:
@@ -121,7 +123,7 @@ def _text(point: _Point | None) -> str:
 
 def _title(panel: _Panel) -> str:
     trained_on, evaluated_on, images = panel
-    where = f"{dataset_name(evaluated_on)}, {images} images"
+    where = dataset_name(evaluated_on) + images
     return where if trained_on == evaluated_on else f"{dataset_name(trained_on)} → {where}"
 
 
