@@ -213,13 +213,13 @@ def trained(tmp_path_factory):
         checkpoint={"enabled": True, "dir": str(folder / "runs")},
         optimizer={"batch_size": 16},
     )
-    build, models = main_pretrain._build, []
+    build, models = main_pretrain.build_model, []
 
     def kept(cfg):
         models.append(build(cfg))
         return models[0]
 
-    with mock.patch.object(main_pretrain, "_build", kept):
+    with mock.patch.object(main_pretrain, "build_model", kept):
         main_pretrain.pretrain(cfg)
     (checkpoint,) = (folder / "runs").glob("*/*/last.ckpt")
     return SimpleNamespace(model=models[0].eval(), checkpoint=checkpoint)
