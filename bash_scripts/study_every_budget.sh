@@ -55,6 +55,7 @@ declare -A overrides=(
     [range]="$range"
     [range_untold]="$range gating.budget_embedding=false"
     [annealed]="$annealed"
+    [annealed_only]="$range gating.budget_anneal=0.5"
     [annealed_log_uniform]="$annealed gating.budget_sampling=log_uniform"
     [annealed_sandwich]="$annealed gating.budget_sampling=sandwich"
     [annealed_shuffled]="$annealed gating.shuffle_views=true"
@@ -62,7 +63,7 @@ declare -A overrides=(
     # Dense networks of the FLOPs that the shares mean: width × √share.
     [dense]="" [dense_0.1]="" [dense_0.3]="" [dense_0.5]=""
 )
-default="dense fixed_0.1 fixed_0.3 fixed_0.5 range range_untold annealed annealed_log_uniform annealed_sandwich annealed_shuffled annealed_lambda_5 dense_0.1 dense_0.3 dense_0.5"
+default="dense fixed_0.1 fixed_0.3 fixed_0.5 range range_untold annealed annealed_only annealed_log_uniform annealed_sandwich annealed_shuffled annealed_lambda_5 dense_0.1 dense_0.3 dense_0.5"
 read -r -a variants <<<"${VARIANTS:-$default}"
 for variant in "${variants[@]}"; do
     [ -n "${overrides[$variant]+known}" ] || { echo "error: VARIANTS: found $variant, accepted are $default" >&2; exit 2; }
