@@ -40,8 +40,8 @@ from typing import Any
 
 from .backbones import GATED_BACKBONES
 from .backbones.resnet import STEMS
-from .benchmark.machine import cores, cpu_name, versions
-from .checks import at_least, is_positive, is_share, one_of, require
+from .benchmark.machine import check_effort, cores, cpu_name, versions
+from .checks import at_least, is_share, one_of, require
 from .cli import one_sentence_errors
 from .deploy.benchmark.cases import LEAST_WIDTH
 from .deploy.benchmark.chart import draw_chart
@@ -136,11 +136,11 @@ def _check(options: argparse.Namespace) -> None:
         )
     for density in options.densities or []:
         require("densities", density, is_share, "a number in (0, 1]")
-    for key in ("batch", "resolution", "threads"):
+    for key in ("batch", "resolution"):
         for number in getattr(options, key) or []:
             at_least(key, number, 1)
-    require("threads", max(options.threads), lambda v: v <= cores(), f"at most {cores()} here")
-    require("seconds", options.seconds, is_positive, "a number > 0")
+    for threads in options.threads:
+        check_effort(threads, options.seconds)
     if options.checkpoint is not None:
         for key in ("backbone", "width", "stem"):
             if getattr(options, key) is not None:

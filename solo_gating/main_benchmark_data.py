@@ -23,9 +23,9 @@ import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from .benchmark.machine import cores, cpu_name, torch_threads, versions
+from .benchmark.machine import check_effort, cores, cpu_name, torch_threads, versions
 from .benchmark.timing import interleaved, is_noisy, paired_ratio
-from .checks import at_least, is_positive, one_of, require
+from .checks import one_of
 from .cli import composed, config_names, one_sentence_errors
 from .config import prepare_config
 from .data import Place, training_loader
@@ -87,9 +87,7 @@ def _row(name: str, times: dict[str, list[float]], batch: int) -> dict[str, Any]
 
 
 def _config(options: argparse.Namespace) -> DictConfig:
-    require("seconds", options.seconds, is_positive, "a number > 0")
-    at_least("threads", options.threads, 1)
-    require("threads", options.threads, lambda v: v <= cores(), f"at most {cores()} here")
+    check_effort(options.threads, options.seconds)
     one_of("config-name", options.config_name, config_names())
     cfg = composed(options.config_name, options.overrides)
     OmegaConf.set_struct(cfg, False)

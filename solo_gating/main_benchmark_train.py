@@ -34,13 +34,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from .benchmark.machine import cores, cpu_name, torch_threads, versions
+from .benchmark.machine import check_effort, cores, cpu_name, torch_threads, versions
 from .benchmark.memory import MEANING
 from .benchmark.parts import part_milliseconds
 from .benchmark.peak import matrix_flops_per_second, step_flops
 from .benchmark.step import OPTIMIZATIONS, PRECISIONS, RECIPES, Setup, TrainingStep
-from .benchmark.timing import NOISY, interleaved, is_noisy, paired_ratio
-from .checks import at_least, is_positive, one_of, require
+from .benchmark.timing import interleaved, is_noisy, noisy_note, paired_ratio
+from .checks import at_least, one_of, require
 from .cli import one_sentence_errors
 from .files import make_folder, write_json
 
@@ -71,9 +71,10 @@ def benchmark_train(options: argparse.Namespace) -> dict[str, Any]:
     cases = _cases(options, setup)
     make_folder(options.output)
     with torch_threads(options.threads):
+        # Of a step that is not compiled; no setting changes them.
         flops = {
-            name: step_flops(TrainingStep(method, replace(own, compile=False)))
-            for name, (method, own) in cases.items()
+            method: step_flops(TrainingStep(method, replace(setup, compile=False)))
+            for method in {method for method, _ in cases.values()}
         }
         steps = {name: TrainingStep(method, own) for name, (method, own) in cases.items()}
         device = steps[BASELINE].device
@@ -102,8 +103,10 @@ def benchmark_train(options: argparse.Namespace) -> dict[str, Any]:
         "memory": MEANING[device.type],
         "matrix_flops_per_second": peak,
         "rows": [
-            {**row, "share_of_peak": 1000 * flops[row["method"]] / row["milliseconds"] / peak}
-            for row in rows(times, memory, parts, setup.batch)
+            {**row, "share_of_peak": 1000 * flops[method] / row["milliseconds"] / peak}
+            for row, (method, _) in zip(
+                rows(times, memory, parts, setup.batch), cases.values(), strict=True
+            )
         ],
     }
     print(format_report(report), flush=True)
@@ -171,12 +174,7 @@ def format_report(report: Mapping[str, Any]) -> str:
         + ", ".join(f"{row['method']} {row['share_of_peak']:.0%}" for row in report["rows"]),
         f"MiB: {report['memory']}",
     ]
-    if any(row["noisy"] for row in report["rows"]):
-        lines.append(
-            f"Figures marked * are not to be trusted: between rounds they spread by more than "
-            f"{NOISY:.0%} (interquartile range / median)."
-        )
-    return "\n".join(lines)
+    return "\n".join([*lines, *noisy_note(report["rows"])])
 
 
 def _cases(options: argparse.Namespace, setup: Setup) -> dict[str, tuple[str, Setup]]:
@@ -192,12 +190,6 @@ def _cases(options: argparse.Namespace, setup: Setup) -> dict[str, tuple[str, Se
             lambda v: setup.accelerator == "gpu" or v != "16-mixed",
             "32-true or bf16-mixed on a CPU",
         )
-        require(
-            "changes",
-            "fused" if own.fused else None,
-            lambda v: v is None or setup.optimization != "lars",
-            "any but fused with lars, of which there is no fused one",
-        )
     return cases
 
 
@@ -206,11 +198,16 @@ def _setup(options: argparse.Namespace) -> Setup:
         one_of("methods", method, RECIPES)
     for change in options.changes:
         one_of("changes", change, _CHANGES)
+        require(
+            "changes",
+            change,
+            lambda v: v != "fused" or options.optimization != "lars",
+            "any but fused with lars, of which there is no fused one",
+        )
     at_least("batch", options.batch, 2)
-    for key in ("resolution", "backbone_width", "projector_width", "threads"):
+    for key in ("resolution", "backbone_width", "projector_width"):
         at_least(key, getattr(options, key), 1)
-    require("threads", options.threads, lambda v: v <= cores(), f"at most {cores()} here")
-    require("seconds", options.seconds, is_positive, "a number > 0")
+    check_effort(options.threads, options.seconds)
     one_of("optimization", options.optimization, OPTIMIZATIONS)
     one_of("precision", options.precision, PRECISIONS)
     one_of("memory_format", options.memory_format, _FORMATS)

@@ -4,13 +4,16 @@ import importlib.metadata
 import os
 import platform
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from .. import __version__
+from ..checks import at_least, is_positive, require
 
 
 def cpu_name() -> str:
@@ -28,6 +31,21 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def check_effort(threads: int, seconds: float) -> None:
+    """Refuse what no benchmark can be run with here.
+
+    Args:
+        threads: of PyTorch.
+        seconds: of timing.
+
+    Raises:
+        InputError: naming the option, what was found and what is accepted.
+    """
+    at_least("threads", threads, 1)
+    require("threads", threads, lambda v: v <= cores(), f"at most {cores()} here")
+    require("seconds", seconds, is_positive, "a number > 0")
 
 
 def versions(packages: Iterable[str]) -> dict[str, str | None]:
@@ -57,3 +75,22 @@ def now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+def median_seconds(
+    call: Callable[[], Any], device: torch.device, rounds: int, untimed: int = 1
+) -> float:
+    """How long a call alone takes on a device.
+
+    Args:
+        call: what is timed.
+        device: that does it.
+        rounds: calls of which the median is taken.
+        untimed: calls before them.
+    """
+    times = []
+    for _ in range(untimed + rounds):
+        start = now(device)
+        call()
+        times.append(now(device) - start)
+    return float(np.median(times[untimed:]))

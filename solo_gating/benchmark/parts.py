@@ -3,13 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..backbones import ForwardPass, GatedBasicBlock, TwoPathResNet
 from ..backbones.gated_resnet import apply_mask
-from .machine import now
+from .machine import median_seconds
 from .step import TrainingStep
 
 _ROUNDS = 5
@@ -52,12 +51,7 @@ def part_milliseconds(step: TrainingStep) -> dict[str, float]:
 
 
 def _milliseconds(call: Callable[[], Any], device: torch.device) -> float:
-    times = []
-    for _ in range(_ROUNDS + 1):
-        start = now(device)
-        call()
-        times.append(now(device) - start)
-    return 1000 * float(np.median(times[1:]))
+    return 1000 * median_seconds(call, device, _ROUNDS)
 
 
 Shapes = list[tuple[GatedBasicBlock, Tensor, Tensor]]

@@ -1,10 +1,9 @@
 """How much of a device's speed at matrix products a training step uses."""
 
-import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from .machine import now
+from .machine import median_seconds
 from .step import TrainingStep
 
 _DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
@@ -35,9 +34,5 @@ def matrix_flops_per_second(device: torch.device, precision: str) -> float:
     size = _SIZES.get(device.type, 1024)
     dtype = _DTYPES.get(precision, torch.float32)
     matrix = torch.randn(size, size, device=device).to(dtype)
-    times = []
-    for _ in range(_ROUNDS + 2):
-        start = now(device)
-        torch.mm(matrix, matrix)
-        times.append(now(device) - start)
-    return 2 * size**3 / float(np.median(times[2:]))
+    seconds = median_seconds(lambda: torch.mm(matrix, matrix), device, _ROUNDS, untimed=2)
+    return 2 * size**3 / seconds

@@ -3,7 +3,7 @@
 import math
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -79,6 +79,16 @@ def spread(values: Any) -> float:
     """Interquartile range divided by the median."""
     low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
     return float((high - low) / middle)
+
+
+def noisy_note(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The sentence under a table that has rows marked as noisy; nothing under another."""
+    if not any(row["noisy"] for row in rows):
+        return []
+    return [
+        "Figures marked * are not to be trusted: between rounds the times spread by more than "
+        f"{NOISY:.0%} (interquartile range / median)."
+    ]
 
 
 def is_noisy(times: list[float], others: list[float]) -> bool:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ...benchmark.timing import NOISY
+from ...benchmark.timing import noisy_note
 
 _COLUMNS = {
     "engine": "engine",
@@ -36,12 +36,7 @@ def format_case(rows: list[dict[str, Any]]) -> str:
                 f"bfloat16 at {_density(row)}: features differ by {row['feature_difference']:.1e} of "
                 f"the largest, {row['flipped_masks']:.2%} of the gates decide otherwise"
             )
-    if any(row["noisy"] for row in rows):
-        lines.append(
-            f"Figures marked * are not to be trusted: between rounds the times spread by more than "
-            f"{NOISY:.0%} (interquartile range / median)."
-        )
-    return "\n".join(lines)
+    return "\n".join([*lines, *noisy_note(rows)])
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
