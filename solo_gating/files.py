@@ -51,14 +51,19 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     write_bytes(path, text.getvalue().encode())
 
 
-def write_picture(path: Path, figure: Any) -> None:
-    """Write a matplotlib figure as PNG, and close it."""
+def png_of(figure: Any, dpi: int = 150) -> bytes:
+    """A matplotlib figure as PNG; it is closed."""
     import matplotlib.pyplot as plt
 
     content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=150)
+    figure.savefig(content, format="png", dpi=dpi)
     plt.close(figure)
-    write_bytes(path, content.getvalue())
+    return content.getvalue()
+
+
+def write_picture(path: Path, figure: Any) -> None:
+    """Write a matplotlib figure as PNG, and close it."""
+    write_bytes(path, png_of(figure))
 
 
 def read_json(path: Path, key: str = "") -> dict[str, Any]:

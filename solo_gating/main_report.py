@@ -16,7 +16,7 @@ from .cli import one_sentence_errors
 from .files import write_bytes
 from .report.cells import measured_cells, published_tables
 from .report.plot import draw_accuracy_flops
-from .report.records import Record, Skipped, Sweep, read_records, read_sweeps
+from .report.records import Record, Skipped, Sweep, read_records
 from .report.render import Picture, Section, to_html, to_markdown
 from .report.sweeps import draw_sweeps, sweep_table
 from .report.tables import all_figures, compare
@@ -37,9 +37,7 @@ def write_report(folders: Sequence[Path], output: Path) -> list[Path]:
     Raises:
         InputError: for folders without a usable file, or an output that cannot be written.
     """
-    records, skipped = read_records(folders)
-    sweeps, more_skipped = read_sweeps(folders)
-    sections = compose(records, [*skipped, *more_skipped], sweeps)
+    sections = compose(*read_records(folders))
     files: dict[str, bytes] = {
         "report.md": to_markdown(sections).encode(),
         "report.html": to_html(sections).encode(),

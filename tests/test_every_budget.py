@@ -508,7 +508,7 @@ def test_an_evaluation_is_told_its_budget(run):
     assert low["gated"]["flops"] < default["gated"]["flops"] < high["gated"]["flops"]
     assert low["dense"] == high["dense"]
     assert len({m["identity"] for m in found.values()}) == 3
-    records, skipped = read_records([run.folder])
+    records, skipped, _ = read_records([run.folder])
     cells = {cell.target_budget: cell for cell in measured_cells(records) if cell.path == "gated"}
     assert not skipped
     assert sorted(cells) == [0.1, pytest.approx(0.475), 0.8]

@@ -409,7 +409,7 @@ def test_runs_with_the_same_seed_are_not_averaged(store):
 
 
 def test_a_copy_counts_once(store):
-    records, skipped = read_records([store(metrics(), metrics())])
+    records, skipped, _ = read_records([store(metrics(), metrics())])
     assert [record.path for record in records] == ["dense", "gated"]
     assert not skipped
 
@@ -419,7 +419,7 @@ def test_a_copy_counts_once(store):
 )
 def test_only_the_papers_nearest_neighbours_enter_their_tables(difference, store, call):
     root = store(metrics("knn", settings=KNN | difference))
-    records, _ = read_records([root])
+    records, *_ = read_records([root])
     assert [r.value for r in records] == [60.25, 59.75]
     assert measured_cells(records) == []
     assert call(root)[0] == 0  # they are in the flat table
@@ -458,7 +458,7 @@ def test_an_evaluation_wins_over_the_run_s_own_figures(checkpoint, store):
     "difference", [{"seed": 6}, {"checkpoint": "offline-b/last.ckpt"}, {"settings": KNN | {"k": 5}}]
 )
 def test_the_run_s_own_figures_stay_beside_another_evaluation(difference, store):
-    records, _ = read_records([store(metrics(None), metrics("knn", **difference))])
+    records, *_ = read_records([store(metrics(None), metrics("knn", **difference))])
     assert len(records) == 4
 
 
@@ -615,6 +615,12 @@ def test_sweeps_are_drawn_beside_dense_networks_of_other_widths(report):
         "range, width 64, 500 epochs": ["2", "41.0 ± 1.4", "32.0 ± 2.8", "38.5 ± 0.7"],
         "fixed, width 64, 500 epochs": ["1", "40.0", "–", "20.0"],
     }
+
+
+def test_a_policy_without_a_sweep_is_no_record(report):
+    files = report(metrics(), metrics("policy", settings={}), sweep({}) | {"gated": 5})
+    assert b"Skipped" not in files["report.html"]
+    assert "sweeps.png" not in files
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
+from ..files import write_picture
 from ..training.callbacks import SSL_LOSSES
 
 # Okabe and Ito's colour-blind safe palette.
@@ -124,6 +125,5 @@ def draw_curves(
             axis.legend(fontsize="small")
     figure.suptitle(title)
     path = folder / "training.png"
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    write_picture(path, figure)
     return path

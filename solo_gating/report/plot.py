@@ -1,6 +1,5 @@
 """Accuracy against FLOPs: measured and published curves of each data set."""
 
-import io
 import math
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -15,8 +14,9 @@ from matplotlib.legend_handler import HandlerTuple
 from matplotlib.lines import Line2D
 
 from ..evaluate.curves import DENSE, GATED, NEUTRAL
+from ..files import png_of
 from .cells import Cell
-from .tables import DATASETS, dataset_name, variant_name
+from .tables import DATASETS, transfer_name, variant_name
 
 # Okabe and Ito's palette, whose first colours are those of a run's own curves.
 _COLOURS = {
@@ -73,10 +73,7 @@ def draw_accuracy_flops(published: Iterable[Cell], measured: Iterable[Cell]) -> 
     )
     for axis, (panel, curves) in zip(axes.flat, panels.items(), strict=True):
         _draw_panel(axis, panel, curves)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    plt.close(figure)
-    return buffer.getvalue()
+    return png_of(figure, dpi=120)
 
 
 def _panel(cell: Cell) -> _Panel:
@@ -122,8 +119,7 @@ def _draw_panel(axis: Axes, panel: _Panel, curves: Sequence[list[Cell]]) -> None
         handles.append(_draw_curve(axis, curve, markers.get(curve[0].source, "o"), place))
         place += _STEP * any(cell.path == "dense" for cell in curve)
     labels = [f"{variant_name(curve[0].variant)}, {curve[0].source}" for curve in curves]
-    where = dataset_name(evaluated_on) + (f" ({images})" if images else "")
-    title = where if trained_on == evaluated_on else f"{dataset_name(trained_on)} → {where}"
+    title = transfer_name(trained_on, evaluated_on) + (f" ({images})" if images else "")
     axis.set(
         title=f"{title}, {_METRICS[metric]}",
         xlabel="FLOPs per image, % of the dense encoder's",

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..budgets import is_range, middle
 from ..errors import InputError
@@ -163,86 +163,82 @@ class _UnusableError(ValueError):
     pass
 
 
-def read_records(folders: Sequence[Path]) -> tuple[list[Record], list[Skipped]]:
-    """All accuracies below some folders.
+class Found(NamedTuple):
+    """What some folders hold; records and sweeps are in the order of their files' paths.
+
+    Attributes:
+        records: all accuracies, at least one.
+        skipped: files that could not be used.
+        sweeps: of the dial.
+    """
+
+    records: list[Record]
+    skipped: list[Skipped]
+    sweeps: list[Sweep]
+
+
+def read_records(folders: Sequence[Path]) -> Found:
+    """All accuracies, and all sweeps of the dial, below some folders.
 
     Args:
         folders: searched recursively; one may lie in another.
 
     Returns:
-        The records, in the order of their files' paths, and the files that were skipped. Files of
-        evaluations that give no accuracy ("policy", "umap", ...) are in neither.
+        Both, and the files that were skipped. Files of evaluations that give neither ("umap", a
+        "policy" without a sweep, ...) are nowhere.
 
     Raises:
         InputError: for something that is not a folder, or if there is no record at all.
     """
     files = _metrics_files(folders)
     named = ", ".join(repr(str(folder)) for folder in folders)
-    records: list[Record] = []
-    skipped: list[Skipped] = []
+    found = Found([], [], [])
     for file in files:
         try:
-            records += _read(file)
+            content = _content(file)
+            if content.get("evaluation") == "policy":
+                found.sweeps.extend(_sweeps(file, content))
+            else:
+                found.records.extend(_records(file, content))
         except _UnusableError as error:
-            skipped.append(Skipped(file, str(error)))
-    if not records:
-        why = f"; {str(skipped[0].file)!r}: {skipped[0].reason}" if skipped else ""
+            found.skipped.append(Skipped(file, str(error)))
+    if not found.records:
+        why = ""
+        if found.skipped:
+            first = found.skipped[0]
+            why = f"; {str(first.file)!r}: {first.reason}"
         raise InputError(
             f"RUN_DIR: found {len(files)} metrics.json below {named}, none with the accuracy of a "
             f"pre-training or of an evaluation (linear, knn){why}"
         )
-    return _without_copies(_without_superseded(records)), skipped
+    return found._replace(records=_without_copies(_without_superseded(found.records)))
 
 
-def read_sweeps(folders: Sequence[Path]) -> tuple[list[Sweep], list[Skipped]]:
-    """All sweeps of the dial below some folders.
-
-    Args:
-        folders: as for `read_records`, which names the files that are no JSON.
-
-    Returns:
-        The sweeps, in the order of their files' paths, and the files of sweeps that were skipped.
-
-    Raises:
-        InputError: as `read_records`, but for the last reason.
-    """
-    sweeps: list[Sweep] = []
-    skipped: list[Skipped] = []
-    for file in _metrics_files(folders):
-        try:
-            content = _content(file)
-        except _UnusableError:
-            continue
-        gated = content.get("gated")
-        if content.get("evaluation") != "policy" or "sweep" not in (gated or {}):
-            continue
-        try:
-            sweeps.append(_sweep(file, content))
-        except _UnusableError as error:
-            skipped.append(Skipped(file, str(error)))
-    return sweeps, skipped
-
-
-def _sweep(file: Path, content: dict[str, Any]) -> Sweep:
-    listed, dense = content["gated"]["sweep"], _object(content, "dense")
+def _sweeps(file: Path, content: dict[str, Any]) -> list[Sweep]:
+    gated = content.get("gated")
+    if not isinstance(gated, dict) or "sweep" not in gated:
+        return []
+    listed, dense = gated["sweep"], _object(content, "dense")
     if not isinstance(listed, list) or not all(isinstance(point, dict) for point in listed):
         raise _UnusableError(f"`gated.sweep` is {listed!r}, accepted is a list of objects")
     where = "gated.sweep"
-    return Sweep(
-        file=file,
-        pretraining=_pretraining(content),
-        data=_data(content),
-        points=tuple(
-            SweepPoint(
-                asked=_number(point, "asked", where, optional=True),
-                flops=_known(point, "flops", where),
-                value=_accuracy(point, "knn_top1", where),
-            )
-            for point in listed
-        ),
-        dense_flops=_known(dense, "flops", "dense"),
-        dense_value=_accuracy(dense, "knn_top1", "dense"),
-    )
+    return [
+        Sweep(
+            file=file,
+            pretraining=_pretraining(content),
+            data=_data(content),
+            points=tuple(
+                SweepPoint(
+                    asked=_optional(point, "asked", where),
+                    flops=_number(point, "flops", where),
+                    value=_accuracy(point, "knn_top1", where),
+                )
+                for point in listed
+            ),
+            dense_flops=_number(dense, "flops", "dense"),
+            dense_value=_accuracy(dense, "knn_top1", "dense"),
+        )
+    ]
 
 
 def _metrics_files(folders: Sequence[Path]) -> list[Path]:
@@ -271,8 +267,7 @@ def _content(file: Path) -> dict[str, Any]:
     return content
 
 
-def _read(file: Path) -> list[Record]:
-    content = _content(file)
+def _records(file: Path, content: dict[str, Any]) -> list[Record]:
     metric = content.get("evaluation")
     if metric is not None and metric not in METRICS:
         return []
@@ -295,9 +290,9 @@ def _read(file: Path) -> list[Record]:
             data=data,
             path=path,
             value=value,
-            std=_number(row, f"{metric}_top1_std", path, optional=True),
-            flops=_number(row, "flops", path, optional=True),
-            flops_cut=_number(row, "flops_cut", path, optional=True),
+            std=_optional(row, f"{metric}_top1_std", path),
+            flops=_optional(row, "flops", path),
+            flops_cut=_optional(row, "flops_cut", path),
             own=own,
         )
         for path, row in rows.items()
@@ -329,9 +324,9 @@ def _pretraining(content: dict[str, Any]) -> dict[str, Any]:
         _text(found, key, where)
     for key in ("epochs", "width"):
         _number(found, key, where)
-    _number(found, "seed", where, optional=True)
+    _optional(found, "seed", where)
     if not is_range(found.get("target_budget")):
-        _number(found, "target_budget", where, optional=True)
+        _optional(found, "target_budget", where)
     if not isinstance(found.get("method_kwargs") or {}, dict):
         raise _UnusableError(f"`{where}.method_kwargs` is {found['method_kwargs']!r}")
     if not isinstance(found.get("checkpoint") or "", str):
@@ -343,7 +338,7 @@ def _data(content: dict[str, Any]) -> dict[str, Any]:
     found = _object(content, "data")
     _text(found, "dataset", "data")
     for key in ("train_images", "val_images"):
-        _number(found, key, "data", optional=True)
+        _optional(found, key, "data")
     return found
 
 
@@ -373,12 +368,8 @@ def _text(found: dict[str, Any], key: str, where: str) -> str:
     return found[key]
 
 
-def _number(
-    found: dict[str, Any], key: str, where: str, optional: bool = False
-) -> float | int | None:
+def _number(found: dict[str, Any], key: str, where: str) -> float | int:
     value = found.get(key)
-    if value is None and optional:
-        return None
     # JSON as Python reads it may hold NaN and Infinity.
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise _UnusableError(
@@ -387,16 +378,13 @@ def _number(
     return value
 
 
-def _known(found: dict[str, Any], key: str, where: str) -> float:
-    value = _number(found, key, where)
-    if value is None:
-        raise _UnusableError(f"`{where}.{key}` is missing, accepted is a number")
-    return float(value)
+def _optional(found: dict[str, Any], key: str, where: str) -> float | int | None:
+    return None if found.get(key) is None else _number(found, key, where)
 
 
 def _accuracy(row: dict[str, Any], key: str, path: str) -> float:
     value = _number(row, key, path)
-    if value is None or not 0 <= value <= 100:
+    if not 0 <= value <= 100:
         raise _UnusableError(f"`{path}.{key}` is {value!r}, accepted is 0 to 100")
     return float(value)
 

@@ -1,6 +1,5 @@
 """Accuracy along the dial: a curve for each checkpoint, beside dense networks of other widths."""
 
-import io
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -12,12 +11,13 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from ..evaluate.curves import NEUTRAL
+from ..evaluate.curves import DENSE, GATED, NEUTRAL
+from ..files import png_of
 from .records import Record, Sweep
-from .tables import NOTHING, Row, Table, dataset_name, variant_name
+from .tables import NOTHING, Row, Table, transfer_name, variant_name
 
 # Okabe and Ito's palette, and a marker for each.
-_COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "black")
+_COLOURS = (GATED, DENSE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "black")
 _MARKERS = "osD^vP*"
 
 _Panel = tuple[str, str, str]
@@ -47,10 +47,7 @@ def draw_sweeps(sweeps: Sequence[Sweep], records: Iterable[Record]) -> bytes | N
     )
     for axis, (panel, curves) in zip(axes.flat, panels.items(), strict=True):
         _draw_panel(axis, panel, curves, rivals.get(panel, {}))
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    plt.close(figure)
-    return buffer.getvalue()
+    return png_of(figure, dpi=120)
 
 
 def sweep_table(sweeps: Sequence[Sweep]) -> Table:
@@ -123,8 +120,7 @@ def _text(point: _Point | None) -> str:
 
 def _title(panel: _Panel) -> str:
     trained_on, evaluated_on, images = panel
-    where = dataset_name(evaluated_on) + images
-    return where if trained_on == evaluated_on else f"{dataset_name(trained_on)} → {where}"
+    return transfer_name(trained_on, evaluated_on) + images
 
 
 def _draw_panel(

@@ -147,9 +147,7 @@ def compare(published: PublishedTable, measured: Sequence[Cell]) -> Table | None
         here = [
             c for c in (*published.cells, *taken) if (c.trained_on, c.evaluated_on) == (start, end)
         ]
-        heading = (
-            f"{dataset_name(start)} → {dataset_name(end)}" if transfer else dataset_name(start)
-        )
+        heading = transfer_name(start, end)
         for (budget, source), cells in _lines(here, paper, in_every_row):
             figures = (_show(_first(cells, column.of), column.figure) for column in columns)
             texts = (heading, _budget_text(budget, in_every_row), source, *figures)
@@ -292,6 +290,12 @@ def metric_name(record: Record) -> str:
 def dataset_name(dataset: str) -> str:
     """As in the papers, "CIFAR-10" for "cifar10"; other names as they are."""
     return DATASETS.get(dataset, dataset)
+
+
+def transfer_name(trained_on: str, evaluated_on: str) -> str:
+    """The data set; both of them, where they differ."""
+    names = dict.fromkeys((dataset_name(trained_on), dataset_name(evaluated_on)))
+    return " → ".join(names)
 
 
 def variant_name(variant: str) -> str:
