@@ -1,6 +1,7 @@
 """Small configs, and training steps without a Trainer."""
 
 import copy
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from solo_gating import METHODS
 
+ROOT = Path(__file__).parents[1]
+
 METHOD_KWARGS: dict[str, dict[str, Any]] = {
     "vicreg": {"sim_loss_weight": 25.0, "var_loss_weight": 25.0, "cov_loss_weight": 1.0},
     "barlow": {"lamb": 0.0051, "scale_loss": 0.1},
@@ -25,6 +28,12 @@ METHOD_KWARGS: dict[str, dict[str, Any]] = {
     "wmse": {"proj_output_dim": 4, "whitening_size": 8, "whitening_eps": 0.0},
     "vibcreg": {"cov_loss_weight": 8.0},
 }
+
+
+def package_environment(**more: str) -> dict[str, str]:
+    """The environment of a process that finds this checkout, behind what PYTHONPATH names."""
+    paths = [*os.environ.get("PYTHONPATH", "").split(os.pathsep), str(ROOT)]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **more}
 
 
 def tiny_config(method: str = "vicreg_dual", **overrides: Any) -> DictConfig:

@@ -1,7 +1,6 @@
 """What main_benchmark_train measures: steps as Lightning does them, honest memory, rows that add up."""
 
 import json
-import sys
 from itertools import pairwise
 
 import lightning.pytorch as pl
@@ -9,21 +8,17 @@ import numpy as np
 import pytest
 import torch
 
+from solo_gating import main_benchmark_train
 from solo_gating.benchmark.memory import added_bytes, bytes_of
 from solo_gating.benchmark.parts import part_milliseconds
 from solo_gating.benchmark.peak import step_flops
 from solo_gating.benchmark.step import Setup, TrainingStep
 from solo_gating.flops import count_flops
-from solo_gating.main_benchmark_train import main, rows
+from solo_gating.main_benchmark_train import rows
 from solo_gating.training.model import build_model
 
 TINY = Setup(batch=4, resolution=16, width=4, projector=16, accelerator="cpu", optimization="sgd")
 CPU = torch.device("cpu")
-
-
-def call(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["main_benchmark_train", *map(str, arguments)])
-    main()
 
 
 class _Batches(torch.utils.data.Dataset):
@@ -158,25 +153,15 @@ def test_rows_compare_rounds_in_pairs():
     assert second["noisy"]
 
 
-def test_end_to_end(tmp_path, monkeypatch, capsys):
-    call(
-        monkeypatch,
-        *(
-            "--batch",
-            4,
-            "--resolution",
-            16,
-            "--backbone-width",
-            4,
-            "--projector-width",
-            16,
-            "--optimization",
-            "adamw",
-        ),
-        *("--methods", "vicreg_dual", "vicreg_dual_two_encoders", "--precision", "bf16-mixed"),
-        *("--memory-format", "contiguous", "--changes", "32-true", "fused"),
-        *("--seconds", 0.1, "--output", tmp_path),
+def test_end_to_end(tmp_path, call):
+    code, printed, errors = call(
+        main_benchmark_train,
+        *("--batch", "4", "--resolution", "16", "--backbone-width", "4", "--projector-width", "16"),
+        *("--optimization", "adamw", "--precision", "bf16-mixed", "--memory-format", "contiguous"),
+        *("--methods", "vicreg_dual", "vicreg_dual_two_encoders"),
+        *("--changes", "32-true", "fused", "--seconds", "0.1", "--output", str(tmp_path)),
     )
+    assert code == 0, errors
     report = json.loads((tmp_path / "benchmark_train.json").read_text())
     methods = ["vicreg", "vicreg_dual", "vicreg_dual_two_encoders"]
     methods += ["vicreg_dual, 32-true", "vicreg_dual, fused"]
@@ -190,7 +175,6 @@ def test_end_to_end(tmp_path, monkeypatch, capsys):
     assert report["precision"] == "bf16-mixed"
     assert report["versions"]["torch"] == torch.__version__.split("+")[0]
     assert np.isfinite(report["rows"][1]["extra_milliseconds"])
-    printed = capsys.readouterr().out
     assert "vicreg_dual_two_encoders" in printed
     assert "gates" in printed
 
@@ -215,8 +199,9 @@ def test_end_to_end(tmp_path, monkeypatch, capsys):
         (("--threads", 5000), "threads: found 5000, accepted is at most"),
     ],
 )
-def test_mistakes_are_told_in_one_sentence(arguments, words, tmp_path, monkeypatch, capsys):
-    with pytest.raises(SystemExit):
-        call(monkeypatch, *arguments, "--output", tmp_path / "out")
-    assert words in capsys.readouterr().err
+def test_mistakes_are_told_in_one_sentence(arguments, words, tmp_path, call):
+    out = str(tmp_path / "out")
+    code, _, errors = call(main_benchmark_train, *map(str, arguments), "--output", out)
+    assert code != 0
+    assert words in errors
     assert not (tmp_path / "out").exists()

@@ -1,10 +1,8 @@
 """The entry points, as processes of their own where that is what matters."""
 
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -13,17 +11,14 @@ from solo_gating.__main__ import main as run_script
 from solo_gating.cli import config_names
 from solo_gating.solo_learn import LINE
 
-from .helpers import write_images
-
-ROOT = Path(__file__).parents[1]
+from .helpers import package_environment, write_images
 
 
 def start(*arguments, cwd):
-    path = os.pathsep.join([*os.environ.get("PYTHONPATH", "").split(os.pathsep), str(ROOT)])
     return subprocess.run(
         [sys.executable, "-m", *map(str, arguments)],
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": path},
+        env=package_environment(),
         capture_output=True,
         text=True,
         check=False,

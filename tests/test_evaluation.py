@@ -46,9 +46,8 @@ from solo_gating.flops import count_flops
 from solo_gating.gates import ChannelGate
 from solo_gating.main_knn import evaluate_knn
 
-from .helpers import fixed_noise, randomise_norms, tiny_config
+from .helpers import fixed_noise, package_environment, randomise_norms, tiny_config
 
-ROOT = Path(__file__).parents[1]
 VAL = slice(1400, 1431)  # digits by other writers than the first 1,400
 
 # What the tests of all evaluations use
@@ -771,12 +770,11 @@ def test_without_a_checkpoint_an_evaluation_asks_for_one(module, call, tmp_path,
 
 
 def test_a_mistake_is_one_line_of_a_process_that_fails(tmp_path):
-    path = os.pathsep.join([*os.environ.get("PYTHONPATH", "").split(os.pathsep), str(ROOT)])
     argument = "pretrained_feature_extractor=nowhere.ckpt"
     result = subprocess.run(
         [sys.executable, "-m", "solo_gating.main_knn", argument],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": path},
+        env=package_environment(),
         capture_output=True,
         text=True,
         check=False,

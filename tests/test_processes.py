@@ -15,17 +15,17 @@ from solo_gating.files import read_json
 from solo_gating.main_pretrain import pretrain
 from solo_gating.training.processes import lost_process
 
-from .test_cli import ROOT, assert_one_sentence
+from .helpers import package_environment
+from .test_cli import assert_one_sentence
 from .test_pretrain import STEPS, run_config, run_folder
 
 
 def start(module, *arguments, cwd):
     """An entry point in processes of its own."""
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
         [sys.executable, "-m", f"solo_gating.{module}", *map(str, arguments)],
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        env=package_environment(OMP_NUM_THREADS="1"),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
