@@ -90,7 +90,7 @@ def table(out: Path, shares: list[float]) -> None:
 
 
 def cell(rows: list[dict[str, float]]) -> str:
-    """Both accuracies, and the share where it is not the column's."""
+    """Both accuracies; empty without a run."""
     return " / ".join(mean([row[kind] for row in rows]) for kind in ("knn", "linear") if rows)
 
 

@@ -42,7 +42,7 @@ gaussian_blur:{prob:0.0},solarization:{prob:0.1},equalization:{prob:0.0},horizon
         optimizer.batch_size=64 optimizer.lr=6e-3 scheduler.warmup_epochs=$((epochs / 10))
         method_kwargs.proj_hidden_dim=512 method_kwargs.proj_output_dim=512)
     ;;
-*) sed -n '2,15p' "$0"; exit 2 ;;
+*) sed -n '2,/^[^#]/{/^#/p}' "$0"; exit 2 ;;
 esac
 out=${OUT:-trained_models/study_$data}
 common+=(max_epochs="$epochs" check_val_every_n_epoch="$epochs")

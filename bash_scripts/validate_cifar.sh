@@ -10,7 +10,7 @@
 # runs, OUT/table.md the table. A finished run is not repeated; JOBS (default 1) runs at once.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-[ $# -ge 1 ] || { sed -n '2,12p' "$0"; exit 2; }
+[ $# -ge 1 ] || { sed -n '2,/^[^#]/{/^#/p}' "$0"; exit 2; }
 data=$1; shift
 [ -d "$data" ] || { echo "error: DATA: '$data' is not a folder of train*.npz and test.npz" >&2; exit 2; }
 case "$(basename "$data")" in cifar100*) dataset=cifar100 ;; *) dataset=cifar10 ;; esac

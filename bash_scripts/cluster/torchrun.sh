@@ -8,7 +8,7 @@
 # machine, one per GPU; default 8), PYTHON. On one machine `devices=8 strategy=ddp` does without torchrun.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-[ $# -ge 1 ] || { sed -n '2,9p' "$0"; exit 2; }
+[ $# -ge 1 ] || { sed -n '2,/^[^#]/{/^#/p}' "$0"; exit 2; }
 source bash_scripts/environment.sh
 nodes=${NODES:-1} processes=${PROCESSES:-8} master=${MASTER:-127.0.0.1:29500}
 exec "$python" -m torch.distributed.run --nnodes "$nodes" --node-rank "${NODE_RANK:-0}" \

@@ -12,7 +12,7 @@
 # evaluation, default "augment=false seeds=3": features without augmentation, computed once),
 # BENCHMARK (options of main_benchmark_train, for the 1-minute check at the start).
 set -euo pipefail
-usage() { sed -n '2,16p' "$0"; exit 2; }
+usage() { sed -n '2,/^[^#]/{/^#/p}' "$0"; exit 2; }
 [ $# -ge 2 ] || usage
 [[ $1 =~ ^[1-9][0-9]*$ ]] || { echo "error: SECONDS: found '$1', accepted is a number ≥ 1" >&2; exit 2; }
 [ -d "$2" ] || { echo "error: DATA: '$2' is not a folder" >&2; exit 2; }
