@@ -138,10 +138,9 @@ def _guarded(
 
 @contextmanager
 def one_sentence_errors(evaluation: str | None = None) -> Iterator[None]:
-    """End the process with one sentence for a user's mistake and for what stops a run from outside.
+    """End the process with one sentence for what is no fault of the program.
 
-    The latter are a loss that is not finite, Ctrl-C, and the death of another process.
-
+    That is a user's mistake, a loss that is not finite, Ctrl-C, or the death of another process.
     With HYDRA_FULL_ERROR=1 in the environment the stack trace is shown.
 
     Args:

@@ -67,6 +67,11 @@ class BackboneFlops:
         """What every image costs on the gated path: stem, shortcuts and gates."""
         return self.stem + self.gates + sum(block.shortcut for block in self.blocks)
 
+    @property
+    def lowest_share(self) -> float:
+        """The least that the gated path can use, of the dense FLOPs."""
+        return self.fixed / self.dense
+
     def gated(self, channels: Tensor) -> Tensor:
         """F^R for numbers of selected channels.
 

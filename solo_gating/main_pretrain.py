@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from .cli import run
 from .config import prepare_config, scale_learning_rates
@@ -102,9 +102,11 @@ def _checkpoint_to_continue(cfg: DictConfig) -> Path | None:
 
 def _final_table(cfg: DictConfig, model: Any, device: torch.device) -> dict[str, Any]:
     paths = getattr(model, "trained_paths", (None,))
+    # The same seed: as it was before training. Not worth compiling for one pass over the images.
+    untrained: Any = build_model(OmegaConf.merge(cfg, {"performance": {"compile": False}}))  # type: ignore[arg-type]
     return final_table(
         model.to(device).backbone,
-        build_model(cfg).to(device).backbone,  # the same seed: as it was before training
+        untrained.to(device).backbone,
         paths,
         evaluation_loader(cfg, "train"),
         evaluation_loader(cfg, "val"),

@@ -71,7 +71,7 @@ def calibrate(
         InputError: for a share that no threshold gives, or a budget outside of the range.
     """
     flops = count_flops(backbone, (images.shape[-2], images.shape[-1]))
-    lowest = flops.fixed / flops.dense
+    lowest = flops.lowest_share
     if not lowest <= share <= 1:
         raise InputError(
             f"calibrate: found {share}, accepted are shares from {lowest:.4f} (stem, shortcuts and "
@@ -148,8 +148,7 @@ def lowest_share(backbone: TwoPathResNet, resolution: tuple[int, int]) -> float:
         backbone: a gated encoder.
         resolution: height and width of the images.
     """
-    flops = count_flops(backbone, resolution)
-    return flops.fixed / flops.dense
+    return count_flops(backbone, resolution).lowest_share
 
 
 def mean_share(backbone: TwoPathResNet, images: Tensor) -> float:

@@ -29,7 +29,7 @@ def build_model(cfg: DictConfig) -> Any:
     model = METHODS[cfg.method](cfg)
     if not cfg.performance.disable_channel_last:
         model = model.to(memory_format=torch.channels_last)
-    if cfg.performance.get("compile", False):
+    if cfg.performance.compile:
         compile_model(model, options=_COMPILER_OPTIONS)
     return model
 
