@@ -1,8 +1,8 @@
-"""Helpers of study_every_budget.sh.
+"""Helpers of study.sh.
 
-python bash_scripts/study.py shrink DATA FOLDER PIXELS   images of DATA's arrays, made smaller
-python bash_scripts/study.py evaluate CHECKPOINT FILE SHARE...
-python bash_scripts/study.py table OUT SHARE...          the table of all runs
+python bash_scripts/every_budget/study.py shrink DATA FOLDER PIXELS   images of DATA's arrays, made smaller
+python bash_scripts/every_budget/study.py evaluate CHECKPOINT FILE SHARE...
+python bash_scripts/every_budget/study.py table OUT SHARE...          the table of all runs
 """
 
 import json
@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import ablations  # noqa: F401 - checkpoints name its methods
 import numpy as np
 import torch
 from PIL import Image

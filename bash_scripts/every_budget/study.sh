@@ -3,8 +3,8 @@
 # several seeds, evaluates both paths (1-NN, and logistic regression on standardised features) at given
 # shares of the FLOPs, and prints a table (mean ± std). docs/every_budget.md has the results.
 #
-#   bash bash_scripts/study_every_budget.sh digits [key=value ...]
-#   DATA=FOLDER bash bash_scripts/study_every_budget.sh cifar10 [key=value ...]
+#   bash bash_scripts/every_budget/study.sh digits [key=value ...]
+#   DATA=FOLDER bash bash_scripts/every_budget/study.sh cifar10 [key=value ...]
 #
 # FOLDER holds train*.npz and test.npz, as for validate_cifar.sh. Further arguments override every
 # run's config. From the environment: OUT (default trained_models/study_<data>), SEEDS ("0 1 2"),
@@ -12,7 +12,7 @@
 # cifar10 20), PIXELS (cifar10: the images are made smaller first; 16), JOBS (1) runs at once. What is
 # finished is not repeated.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 data=${1:-}; shift || true
 read -r -a seeds <<<"${SEEDS:-0 1 2}"
 read -r -a shares <<<"${SHARES:-0.1 0.3 0.5 0.8}"
@@ -36,7 +36,7 @@ cifar10)
 color_jitter:{prob:0.8,brightness:0.4,contrast:0.4,saturation:0.2,hue:0.1},grayscale:{prob:0.2},\
 gaussian_blur:{prob:0.0},solarization:{prob:0.1},equalization:{prob:0.0},horizontal_flip:{prob:0.5}}"
     images=datasets/study_cifar10_$pixels
-    [ -e "$images/test.npz" ] || "$python" bash_scripts/study.py shrink "$DATA" "$images" "$pixels"
+    [ -e "$images/test.npz" ] || "$python" bash_scripts/every_budget/study.py shrink "$DATA" "$images" "$pixels"
     common+=(optimization=adamw data.format=npz "data.train_path='$images/train*.npz'"
         "data.val_path='$images/test.npz'" data.pipeline=device "augmentations=[$view,$view]"
         optimizer.batch_size=64 optimizer.lr=6e-3 scheduler.warmup_epochs=$((epochs / 10))
@@ -60,10 +60,15 @@ declare -A overrides=(
     [annealed_sandwich]="$annealed gating.budget_sampling=sandwich"
     [annealed_shuffled]="$annealed gating.shuffle_views=true"
     [annealed_lambda_5]="$annealed gating.sparsity_weight=5"
+    [annealed_per_image]="$annealed method=vicreg_budget_per_image"
+    [annealed_diverse]="$annealed method=vicreg_diverse"
+    [annealed_detached]="$annealed method=vicreg_detached_dense"
+    [annealed_half_dense]="$annealed method=vicreg_half_dense"
+    [warm_half]="$range gating.open_start=true gating.warmup_epochs=$((epochs / 2)) method=vicreg_inherited_bn"
     # Dense networks of the FLOPs that the shares mean: width × √share.
     [dense]="" [dense_0.1]="" [dense_0.3]="" [dense_0.5]=""
 )
-default="dense fixed_0.1 fixed_0.3 fixed_0.5 range range_untold annealed annealed_only annealed_log_uniform annealed_sandwich annealed_shuffled annealed_lambda_5 dense_0.1 dense_0.3 dense_0.5"
+default="dense fixed_0.1 fixed_0.3 fixed_0.5 range range_untold annealed annealed_only annealed_log_uniform annealed_sandwich annealed_shuffled annealed_lambda_5 annealed_per_image annealed_diverse annealed_detached annealed_half_dense warm_half dense_0.1 dense_0.3 dense_0.5"
 read -r -a variants <<<"${VARIANTS:-$default}"
 for variant in "${variants[@]}"; do
     [ -n "${overrides[$variant]+known}" ] || { echo "error: VARIANTS: found $variant, accepted are $default" >&2; exit 2; }
@@ -82,9 +87,9 @@ study() { # variant, seed, overrides
         run=("$dual" "${run[@]}" "${words[@]}")
     fi
     compgen -G "$folder/*/*/metrics.json" >/dev/null ||
-        "$python" -m solo_gating.main_pretrain --config-name "${run[@]}" backbone.kwargs.width="$run_width" "$@"
+        "$python" bash_scripts/every_budget/ablations.py --config-name "${run[@]}" backbone.kwargs.width="$run_width" "$@"
     [ -e "$folder/accuracies.json" ] ||
-        "$python" bash_scripts/study.py evaluate "$(compgen -G "$folder/*/*/last.ckpt")" \
+        "$python" bash_scripts/every_budget/study.py evaluate "$(compgen -G "$folder/*/*/last.ckpt")" \
             "$folder/accuracies.json" "${shares[@]}"
 }
 
@@ -96,4 +101,4 @@ for seed in "${seeds[@]}"; do
     done
 done
 wait
-"$python" bash_scripts/study.py table "$out" "${shares[@]}" | tee "$out/table.md"
+"$python" bash_scripts/every_budget/study.py table "$out" "${shares[@]}" | tee "$out/table.md"

@@ -1,0 +1,121 @@
+"""Variants of VICReg-Dual-Gating that docs/every_budget.md studies and the package does not have.
+
+python bash_scripts/every_budget/ablations.py --config-name vicreg_dual_cifar10 method=NAME [key=value ...]
+
+is `python -m solo_gating.main_pretrain` that knows their NAMEs, too: see ABLATIONS.
+"""
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from solo_gating import GATED_METHODS, METHODS
+from solo_gating.backbones import ForwardPass
+from solo_gating.flops import selected_channels
+from solo_gating.main_pretrain import main
+from solo_gating.methods import DualMethod, GatedMethod, VICRegDual
+from solo_gating.solo_learn import VICReg
+
+
+class HalfDense(VICRegDual):
+    """In half of the steps, drawn at random, both views are dense."""
+
+    def _views(self) -> tuple[str, ...]:
+        draw = random.Random(f"dense, seed {self._seed}, step {self.global_step}").random()
+        return ("dense",) * len(self.gating.views) if draw < 0.5 else super()._views()
+
+
+class InheritedBatchNorm(VICRegDual):
+    """After the dense epochs at the start the gated BatchNorms become copies of the dense ones."""
+
+    def on_train_epoch_start(self) -> None:
+        super().on_train_epoch_start()
+        if self.current_epoch == self.gating.warmup_epochs:
+            for block in self.backbone.gated_blocks:
+                block.gated_bn1.load_state_dict(block.bn1.state_dict())
+                block.gated_bn2.load_state_dict(block.bn2.state_dict())
+
+
+class Diverse(VICRegDual):
+    """Channels are rewarded for deciding differently from image to image.
+
+    A view's loss gets −4 · the mean over channels of their masks' variance over the batch: −1 at
+    the least.
+    """
+
+    def _gates_loss(self, passes: list[ForwardPass], epoch: int, target: float) -> Tensor:
+        masks = [torch.cat(view.masks, dim=1) for view in passes]
+        variances = torch.stack([mask.var(dim=0, correction=0).mean() for mask in masks])
+        return super()._gates_loss(passes, epoch, target) - 4 * variances.sum()
+
+
+class BudgetPerImageStep(DualMethod):
+    """Each image of a step has a budget of its own: told to the gates, and asked for in the loss.
+
+    λ · mean over images of (share − budget)² is the usual budget loss of the batch's means, and
+    λ · variance over images of (share − budget).
+    """
+
+    def training_step(self, batch: list[Any], batch_idx: int) -> dict[str, Any]:
+        epoch = self.current_epoch - self.gating.warmup_epochs
+        if epoch < 0:
+            return super().training_step(batch, batch_idx)
+        low, high = self.budget_schedule.ends(epoch)
+        seed = random.Random(f"budgets, seed {self._seed}, step {self.global_step}").getrandbits(32)
+        draws = torch.rand(len(batch[-1]), generator=torch.Generator().manual_seed(seed))
+        budgets = (low + (high - low) * draws).to(self.device)
+        backbone = self.backbone
+        backbone._budget = budgets  # what the gates are told outside of a scope with a budget
+        with backbone.path(*self._views()) as passes:
+            outs = super(GatedMethod, self).training_step(batch, batch_idx)
+        backbone.budget = None
+        gated = [view for view in passes if view.path == "gated"]
+        outs["loss"] = outs["loss"] + self._gates_loss(gated, epoch, float(budgets.mean()))
+        for view in gated:
+            shares = self.flops(view.resolution).share(selected_channels(view.masks))
+            difference = (shares - budgets).var(correction=0)
+            outs["loss"] = outs["loss"] + self.gating.sparsity_weight * difference
+        self._remember(passes, batch[-1])
+        return outs
+
+
+class DetachedDenseForward(DualMethod):
+    """The dense view is a target: its gradient ends at the projector."""
+
+    _order: Iterator[str] | None = None
+
+    def _views(self) -> tuple[str, ...]:
+        views = super()._views()
+        self._order = iter(views)
+        return views
+
+    def forward(self, X: Tensor) -> dict[str, Any]:
+        out = super().forward(X)
+        if self.training and self._order is not None and next(self._order) == "dense":
+            out["feats"] = out["feats"].detach()
+        return out
+
+
+class BudgetPerImage(VICReg, BudgetPerImageStep):
+    """VICReg with `BudgetPerImageStep`."""
+
+
+class DetachedDense(VICReg, DetachedDenseForward):
+    """VICReg with `DetachedDenseForward`."""
+
+
+ABLATIONS: dict[str, type[GatedMethod]] = {
+    "vicreg_half_dense": HalfDense,
+    "vicreg_inherited_bn": InheritedBatchNorm,
+    "vicreg_diverse": Diverse,
+    "vicreg_budget_per_image": BudgetPerImage,
+    "vicreg_detached_dense": DetachedDense,
+}
+GATED_METHODS.update(ABLATIONS)
+METHODS.update(ABLATIONS)
+
+if __name__ == "__main__":
+    main()
