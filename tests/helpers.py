@@ -2,7 +2,7 @@
 
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +11,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
@@ -34,6 +35,24 @@ def package_environment(**more: str) -> dict[str, str]:
     """The environment of a process that finds this checkout, behind what PYTHONPATH names."""
     paths = [*os.environ.get("PYTHONPATH", "").split(os.pathsep), str(ROOT)]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **more}
+
+
+def of_two_processes(function: Callable[[int], Any], folder: Path) -> list[Any]:
+    """What a module's function of the rank returns in each of two gloo processes."""
+    method = "forkserver"  # what is imported is imported once, and not beside running threads
+    torch.multiprocessing.get_context(method).set_forkserver_preload([function.__module__])
+    torch.multiprocessing.start_processes(
+        _in_group, (function, str(folder)), nprocs=2, start_method=method
+    )
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def _in_group(rank: int, function: Callable[[int], Any], folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.save(function(rank), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
 
 
 def tiny_config(method: str = "vicreg_dual", **overrides: Any) -> DictConfig:

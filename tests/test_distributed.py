@@ -1,6 +1,5 @@
 """Two processes with a batch of B each give the gradients of one process with 2·B."""
 
-import os
 from typing import Any
 from unittest import mock
 
@@ -13,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from solo_gating.methods import gated
 
-from .helpers import default_dtype, random_batch, tiny_config, tiny_model
+from .helpers import default_dtype, of_two_processes, random_batch, tiny_config, tiny_model
 
 RANGE = "vicreg_dual over a range of budgets"
 METHODS = ("vicreg_dual", "simsiam_gated", RANGE)
@@ -101,25 +100,19 @@ def gradients(method: str, rows: slice, parallel: bool) -> tuple[dict[str, Tenso
     return found, model.logged["train_flops_share"]
 
 
-def process(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+def process(rank: int) -> dict[str, Any]:
     rows = slice(rank * BATCH, (rank + 1) * BATCH)
     with default_dtype(torch.float64):
         results = {method: gradients(method, rows, parallel=True) for method in METHODS}
         with mock.patch.object(gated, "global_mean", lambda values: values):
             results[LOCAL] = gradients("vicreg_dual", rows, parallel=True)
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return results
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """What both processes found."""
-    folder = tmp_path_factory.mktemp("processes")
-    torch.multiprocessing.spawn(process, (str(folder),), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return of_two_processes(process, tmp_path_factory.mktemp("processes"))
 
 
 def one(method):

@@ -3,10 +3,7 @@
 import copy
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
@@ -17,7 +14,6 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import torchvision
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
@@ -46,7 +42,7 @@ from solo_gating.flops import count_flops
 from solo_gating.gates import ChannelGate
 from solo_gating.main_knn import evaluate_knn
 
-from .helpers import fixed_noise, package_environment, randomise_norms, tiny_config
+from .helpers import fixed_noise, of_two_processes, randomise_norms, tiny_config
 
 VAL = slice(1400, 1431)  # digits by other writers than the first 1,400
 
@@ -600,10 +596,7 @@ def test_a_backbone_is_left_as_it_was(training):
     assert torch.equal(again.features, found.features)
 
 
-def process(rank, folder):
-    torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+def process(rank):
     backbone, (images, targets) = tiny_backbone(), digit_tensors(VAL)
     batches = loader(images, targets, 4)
     found = {path: extract(backbone, batches, path) for path in ("dense", "gated")}
@@ -611,15 +604,13 @@ def process(rank, folder):
         extract(backbone, loader(images[:1]), "dense")
     except InputError as error:
         found["error"] = str(error)
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return found
 
 
 def test_two_processes_find_what_one_finds(tmp_path):
     """31 images: one process has 16, the other 15."""
-    torch.multiprocessing.spawn(process, (str(tmp_path),), nprocs=2)
+    both = of_two_processes(process, tmp_path)
     backbone, (images, targets) = tiny_backbone(), digit_tensors(VAL)
-    both = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
     for path in ("dense", "gated"):
         expected = extract(backbone, loader(images, targets), path)
         for found in (both[0][path], both[1][path]):
@@ -766,19 +757,4 @@ def test_without_a_checkpoint_an_evaluation_asks_for_one(module, call, tmp_path,
     assert code == 2
     assert stderr.startswith("error: pretrained_feature_extractor: missing")
     assert len(stderr.splitlines()) == 1
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_mistake_is_one_line_of_a_process_that_fails(tmp_path):
-    argument = "pretrained_feature_extractor=nowhere.ckpt"
-    result = subprocess.run(
-        [sys.executable, "-m", "solo_gating.main_knn", argument],
-        cwd=tmp_path,
-        env=package_environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 2
-    assert result.stderr == ("error: pretrained_feature_extractor: 'nowhere.ckpt' is not a file\n")
     assert list(tmp_path.iterdir()) == []

@@ -32,6 +32,7 @@ class InheritedBatchNorm(VICRegDual):
     """After the dense epochs at the start the gated BatchNorms become copies of the dense ones."""
 
     def on_train_epoch_start(self) -> None:
+        """The copying."""
         super().on_train_epoch_start()
         if self.current_epoch == self.gating.warmup_epochs:
             for block in self.backbone.gated_blocks:
@@ -60,6 +61,7 @@ class BudgetPerImageStep(DualMethod):
     """
 
     def training_step(self, batch: list[Any], batch_idx: int) -> dict[str, Any]:
+        """As `GatedMethod`'s, which has one budget for all images."""
         epoch = self.current_epoch - self.gating.warmup_epochs
         if epoch < 0:
             return super().training_step(batch, batch_idx)
@@ -93,6 +95,7 @@ class DetachedDenseForward(DualMethod):
         return views
 
     def forward(self, X: Tensor) -> dict[str, Any]:
+        """As the base's, the dense view's features without a gradient."""
         out = super().forward(X)
         if self.training and self._order is not None and next(self._order) == "dense":
             out["feats"] = out["feats"].detach()
