@@ -5,6 +5,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from .budgets import checked_budget
 from .checks import at_least, is_not_negative, one_of, require
 from .data import (
     DATASETS,
@@ -53,7 +54,7 @@ DEFAULTS: dict[str, Any] = {
     "knn_eval": {"enabled": False, "k": 20, "distance_func": "euclidean"},
     "performance": PERFORMANCE,
     "method_kwargs": {},
-    "final_knn": {"enabled": False, "labels_per_class": 10, "draws": 20},
+    "final_knn": {"enabled": False, "labels_per_class": 10, "draws": 20, "budgets": []},
     "flops": {"checkpoint": None, "images": 1000, "budget": None, "output": None},
 }
 _OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -115,14 +116,27 @@ def prepare_config(cfg: DictConfig) -> DictConfig:
         raise InputError("final_knn.enabled: found true, which needs data.val_path and labels")
 
     if cfg.method in GATED_METHODS:
-        GatingConfig.from_config(cfg, GATED_METHODS[cfg.method].default_views)
+        gating = GatingConfig.from_config(cfg, GATED_METHODS[cfg.method].default_views)
         check_gated_backbone(cfg)
+        _check_final_budgets(cfg.final_knn, gating)
     elif cfg.get("gating") is not None:
         raise InputError(
             f"gating: method {cfg.method!r} has no gates; those that do are "
             f"{', '.join(sorted(GATED_METHODS))}"
         )
     return cfg
+
+
+def _check_final_budgets(final_knn: DictConfig, gating: GatingConfig) -> None:
+    """They are a range's: a run for one budget, in which a config may be changed, has none."""
+    if not gating.told:
+        final_knn.budgets = []
+    elif not OmegaConf.is_list(final_knn.budgets):
+        raise InputError(
+            f"final_knn.budgets: found {final_knn.budgets!r}, accepted is a list like [0.1, 0.3]"
+        )
+    for budget in final_knn.budgets:
+        checked_budget(budget, gating.budget_range, "final_knn.budgets")
 
 
 def check_optimizer(optimizer: DictConfig, least_batch: int = 1) -> None:

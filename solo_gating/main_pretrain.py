@@ -112,6 +112,7 @@ def _final_table(cfg: DictConfig, model: Any, device: torch.device) -> dict[str,
         evaluation_loader(cfg, "val"),
         cfg.final_knn.labels_per_class,
         cfg.final_knn.draws,
+        cfg.final_knn.budgets,
     )
 
 

@@ -23,6 +23,7 @@ from solo_gating.evaluate.curves import draw_curves
 from solo_gating.evaluate.dial import calibrate, lowest_share, mean_share, sweep
 from solo_gating.evaluate.encoder import load_encoder
 from solo_gating.evaluate.features import extract
+from solo_gating.evaluate.final_table import format_table
 from solo_gating.evaluate.policy import policy_of, read_policy
 from solo_gating.flops import count_flops, count_parameters
 from solo_gating.gates import BudgetEmbedding
@@ -446,6 +447,7 @@ def trained(tmp_path_factory):
             gating={"target_budget": RANGE},
             optimizer={"batch_size": 32},
             checkpoint={"enabled": True, "dir": str(folder), "keep_prev": True},
+            final_knn={"enabled": True, "labels_per_class": 2, "budgets": [0.1, 0.8]},
         )
         seen = []
 
@@ -487,6 +489,29 @@ def test_a_checkpoint_says_its_range(trained):
     assert metrics["pretraining"]["target_budget"] == RANGE
     assert LOW <= metrics["logged"]["train_target_budget"] <= HIGH
     assert draw_curves(checkpoint.parent, RANGE, "title").is_file()
+
+
+def test_the_table_at_the_end_has_a_row_for_each_budget(trained):
+    folder, _ = trained
+    checkpoint = next(folder.rglob("last.ckpt"))
+    table = json.loads((checkpoint.parent / "metrics.json").read_text())
+    rows = [name for name in table if name.startswith("gated")]
+    assert rows == ["gated", "gated at 0.1", "gated at 0.8"]
+    for told in (0.1, 0.8):
+        metrics = evaluate_knn(evaluation_config("knn", checkpoint, f"budget={told}", "k=1"))
+        row = table[f"gated at {told}"]
+        assert row["knn_top1"] == pytest.approx(metrics["gated"]["knn_top1"])
+        assert row["flops"] == pytest.approx(metrics["gated"]["flops"])
+        assert row["flops_cut"] == pytest.approx(1 - row["flops"] / table["dense"]["flops"])
+    assert "gated at 0.8 " in format_table({n: table[n] for n in ("raw", "untrained", *rows)})
+
+
+def test_budgets_of_the_table_are_in_the_range(tmp_path):
+    for budgets, words in (([0.1, 0.95], "found 0.95, accepted is a number from"), ("x", "a list")):
+        cfg = run_config(tmp_path, gating={"target_budget": RANGE}, final_knn={"budgets": budgets})
+        assert_refused(lambda cfg=cfg: prepare_config(cfg), "final_knn.budgets: found", words)
+    one = run_config(tmp_path, final_knn={"budgets": [0.1]})
+    assert prepare_config(one).final_knn.budgets == []
 
 
 # Evaluation

@@ -1,12 +1,13 @@
 """The table at the end of a run: raw pixels, untrained, dense and gated encoder side by side."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from ..backbones import TwoPathResNet
 from .features import extract
 from .knn import knn_top1, knn_top1_few_labels
 
@@ -21,6 +22,7 @@ def final_table(
     test: DataLoader,
     labels_per_class: int,
     draws: int,
+    budgets: Sequence[float] = (),
 ) -> dict[str, Row]:
     """1-NN accuracy with all labels and with a few per class, and FLOPs per image.
 
@@ -32,10 +34,12 @@ def final_table(
         test: images to classify.
         labels_per_class: labels of the second figure.
         draws: choices of labelled images over which it is averaged.
+        budgets: that the gates of a backbone for a range are told, one after the other.
 
     Returns:
-        Rows "raw", "untrained", and "dense" and "gated" as far as they were trained, with
-        `knn_top1`, `knn_top1_<n>_per_class`, `flops` and, for "gated", `flops_cut` (1 − share).
+        Rows "raw", "untrained", "dense" and "gated" as far as they were trained, and "gated at 0.1"
+        for a budget of 0.1. Each has `knn_top1`, `knn_top1_<n>_per_class`, `flops` and, on the
+        gated path, `flops_cut` (1 − share).
     """
 
     def row(encode: Callable[[DataLoader], tuple[Tensor, Tensor, float | None]]) -> Row:
@@ -62,8 +66,15 @@ def final_table(
     table = {"raw": row(raw_pixels), "untrained": row(encoder(untrained, paths[0] and "dense"))}
     for path in paths:
         table[path or "dense"] = row(encoder(backbone, path))
-    if "gated" in table and "flops" in table["untrained"]:
-        table["gated"]["flops_cut"] = 1 - table["gated"]["flops"] / table["untrained"]["flops"]
+    if isinstance(backbone, TwoPathResNet) and budgets:
+        before = backbone.budget
+        for budget in budgets:
+            backbone.budget = budget
+            table[f"gated at {budget:g}"] = row(encoder(backbone, "gated"))
+        backbone.budget = before
+    for name, figures in table.items():
+        if name.startswith("gated"):
+            figures["flops_cut"] = 1 - figures["flops"] / table["untrained"]["flops"]
     return table
 
 
