@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
+from solo.losses.barlow import barlow_loss_func
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
@@ -13,7 +14,7 @@ from solo_gating import InputError
 from solo_gating.backbones import gated_resnet
 from solo_gating.config import prepare_config
 from solo_gating.gates import spatial_mean
-from solo_gating.solo_learn.fixes import covariance_loss
+from solo_gating.solo_learn.fixes import barlow_loss, covariance_loss
 from solo_gating.training.model import build_model, compile_model
 
 from .helpers import copy_of, random_batch, tiny_config, tiny_model
@@ -186,6 +187,8 @@ def test_the_mean_over_pixels_is_torchs():
         ("vicreg_dual", {}),
         ("vicreg_dual", {"target_budget": [0.1, 0.9]}),
         ("simsiam_gated", {}),
+        ("simclr_dual", {}),
+        ("barlow_dual", {}),
     ],
 )
 def test_no_step_waits_for_the_device(method, gating):
@@ -217,6 +220,17 @@ def test_the_covariance_loss_is_the_sum_off_the_diagonal():
         expected += (covariances**2).sum() - (np.diag(covariances) ** 2).sum()
     assert covariance_loss(z1, z2).item() == pytest.approx(expected / 5, rel=1e-12)
     assert torch.autograd.gradcheck(covariance_loss, (z1, z2))
+
+
+def test_barlow_s_loss_is_solo_learn_s():
+    z1, z2 = (torch.randn(7, 5, requires_grad=True) for _ in range(2))
+    found = barlow_loss(z1, z2, 0.0051, 0.1)
+    expected = barlow_loss_func(z1, z2, lamb=0.0051, scale_loss=0.1)
+    torch.testing.assert_close(found, expected)
+    for ours, theirs in zip(
+        torch.autograd.grad(found, (z1, z2)), torch.autograd.grad(expected, (z1, z2)), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_validation_runs_the_backbone_once_for_each_path(monkeypatch):

@@ -50,10 +50,11 @@ with warnings.catch_warnings():
         )
 
 from solo.losses import vicreg
+from solo.methods import barlow_twins
 
 from .fixes import mend
 
-mend(BaseMethod, vicreg)
+mend(BaseMethod, vicreg, barlow_twins)
 
 __all__ = [
     "LARS",

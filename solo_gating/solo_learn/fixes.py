@@ -1,7 +1,8 @@
 """What both lines share and is mended in one place.
 
 Broken under current torchmetrics and PyTorch: the kNN classifier, batches without labels, the
-checkpoints of methods with a static learning rate. Slow: VICReg's covariance loss.
+checkpoints of methods with a static learning rate. Slow: losses with a boolean mask, VICReg's of
+the covariances and Barlow Twins'.
 """
 
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import Metric
@@ -129,20 +131,48 @@ def _off_diagonal_squares(z: Tensor) -> Tensor:
     return squares.sum()
 
 
-def mend(base_method: type[Any], vicreg: ModuleType) -> None:
-    """Mend solo-learn's BaseMethod and covariance loss in place, once.
+def barlow_loss(z1: Tensor, z2: Tensor, lamb: float = 5e-3, scale_loss: float = 0.025) -> Tensor:
+    """Barlow Twins': scale · (Σ (1 − C_ii)² + λ · Σ C_ij²), C the views' cross-correlations.
+
+    The value, and the gradients, of `solo/losses/barlow.py`, which multiplies by λ behind a boolean
+    mask and so waits for a GPU.
+
+    Args:
+        z1: N × D.
+        z2: N × D.
+        lamb: λ.
+        scale_loss: the scale.
+    """
+    one, other = (F.batch_norm(z, None, None, training=True) for z in (z1, z2))
+    correlations = one.T @ other / len(z1)
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(correlations)
+        correlations /= dist.get_world_size()
+    aim = torch.eye(z1.shape[1], dtype=z1.dtype, device=z1.device)
+    weights = torch.full_like(correlations, lamb).fill_diagonal_(1)
+    return scale_loss * (weights * (correlations - aim).pow(2)).sum()
+
+
+def mend(base_method: type[Any], vicreg: ModuleType, barlow_twins: ModuleType) -> None:
+    """Mend solo-learn's BaseMethod and two losses in place, once.
 
     - A batch without a single label has the classification loss 0 (it was 0 / 0 = NaN, which also
       spoilt the online classifier's weights).
     - The scheduler of a method with a static learning rate (SimSiam) held a
       `functools.partial`; without it checkpoints load with `torch.load(weights_only=True)`, and
       resuming puts it back, since `configure_optimizers` runs first.
+
+    Args:
+        base_method: the class.
+        vicreg: the module of the loss.
+        barlow_twins: the module of the method.
     """
     if getattr(base_method, "_solo_gating_mended", False):
         return
     base_method._base_shared_step = _unlabelled_is_zero(base_method._base_shared_step)
     base_method.on_save_checkpoint = _without_functions
     vicreg.covariance_loss = covariance_loss  # type: ignore[attr-defined]
+    barlow_twins.barlow_loss_func = barlow_loss  # type: ignore[attr-defined]
     base_method._solo_gating_mended = True
 
 
