@@ -90,7 +90,6 @@ def _config(options: argparse.Namespace) -> DictConfig:
     check_effort(options.threads, options.seconds)
     one_of("config-name", options.config_name, config_names())
     cfg = composed(options.config_name, options.overrides)
-    OmegaConf.set_struct(cfg, False)
     cfg.data.pipeline, cfg.data.num_workers = "device", 0
     return prepare_config(cfg)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from lightning.fabric import Fabric
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
 
 from ..cli import composed
@@ -70,7 +70,6 @@ class Setup:
             *(["+optimizer.kwargs.fused=true"] if self.fused else []),
         ]
         cfg = composed(f"{recipe}_cifar100", overrides)
-        OmegaConf.set_struct(cfg, False)
         cfg = prepare_config(cfg)
         scale_learning_rates(cfg, 1)
         return cfg
