@@ -83,7 +83,13 @@ def main() -> None:
     parser.add_argument("--gpus-per-machine", type=int, default=8)
     parser.add_argument("--inside", type=float, default=200, help="GB/s, one machine (200)")
     parser.add_argument("--between", type=float, default=25, help="GB/s per GPU, several (25)")
-    parser.add_argument("--latency", type=float, nargs=2, default=[20, 50], help="µs, in one machine and between (20 50)")
+    parser.add_argument(
+        "--latency",
+        type=float,
+        nargs=2,
+        default=[20, 50],
+        help="µs, in one machine and between (20 50)",
+    )
     options = parser.parse_args()
 
     cfg = prepare_config(composed(options.config_name, ["precision=32-true"]))

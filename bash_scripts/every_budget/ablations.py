@@ -6,10 +6,10 @@ is `python -m solo_gating.main_pretrain` that knows their NAMEs, too: see ABLATI
 """
 
 import random
-from collections.abc import Iterator
 from typing import Any
 
 import torch
+from omegaconf import DictConfig
 from torch import Tensor
 
 from solo_gating import GATED_METHODS, METHODS
@@ -40,6 +40,20 @@ class InheritedBatchNorm(VICRegDual):
                 block.gated_bn2.load_state_dict(block.bn2.state_dict())
 
 
+class DetachedDense(VICRegDual):
+    """The dense view is a target of the gated one: its gradient ends behind the backbone."""
+
+    def __init__(self, cfg: DictConfig):
+        super().__init__(cfg)
+        self.backbone.register_forward_hook(_detached_beside_gated)
+
+
+def _detached_beside_gated(backbone: Any, args: Any, features: Tensor) -> Tensor:
+    """Nothing of the epochs in which all views are dense."""
+    paths = [view.path for view in backbone._scope.passes] if backbone.training else []
+    return features.detach() if paths == ["gated", "dense"] else features
+
+
 class Diverse(VICRegDual):
     """Channels are rewarded for deciding differently from image to image.
 
@@ -68,7 +82,7 @@ class BudgetPerImageStep(DualMethod):
         low, high = self.budget_schedule.ends(epoch)
         seed = random.Random(f"budgets, seed {self._seed}, step {self.global_step}").getrandbits(32)
         draws = torch.rand(len(batch[-1]), generator=torch.Generator().manual_seed(seed))
-        budgets = (low + (high - low) * draws).to(self.device)
+        budgets = (low + (high - low) * draws).to(batch[1][0])
         backbone = self.backbone
         backbone._budget = budgets  # what the gates are told outside of a scope with a budget
         with backbone.path(*self._views()) as passes:
@@ -84,30 +98,8 @@ class BudgetPerImageStep(DualMethod):
         return outs
 
 
-class DetachedDenseForward(DualMethod):
-    """The dense view is a target: its gradient ends at the projector."""
-
-    _order: Iterator[str] | None = None
-
-    def _views(self) -> tuple[str, ...]:
-        views = super()._views()
-        self._order = iter(views)
-        return views
-
-    def forward(self, X: Tensor) -> dict[str, Any]:
-        """As the base's, the dense view's features without a gradient."""
-        out = super().forward(X)
-        if self.training and self._order is not None and next(self._order) == "dense":
-            out["feats"] = out["feats"].detach()
-        return out
-
-
 class BudgetPerImage(VICReg, BudgetPerImageStep):
     """VICReg with `BudgetPerImageStep`."""
-
-
-class DetachedDense(VICReg, DetachedDenseForward):
-    """VICReg with `DetachedDenseForward`."""
 
 
 ABLATIONS: dict[str, type[GatedMethod]] = {
