@@ -35,6 +35,7 @@ REQUIRED = [
         for data in (*CIFAR, "imagenet100")
     ),
     "vicreg_dual_digits",
+    "vicreg_any_digits",
 ]
 
 
