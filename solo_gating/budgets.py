@@ -1,4 +1,4 @@
-"""Target budgets: one share of the FLOPs, or a range of them with a new one at each step."""
+"""Target budgets: one share of the FLOPs, or a range of them with new ones at each step."""
 
 import math
 import random
@@ -106,13 +106,25 @@ class BudgetSchedule:
                 have the same.
             epoch: as in `ends`.
         """
+        return self.each(seed, step, epoch, 1)[0]
+
+    def each(self, seed: int | None, step: int, epoch: int, images: int) -> list[float]:
+        """A budget for each image of a training step; the first one's is that of `at`.
+
+        Args:
+            seed: of the run.
+            step: as in `at`.
+            epoch: as in `ends`.
+            images: of all processes.
+        """
         low, high = self.ends(epoch)
         if low == high:
-            return low
+            return [low] * images
         if self.sampling == "sandwich" and step % 3 < 2:
-            return (low, high)[step % 3]
+            return [(low, high)[step % 3]] * images
         # Seeded with a text: the same numbers on every machine and in every Python.
-        uniform = random.Random(f"target budget, seed {seed}, step {step}").random()
+        stream = random.Random(f"target budget, seed {seed}, step {step}")
+        uniform = [stream.random() for _ in range(images)]
         if self.sampling == "log_uniform":
-            return min(high, low * math.exp(uniform * math.log(high / low)))
-        return low + uniform * (high - low)
+            return [min(high, low * math.exp(u * math.log(high / low))) for u in uniform]
+        return [low + u * (high - low) for u in uniform]

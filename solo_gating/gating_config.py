@@ -41,12 +41,13 @@ class GatingConfig:
         budget_anneal: over this share of the run's epochs, once the gates are switched on, the
             lower end of the range falls to its value from the upper end; the budget, where it is a
             number, from 1.
+        budget_per_image: whether each image of a step has a budget of its own, not each step.
         budget_embedding: whether the gates are told the budget of a range. Without it the network
             cannot be set to a budget later; its threshold can.
         open_start: whether the gates start open, with a bias of +4 that they learn.
         shuffle_views: whether each step draws which of the views take which of the paths.
 
-    The last five are of no published run; a config with a number for a budget that leaves them at
+    The last six are of no published run; a config with a number for a budget that leaves them at
     their defaults does not name them.
     """
 
@@ -62,6 +63,7 @@ class GatingConfig:
     views: tuple[str, ...] = field(default=())
     budget_sampling: str = "uniform"
     budget_anneal: float = 0.0
+    budget_per_image: bool = False
     budget_embedding: bool = True
     open_start: bool = False
     shuffle_views: bool = False
@@ -124,8 +126,13 @@ class GatingConfig:
             lambda v: is_not_negative(v) and v <= 1,
             "a number from 0 to 1",
         )
-        for key in ("budget_embedding", "open_start", "shuffle_views"):
+        for key in ("budget_per_image", "budget_embedding", "open_start", "shuffle_views"):
             true_or_false(f"gating.{key}", getattr(self, key))
+        if self.budget_per_image and not self.told:
+            raise InputError(
+                "gating.budget_per_image: found true, accepted is false for gates that are told no "
+                "budget (gating.target_budget is one number, or gating.budget_embedding is false)"
+            )
         for key in ("sparsity_weight", "bound_weight", "bound_decay"):
             require(f"gating.{key}", getattr(self, key), is_not_negative, "a number ≥ 0")
         require("gating.temperature", self.temperature, is_positive, "a number > 0")
@@ -192,6 +199,7 @@ class GatingConfig:
 _UNPUBLISHED = (
     "budget_sampling",
     "budget_anneal",
+    "budget_per_image",
     "budget_embedding",
     "open_start",
     "shuffle_views",

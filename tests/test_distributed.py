@@ -15,7 +15,8 @@ from solo_gating.methods import gated
 from .helpers import default_dtype, of_two_processes, random_batch, tiny_config, tiny_model
 
 RANGE = "vicreg_dual over a range of budgets"
-METHODS = ("vicreg_dual", "simsiam_gated", RANGE)
+PER_IMAGE = "vicreg_dual with a budget for each image"
+METHODS = ("vicreg_dual", "simsiam_gated", RANGE, PER_IMAGE)
 LOCAL = "vicreg_dual with shares of each process"
 BATCH = 4  # per process
 
@@ -86,8 +87,9 @@ def rows_of_one_table(rows: slice):
 
 def gradients(method: str, rows: slice, parallel: bool) -> tuple[dict[str, Tensor], Tensor]:
     """Of a step with some of the images, and the FLOPs share that was logged."""
-    target: Any = [0.05, 0.9] if method == RANGE else 0.1
-    gating = {"target_budget": target, "sparsity_weight": 1000.0, "bound_weight": 100.0}
+    target: Any = [0.05, 0.9] if method in (RANGE, PER_IMAGE) else 0.1
+    gating: dict[str, Any] = {"budget_per_image": True} if method == PER_IMAGE else {}
+    gating |= {"target_budget": target, "sparsity_weight": 1000.0, "bound_weight": 100.0}
     model = tiny_model(tiny_config(method.split()[0], gating=gating), epoch=2)
     model._trainer.global_step = 17
     synchronise(model)

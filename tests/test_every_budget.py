@@ -4,6 +4,7 @@ import json
 import math
 import runpy
 import sys
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -512,6 +513,66 @@ def test_budgets_of_the_table_are_in_the_range(tmp_path):
         assert_refused(lambda cfg=cfg: prepare_config(cfg), "final_knn.budgets: found", words)
     one = run_config(tmp_path, final_knn={"budgets": [0.1]})
     assert prepare_config(one).final_knn.budgets == []
+
+
+# A budget for each image
+
+
+def per_image(**gating):
+    gating = {"target_budget": RANGE, "budget_per_image": True, "sparsity_weight": 10.0, **gating}
+    return tiny_model(tiny_config(gating=gating))
+
+
+def test_each_image_s_budget_is_told_to_the_gates():
+    model = per_image()
+    told = []
+    model.backbone.layer3[1].gate.embedding.register_forward_pre_hook(
+        lambda module, budgets: told.append(budgets[0])
+    )
+    step(model)
+    budgets = told[0]  # the others of a copy, whose FLOPs are counted
+    schedule = BudgetSchedule(LOW, HIGH)
+    assert budgets.tolist() == pytest.approx(schedule.each(0, 0, 0, 8), rel=1e-6)
+    assert len(budgets.unique()) == 8
+    assert schedule.each(0, 0, 0, 8)[0] == schedule.at(0, 0, 0)
+    assert model.logged["train_target_budget"] == pytest.approx(budgets.mean().item(), rel=1e-6)
+
+
+def image_shares(model):
+    """Of the dense FLOPs, by hand, of each image of a step."""
+    seen, remember = [], model._remember
+    model._remember = lambda passes, targets: (seen.extend(passes), remember(seen, targets))
+    step(model)
+    (gated,) = [view for view in seen if view.path == "gated"]
+    flops = count_flops(model.backbone, (16, 16))
+    cost = np.full(8, float(flops.fixed))
+    for mask, block in zip(gated.masks, flops.blocks, strict=True):
+        cost += mask.sum(dim=1).detach().numpy() * (block.conv1 + block.conv2) / block.channels
+    return cost / flops.dense
+
+
+def test_the_loss_of_each_image_s_budget_is_the_mean_of_theirs():
+    model = per_image()
+    budgets = np.array(BudgetSchedule(LOW, HIGH).each(0, 0, 0, 8))
+    expected = 10 * ((image_shares(model) - budgets) ** 2).mean()
+    assert model.logged["train_budget_loss"].item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_equal_budgets_of_all_images_are_one_of_the_step():
+    """But for the images' spread around it, which only their own budgets mind."""
+    one, each = per_image(budget_per_image=False), per_image()
+    each.load_state_dict(one.state_dict())
+    with mock.patch.object(BudgetSchedule, "each", lambda self, *args: [0.3] * args[-1]):
+        shares = image_shares(each)
+        assert image_shares(one) == pytest.approx(shares, rel=1e-12)
+    spread = each.logged["train_budget_loss"] - one.logged["train_budget_loss"]
+    assert spread.item() == pytest.approx(10 * shares.var(), rel=1e-5)
+
+
+def test_images_have_budgets_of_their_own_only_where_gates_are_told():
+    for gating in ({"target_budget": 0.3}, {"target_budget": RANGE, "budget_embedding": False}):
+        cfg = gating_config(budget_per_image=True, **gating)
+        assert_refused(lambda cfg=cfg: prepare_config(cfg), "gating.budget_per_image: found true")
 
 
 # Evaluation

@@ -172,6 +172,7 @@ def test_the_mean_over_pixels_is_torchs():
         ("vicreg", {}),
         ("vicreg_dual", {}),
         ("vicreg_dual", {"target_budget": [0.1, 0.9]}),
+        ("vicreg_dual", {"target_budget": [0.1, 0.9], "budget_per_image": True}),
         ("simsiam_gated", {}),
         ("simclr_dual", {}),
         ("barlow_dual", {}),

@@ -14,10 +14,8 @@ from torch import Tensor
 
 from solo_gating import GATED_METHODS, METHODS
 from solo_gating.backbones import ForwardPass
-from solo_gating.flops import selected_channels
 from solo_gating.main_pretrain import main
-from solo_gating.methods import DualMethod, GatedMethod, VICRegDual
-from solo_gating.solo_learn import VICReg
+from solo_gating.methods import GatedMethod, VICRegDual
 
 
 class HalfDense(VICRegDual):
@@ -61,52 +59,16 @@ class Diverse(VICRegDual):
     the least.
     """
 
-    def _gates_loss(self, passes: list[ForwardPass], epoch: int, target: float) -> Tensor:
+    def _gates_loss(self, passes: list[ForwardPass], *args: Any) -> Tensor:
         masks = [torch.cat(view.masks, dim=1) for view in passes]
         variances = torch.stack([mask.var(dim=0, correction=0).mean() for mask in masks])
-        return super()._gates_loss(passes, epoch, target) - 4 * variances.sum()
-
-
-class BudgetPerImageStep(DualMethod):
-    """Each image of a step has a budget of its own: told to the gates, and asked for in the loss.
-
-    λ · mean over images of (share − budget)² is the usual budget loss of the batch's means, and
-    λ · variance over images of (share − budget).
-    """
-
-    def training_step(self, batch: list[Any], batch_idx: int) -> dict[str, Any]:
-        """As `GatedMethod`'s, which has one budget for all images."""
-        epoch = self.current_epoch - self.gating.warmup_epochs
-        if epoch < 0:
-            return super().training_step(batch, batch_idx)
-        low, high = self.budget_schedule.ends(epoch)
-        seed = random.Random(f"budgets, seed {self._seed}, step {self.global_step}").getrandbits(32)
-        draws = torch.rand(len(batch[-1]), generator=torch.Generator().manual_seed(seed))
-        budgets = (low + (high - low) * draws).to(batch[1][0])
-        backbone = self.backbone
-        backbone._budget = budgets  # what the gates are told outside of a scope with a budget
-        with backbone.path(*self._views()) as passes:
-            outs = super(GatedMethod, self).training_step(batch, batch_idx)
-        backbone.budget = None
-        gated = [view for view in passes if view.path == "gated"]
-        outs["loss"] = outs["loss"] + self._gates_loss(gated, epoch, float(budgets.mean()))
-        for view in gated:
-            shares = self.flops(view.resolution).share(selected_channels(view.masks))
-            difference = (shares - budgets).var(correction=0)
-            outs["loss"] = outs["loss"] + self.gating.sparsity_weight * difference
-        self._remember(passes, batch[-1])
-        return outs
-
-
-class BudgetPerImage(VICReg, BudgetPerImageStep):
-    """VICReg with `BudgetPerImageStep`."""
+        return super()._gates_loss(passes, *args) - 4 * variances.sum()
 
 
 ABLATIONS: dict[str, type[GatedMethod]] = {
     "vicreg_half_dense": HalfDense,
     "vicreg_inherited_bn": InheritedBatchNorm,
     "vicreg_diverse": Diverse,
-    "vicreg_budget_per_image": BudgetPerImage,
     "vicreg_detached_dense": DetachedDense,
 }
 GATED_METHODS.update(ABLATIONS)

@@ -61,7 +61,7 @@ declare -A overrides=(
     [annealed_sandwich]="$annealed gating.budget_sampling=sandwich"
     [annealed_shuffled]="$annealed gating.shuffle_views=true"
     [annealed_lambda_5]="$annealed gating.sparsity_weight=5"
-    [annealed_per_image]="$annealed method=vicreg_budget_per_image"
+    [annealed_per_image]="$annealed gating.budget_per_image=true"
     [annealed_diverse]="$annealed method=vicreg_diverse"
     [annealed_detached]="$annealed method=vicreg_detached_dense"
     [annealed_half_dense]="$annealed method=vicreg_half_dense"

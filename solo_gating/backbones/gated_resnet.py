@@ -241,7 +241,9 @@ class TwoPathResNet(ResNet):
         return torch.full((), budget, dtype=weight.dtype, device=weight.device)
 
     @contextmanager
-    def path(self, *paths: str, budget: float | None = None) -> Iterator[deque[ForwardPass]]:
+    def path(
+        self, *paths: str, budget: float | Tensor | None = None
+    ) -> Iterator[deque[ForwardPass]]:
         """Choose the path of every forward pass inside a `with` block, and the gates' budget.
 
         Several names are the paths of successive forward passes, over and over: with
@@ -249,7 +251,8 @@ class TwoPathResNet(ResNet):
 
         Args:
             paths: "gated" or "dense"; none for the default path.
-            budget: of the gates inside the block; None for `budget`.
+            budget: of the gates inside the block; or one for each image, B, which are taken as they
+                are; None for `budget`.
 
         Yields:
             The latest forward passes, oldest first; as many as there are names.
@@ -261,7 +264,9 @@ class TwoPathResNet(ResNet):
         names = [checked_path(path, "path") for path in paths or (self.default_path,)]
         passes: deque[ForwardPass] = deque(maxlen=len(names))
         told = None
-        if budget is not None:
+        if isinstance(budget, Tensor):
+            told = budget.to(self.bn1.weight)
+        elif budget is not None:
             told = self._as_tensor(checked_budget(budget, self.budget_range))
         outer, self._scope = self._scope, _Scope(itertools.cycle(names), passes, told)
         try:

@@ -27,7 +27,8 @@ class GatedMethod(BaseMethod):
 
     (unification paper, Eqs. 1 and 3; the classifier sees detached features.) Nothing else of the
     method changes, whichever it is. Where `gating.target_budget` is a range, each step has a budget
-    of its own, of all its gated views; validation is at the middle of the range.
+    of its own, of all its gated views, or each of its images has; validation is at the middle of
+    the range.
 
     Raises:
         InputError: for a backbone without gates, or a `gating` group that cannot be used.
@@ -68,12 +69,12 @@ class GatedMethod(BaseMethod):
         """solo-learn's base step; its "loss" also holds the gates' losses."""
         epoch = self.current_epoch - self.gating.warmup_epochs
         views = self._views() if epoch >= 0 else ("dense",) * len(self.gating.views)
-        budget = self.budget_schedule.at(self._seed, self.global_step, max(epoch, 0))
-        with self.backbone.path(*views, budget=budget if self.gating.told else None) as passes:
+        budget, told = self._budgets(max(epoch, 0), batch[-1])
+        with self.backbone.path(*views, budget=told) as passes:
             outs = super().training_step(batch, batch_idx)
         gated = [view for view in passes if view.path == "gated"]
         if gated:
-            outs["loss"] = outs["loss"] + self._gates_loss(gated, epoch, budget)
+            outs["loss"] = outs["loss"] + self._gates_loss(gated, epoch, budget, told)
         self._remember(list(passes)[: self.num_large_crops], batch[-1])
         return outs
 
@@ -84,14 +85,35 @@ class GatedMethod(BaseMethod):
             random.Random(f"views, seed {self._seed}, step {self.global_step}").shuffle(views)
         return tuple(views)
 
-    def _gates_loss(self, passes: list[ForwardPass], epoch: int, target: float) -> Tensor:
+    def _budgets(self, epoch: int, targets: Tensor) -> tuple[float, float | Tensor | None]:
+        """The step's budget, the mean over all processes' images, and what its gates are told."""
+        schedule, step = self.budget_schedule, self.global_step
+        if not self.gating.budget_per_image:
+            budget = schedule.at(self._seed, step, epoch)
+            return budget, budget if self.gating.told else None
+        rank, processes = 0, 1
+        if dist.is_available() and dist.is_initialized():
+            rank, processes = dist.get_rank(), dist.get_world_size()
+        images = len(targets)
+        every = schedule.each(self._seed, step, epoch, images * processes)
+        own = every[rank * images : (rank + 1) * images]
+        return sum(every) / len(every), torch.tensor(own, device=targets.device)
+
+    def _gates_loss(
+        self, passes: list[ForwardPass], epoch: int, target: float, told: float | Tensor | None
+    ) -> Tensor:
         channels = [selected_channels(view.masks).mean(dim=0) for view in passes]
         shares, budgets, bounds = [], [], []
         for view, selected in zip(passes, global_mean(torch.stack(channels)), strict=True):
             flops = self.flops(view.resolution)
             total = selected.new_tensor([block.channels for block in flops.blocks])
             shares.append(flops.share(selected))
-            budgets.append(budget_loss(shares[-1], target, self.gating.sparsity_weight))
+            if isinstance(told, Tensor):
+                own = flops.share(selected_channels(view.masks))
+                off = budget_loss(own, told.to(own), self.gating.sparsity_weight)
+                budgets.append(global_mean(off.mean()))
+            else:
+                budgets.append(budget_loss(shares[-1], target, self.gating.sparsity_weight))
             bounds.append(
                 bound_loss(
                     selected / total,
