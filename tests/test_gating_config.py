@@ -38,6 +38,7 @@ BUDGET = "a number in (0, 1] or a range like [0.05, 0.9]"
         ("separate_bn", "yes", "true or false"),
         ("views", "gated", "a list like [gated, dense]"),
         ("budget_anneal", 1.5, "a number from 0 to 1"),
+        ("budget_per_image", "yes", "true or false"),
         ("budget_embedding", 1, "true or false"),
         ("open_start", "wide", "true or false"),
         ("shuffle_views", 0, "true or false"),
@@ -56,7 +57,8 @@ def test_a_value_is_refused_in_one_sentence(key, value, accepted):
             {"budget": 0.3},
             "gating.budget: no such key, accepted are target_budget, sparsity_weight, bound_weight, "
             "bound_decay, bound_target, reduction, temperature, separate_bn, warmup_epochs, views, "
-            "budget_sampling, budget_anneal, budget_embedding, open_start, shuffle_views",
+            "budget_sampling, budget_anneal, budget_per_image, budget_embedding, open_start, "
+            "shuffle_views",
         ),
         (
             {"views": ["gated", "sparse"]},
