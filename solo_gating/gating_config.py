@@ -41,7 +41,7 @@ class GatingConfig:
         budget_anneal: over this share of the run's epochs, once the gates are switched on, the
             lower end of the range falls to its value from the upper end; the budget, where it is a
             number, from 1.
-        budget_per_image: whether each image of a step has a budget of its own, not each step.
+        budget_per_image: whether of a range each image of a step draws, not each step.
         budget_embedding: whether the gates are told the budget of a range. Without it the network
             cannot be set to a budget later; its threshold can.
         open_start: whether the gates start open, with a bias of +4 that they learn.
@@ -128,10 +128,10 @@ class GatingConfig:
         )
         for key in ("budget_per_image", "budget_embedding", "open_start", "shuffle_views"):
             true_or_false(f"gating.{key}", getattr(self, key))
-        if self.budget_per_image and not self.told:
+        if self.budget_range and self.budget_per_image and not self.budget_embedding:
             raise InputError(
-                "gating.budget_per_image: found true, accepted is false for gates that are told no "
-                "budget (gating.target_budget is one number, or gating.budget_embedding is false)"
+                "gating.budget_per_image: found true, accepted is false where "
+                "gating.budget_embedding is false: gates would not know each image's budget"
             )
         for key in ("sparsity_weight", "bound_weight", "bound_decay"):
             require(f"gating.{key}", getattr(self, key), is_not_negative, "a number ≥ 0")

@@ -569,10 +569,17 @@ def test_equal_budgets_of_all_images_are_one_of_the_step():
     assert spread.item() == pytest.approx(10 * shares.var(), rel=1e-5)
 
 
-def test_images_have_budgets_of_their_own_only_where_gates_are_told():
-    for gating in ({"target_budget": 0.3}, {"target_budget": RANGE, "budget_embedding": False}):
-        cfg = gating_config(budget_per_image=True, **gating)
-        assert_refused(lambda cfg=cfg: prepare_config(cfg), "gating.budget_per_image: found true")
+def test_images_have_no_budgets_that_gates_are_not_told():
+    cfg = gating_config(target_budget=RANGE, budget_per_image=True, budget_embedding=False)
+    assert_refused(lambda: prepare_config(cfg), "gating.budget_per_image: found true")
+
+
+def test_one_budget_is_that_of_every_image():
+    models = [per_image(target_budget=0.3, budget_per_image=key) for key in (True, False)]
+    models[1].load_state_dict(models[0].state_dict())
+    assert image_shares(models[0]) == pytest.approx(image_shares(models[1]), rel=1e-12)
+    found, expected = (model.logged["train_budget_loss"].item() for model in models)
+    assert found == expected
 
 
 # Evaluation

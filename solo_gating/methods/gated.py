@@ -88,7 +88,7 @@ class GatedMethod(BaseMethod):
     def _budgets(self, epoch: int, targets: Tensor) -> tuple[float, float | Tensor | None]:
         """The step's budget, the mean over all processes' images, and what its gates are told."""
         schedule, step = self.budget_schedule, self.global_step
-        if not self.gating.budget_per_image:
+        if not (self.gating.budget_per_image and self.gating.told):
             budget = schedule.at(self._seed, step, epoch)
             return budget, budget if self.gating.told else None
         rank, processes = 0, 1
