@@ -32,6 +32,7 @@ from solo_gating.main_flops import report_flops
 from solo_gating.main_knn import evaluate_knn
 from solo_gating.main_policy import evaluate_policy
 from solo_gating.main_pretrain import pretrain
+from solo_gating.main_report import write_report
 from solo_gating.report.cells import measured_cells
 from solo_gating.report.records import read_records
 
@@ -513,6 +514,14 @@ def test_budgets_of_the_table_are_in_the_range(tmp_path):
         assert_refused(lambda cfg=cfg: prepare_config(cfg), "final_knn.budgets: found", words)
     one = run_config(tmp_path, final_knn={"budgets": [0.1]})
     assert prepare_config(one).final_knn.budgets == []
+
+
+def test_a_range_s_run_is_in_the_report(trained, tmp_path):
+    folder, _ = trained
+    write_report([folder], tmp_path)
+    lines = [x for x in (tmp_path / "report.md").read_text().splitlines() if "| tiny |" in x]
+    assert len(lines) == 2  # of both paths
+    assert all("| 47.5 % |" in line for line in lines)
 
 
 # A budget for each image

@@ -241,7 +241,7 @@ def all_figures(records: Iterable[Record]) -> Table:
     rows = []
     for record in records:
         run = record.pretraining
-        budget = run.get("target_budget")
+        budget = record.target_budget
         cells = (
             run.get("name"),
             variant_name(record.variant),
