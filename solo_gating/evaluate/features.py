@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from ..backbones import ResNet, TwoPathResNet
+from ..distributed import rank_and_processes
 from ..errors import InputError
 from ..flops import count_flops, selected_channels
 
@@ -97,16 +98,9 @@ def extract(
     )
 
 
-def _processes() -> tuple[int, int]:
-    """This process's number, and how many there are."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
-
-
 def _share_of_process(loader: Any) -> Iterable:
     """Process r of R takes the images r, r + R, r + 2·R, ... of a loader."""
-    rank, world = _processes()
+    rank, world = rank_and_processes()
     if world == 1:
         return loader
     images = range(rank, len(loader.dataset), world)
@@ -125,7 +119,7 @@ def _share_of_process(loader: Any) -> Iterable:
 
 def _gather(mine: Tensor) -> list[Tensor]:
     """Every process's tensor, in the order of the processes."""
-    _, world = _processes()
+    _, world = rank_and_processes()
     if world == 1:
         return [mine]
     parts: list[Any] = [None] * world

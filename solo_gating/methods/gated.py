@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from ..backbones import GATED_BACKBONES, ForwardPass
+from ..distributed import rank_and_processes
 from ..errors import InputError
 from ..flops import BackboneFlops, count_flops, selected_channels
 from ..gating_config import GatingConfig
@@ -91,9 +92,7 @@ class GatedMethod(BaseMethod):
         if not (self.gating.budget_per_image and self.gating.told):
             budget = schedule.at(self._seed, step, epoch)
             return budget, budget if self.gating.told else None
-        rank, processes = 0, 1
-        if dist.is_available() and dist.is_initialized():
-            rank, processes = dist.get_rank(), dist.get_world_size()
+        rank, processes = rank_and_processes()
         images = len(targets)
         every = schedule.each(self._seed, step, epoch, images * processes)
         own = every[rank * images : (rank + 1) * images]
@@ -102,14 +101,15 @@ class GatedMethod(BaseMethod):
     def _gates_loss(
         self, passes: list[ForwardPass], epoch: int, target: float, told: float | Tensor | None
     ) -> Tensor:
-        channels = [selected_channels(view.masks).mean(dim=0) for view in passes]
+        channels = [selected_channels(view.masks) for view in passes]
+        means = global_mean(torch.stack([of_images.mean(dim=0) for of_images in channels]))
         shares, budgets, bounds = [], [], []
-        for view, selected in zip(passes, global_mean(torch.stack(channels)), strict=True):
+        for view, of_images, selected in zip(passes, channels, means, strict=True):
             flops = self.flops(view.resolution)
             total = selected.new_tensor([block.channels for block in flops.blocks])
             shares.append(flops.share(selected))
             if isinstance(told, Tensor):
-                own = flops.share(selected_channels(view.masks))
+                own = flops.share(of_images)
                 off = budget_loss(own, told.to(own), self.gating.sparsity_weight)
                 budgets.append(global_mean(off.mean()))
             else:
@@ -221,8 +221,9 @@ def global_mean(values: Tensor) -> Tensor:
     The value is global, the gradient that of this process's part: DDP averages the processes'
     gradients, so that N processes with batch B give the gradients of one with N·B.
     """
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    _, processes = rank_and_processes()
+    if processes == 1:
         return values
     mean = values.detach().clone()
     dist.all_reduce(mean)
-    return values + (mean / dist.get_world_size() - values.detach())
+    return values + (mean / processes - values.detach())

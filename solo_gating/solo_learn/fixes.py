@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import Metric
 
+from ..distributed import rank_and_processes
+
 _QUERIES_AT_ONCE = 1024
 _BANKS = ("train_features", "train_targets", "test_features", "test_targets")
 
@@ -145,9 +147,10 @@ def barlow_loss(z1: Tensor, z2: Tensor, lamb: float = 5e-3, scale_loss: float = 
     """
     one, other = (F.batch_norm(z, None, None, training=True) for z in (z1, z2))
     correlations = one.T @ other / len(z1)
-    if dist.is_available() and dist.is_initialized():
+    _, processes = rank_and_processes()
+    if processes > 1:
         dist.all_reduce(correlations)
-        correlations /= dist.get_world_size()
+        correlations /= processes
     aim = torch.eye(z1.shape[1], dtype=z1.dtype, device=z1.device)
     weights = torch.full_like(correlations, lamb).fill_diagonal_(1)
     return scale_loss * (weights * (correlations - aim).pow(2)).sum()
