@@ -1,6 +1,7 @@
 """The study's variants (bash_scripts/every_budget/ablations.py) do what their names say."""
 
 import runpy
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from solo_gating import GATED_METHODS, METHODS
 
-from .helpers import ROOT, fixed_noise, random_batch, tiny_config, tiny_model
+from .helpers import ROOT, fixed_noise, random_batch, recorded_passes, tiny_config, tiny_model
 
 RANGE = [0.05, 0.9]
 
@@ -27,9 +28,7 @@ def model_of(method, **kwargs):
 
 def step(model):
     """The loss with the gates' noise fixed, and both passes through the backbone."""
-    seen = []
-    remember = model._remember
-    model._remember = lambda passes, targets: (seen.extend(passes), remember(seen, targets))
+    seen = recorded_passes(model)
     with fixed_noise():
         return model.training_step(random_batch(), 0), seen
 
@@ -46,7 +45,7 @@ def test_half_of_the_steps_are_dense():
 
 def test_gated_norms_are_inherited_once():
     model = model_of("vicreg_inherited_bn", epoch=1)
-    model.gating = model.gating.__class__(**{**vars(model.gating), "warmup_epochs": 1})
+    model.gating = replace(model.gating, warmup_epochs=1)
     block = model.backbone.layer2[0]
     torch.nn.init.normal_(block.bn1.weight)
     block.bn2.running_mean += 3

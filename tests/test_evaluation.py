@@ -758,3 +758,12 @@ def test_without_a_checkpoint_an_evaluation_asks_for_one(module, call, tmp_path,
     assert stderr.startswith("error: pretrained_feature_extractor: missing")
     assert len(stderr.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mistake_is_one_line(call, tmp_path):
+    assert call(main_knn, "pretrained_feature_extractor=nowhere.ckpt") == (
+        2,
+        "",
+        "error: pretrained_feature_extractor: 'nowhere.ckpt' is not a file\n",
+    )
+    assert list(tmp_path.iterdir()) == []

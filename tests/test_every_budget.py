@@ -42,6 +42,7 @@ from .helpers import (
     fixed_noise,
     random_batch,
     randomise_norms,
+    recorded_passes,
     tiny_config,
     tiny_model,
 )
@@ -550,8 +551,7 @@ def test_each_image_s_budget_is_told_to_the_gates():
 
 def image_shares(model):
     """Of the dense FLOPs, by hand, of each image of a step."""
-    seen, remember = [], model._remember
-    model._remember = lambda passes, targets: (seen.extend(passes), remember(seen, targets))
+    seen = recorded_passes(model)
     step(model)
     (gated,) = [view for view in seen if view.path == "gated"]
     flops = count_flops(model.backbone, (16, 16))
