@@ -14,12 +14,15 @@ from dataclasses import dataclass
 from omegaconf import DictConfig
 from torch import nn
 
-from solo_gating.cli import composed
+from solo_gating.checks import is_positive, one_of, require
+from solo_gating.cli import composed, config_names, one_sentence_errors
 from solo_gating.config import prepare_config
 from solo_gating.training.model import build_model
 
 IMAGES = {"ImageNet-100": 126_689, "ImageNet-1k": 1_281_167}
-# The share of a step in which gradients may be sent: forward, and two times as much backward.
+# VICReg's embeddings, and one backbone: what `Traffic` counts.
+ACCEPTED = [n for n in config_names() if n.startswith("vicreg") and "two_encoders" not in n]
+# The share of a step in which gradients may be sent: it is twice as long as the forward pass.
 BACKWARD = 2 / 3
 
 
@@ -49,17 +52,24 @@ class Traffic:
     def of(cls, cfg: DictConfig) -> "Traffic":
         """Count it."""
         model = build_model(cfg)
-        norms = [
+        norms = {
             name
             for name, module in model.named_modules()
             if isinstance(module, nn.modules.batchnorm._BatchNorm)
-        ]
-        once = sum("gated_bn" in name or ".gate." in name for name in norms)
-        replaced = sum("gated_bn" in name for name in norms)
-        passes = once + 2 * (len(norms) - once) - replaced
+        }
+        views = cfg.gating.views if "gating" in cfg else ["dense"] * 2
+        gated = list(views).count("gated")
+
+        def passes(name: str) -> int:
+            if "gated_bn" in name or ".gate." in name:
+                return gated
+            parent, _, own = name.rpartition(".")
+            replaced = f"{parent}.gated_{own}" in norms
+            return len(views) - gated if replaced else len(views)
+
         return cls(
             gradients=4 * sum(p.numel() for p in model.parameters() if p.requires_grad),
-            calls=2 * passes,
+            calls=2 * sum(map(passes, norms)),
             embeddings=2 * 4 * cfg.method_kwargs.proj_output_dim,
         )
 
@@ -90,8 +100,17 @@ def main() -> None:
         default=[20, 50],
         help="µs, in one machine and between (20 50)",
     )
-    options = parser.parse_args()
+    with one_sentence_errors():
+        _print_table(parser.parse_args())
 
+
+def _print_table(options: argparse.Namespace) -> None:
+    one_of("config-name", options.config_name, ACCEPTED)
+    for key in ("images_per_second", "gpus", "latency"):
+        for number in getattr(options, key):
+            require(key, number, is_positive, "a number > 0")
+    for key in ("batch", "gpus_per_machine", "inside", "between"):
+        require(key, getattr(options, key), is_positive, "a number > 0")
     cfg = prepare_config(composed(options.config_name, ["precision=32-true"]))
     traffic, batch = Traffic.of(cfg), options.batch
     links = [
