@@ -56,6 +56,7 @@ declare -A overrides=(
     [range_untold]="$range gating.budget_embedding=false"
     [annealed]="$annealed"
     [annealed_only]="$range gating.budget_anneal=0.5"
+    [any]="$range gating.budget_anneal=0.5 gating.budget_per_image=true"  # vicreg_any_*
     [annealed_slow]="$annealed gating.budget_anneal=1"
     [annealed_log_uniform]="$annealed gating.budget_sampling=log_uniform"
     [annealed_sandwich]="$annealed gating.budget_sampling=sandwich"
@@ -69,7 +70,7 @@ declare -A overrides=(
     # Dense networks of the FLOPs that the shares mean: width × √share.
     [dense]="" [dense_0.1]="" [dense_0.3]="" [dense_0.5]=""
 )
-default="dense fixed_0.1 fixed_0.3 fixed_0.5 range range_untold annealed annealed_only annealed_slow annealed_log_uniform annealed_sandwich annealed_shuffled annealed_lambda_5 annealed_per_image annealed_diverse annealed_detached annealed_half_dense warm_half dense_0.1 dense_0.3 dense_0.5"
+default="dense fixed_0.1 fixed_0.3 fixed_0.5 range range_untold annealed annealed_only any annealed_slow annealed_log_uniform annealed_sandwich annealed_shuffled annealed_lambda_5 annealed_per_image annealed_diverse annealed_detached annealed_half_dense warm_half dense_0.1 dense_0.3 dense_0.5"
 read -r -a variants <<<"${VARIANTS:-$default}"
 for variant in "${variants[@]}"; do
     [ -n "${overrides[$variant]+known}" ] || { echo "error: VARIANTS: found $variant, accepted are $default" >&2; exit 2; }
