@@ -2,13 +2,29 @@
 
 from typing import Any
 
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import skip_init
 from torchvision.models.resnet import BasicBlock
 from torchvision.models.resnet import ResNet as TorchvisionResNet
 
 from ..errors import InputError
 
 STEMS = ("imagenet", "cifar")
+
+# Below it oneDNN, up to 3.12 at least, writes past its workspace in the weights' gradient of a strided
+# 1×1 convolution of channels-last images (uxlfoundation/oneDNN, issue 6035): on AVX-512 below 16
+# channels, on AVX2 below 8. Runs then crash, hang, or learn from wrong gradients.
+_FEWEST_CHANNELS = 16
+
+
+class PickingConv2d(nn.Conv2d):
+    """A strided 1×1 convolution without bias that first picks the pixels it needs; same values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """B × C_in × H × W → B × C_out × H / stride × W / stride, rounded up."""
+        down, across = self.stride
+        return F.conv2d(x[:, :, ::down, ::across], self.weight)
 
 
 class ResNet(TorchvisionResNet):
@@ -47,6 +63,15 @@ class ResNet(TorchvisionResNet):
         if stem == "cifar":
             self.conv1 = nn.Conv2d(3, width, kernel_size=3, stride=1, padding=2, bias=False)
             self.maxpool = nn.Identity()
+
+    def _make_layer(self, *args: Any, **kwargs: Any) -> nn.Sequential:
+        layer = super()._make_layer(*args, **kwargs)
+        shortcut = layer[0].downsample
+        if shortcut is not None and shortcut[0].in_channels < _FEWEST_CHANNELS:
+            conv = shortcut[0]
+            channels = (conv.in_channels, conv.out_channels)
+            shortcut[0] = skip_init(PickingConv2d, *channels, 1, stride=conv.stride, bias=False)
+        return layer
 
     def _resize(
         self, layers: list[int], width: int, block: type[BasicBlock], zero_init_residual: bool
