@@ -21,6 +21,9 @@ if [ -z "${PYTHON:-}" ]; then
         "$base" -m venv .venv
         .venv/bin/python -m pip install --no-compile --disable-pip-version-check -e ".[dev]"
         .venv/bin/python -m pip install --disable-pip-version-check --no-deps solo-learn==1.0.2
+        # On all cores, and here: where Python writes no bytecode, as in many containers, every start
+        # of it would compile PyTorch again. (Some packages bring templates that are no Python.)
+        .venv/bin/python -m compileall -q -j 0 .venv/lib >/dev/null || true
         touch "$stamp"
     fi
 fi
