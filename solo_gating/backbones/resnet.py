@@ -4,7 +4,6 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import skip_init
 from torchvision.models.resnet import BasicBlock
 from torchvision.models.resnet import ResNet as TorchvisionResNet
 
@@ -20,6 +19,14 @@ _FEWEST_CHANNELS = 16
 
 class PickingConv2d(nn.Conv2d):
     """A strided 1×1 convolution without bias that first picks the pixels it needs; same values."""
+
+    @classmethod
+    def like(cls, conv: nn.Conv2d) -> "PickingConv2d":
+        """The same convolution; it takes over the weight."""
+        channels = (conv.in_channels, conv.out_channels)
+        picking = cls(*channels, 1, stride=conv.stride, bias=False, device="meta")  # type: ignore[arg-type]
+        picking.weight = conv.weight
+        return picking
 
     def forward(self, x: Tensor) -> Tensor:
         """B × C_in × H × W → B × C_out × H / stride × W / stride, rounded up."""
@@ -68,9 +75,7 @@ class ResNet(TorchvisionResNet):
         layer = super()._make_layer(*args, **kwargs)
         shortcut = layer[0].downsample
         if shortcut is not None and shortcut[0].in_channels < _FEWEST_CHANNELS:
-            conv = shortcut[0]
-            channels = (conv.in_channels, conv.out_channels)
-            shortcut[0] = skip_init(PickingConv2d, *channels, 1, stride=conv.stride, bias=False)
+            shortcut[0] = PickingConv2d.like(shortcut[0])
         return layer
 
     def _resize(
