@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .backbones import ResNet, TwoEncoderResNet, TwoPathResNet
+from .transfer import numbers_like
 
 
 @dataclass(frozen=True)
@@ -82,16 +83,16 @@ class BackboneFlops:
         Returns:
             ..., multiply-accumulates.
         """
-        cost = torch.tensor(
-            [block.per_channel for block in self.blocks],
-            dtype=channels.dtype,
-            device=channels.device,
-        )
+        cost = numbers_like([block.per_channel for block in self.blocks], channels)
         return (channels * cost).sum(-1) + self.fixed
 
     def share(self, channels: Tensor) -> Tensor:
         """F^R / F^O for numbers of selected channels, ... × L → ...; differentiable."""
         return self.gated(channels) / self.dense
+
+    def channel_shares(self, channels: Tensor) -> Tensor:
+        """Numbers of selected channels as shares of each block's, ... × L → ... × L."""
+        return channels / numbers_like([block.channels for block in self.blocks], channels)
 
 
 def selected_channels(masks: tuple[Tensor, ...]) -> Tensor:

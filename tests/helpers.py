@@ -102,10 +102,12 @@ def tiny_model(
 ) -> Any:
     """A LightningModule in training mode with as much of a Trainer as its steps need.
 
-    What it logs is kept in `model.logged`.
+    What it logs is kept in `model.logged`. Without a dtype it is left as it is built.
     """
     torch.manual_seed(seed)
-    model = METHODS[cfg.method](cfg).to(dtype)
+    model = METHODS[cfg.method](cfg)
+    if dtype is not None:
+        model = model.to(dtype)
     model._trainer = SimpleNamespace(
         current_epoch=epoch,
         global_step=0,

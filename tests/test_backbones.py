@@ -63,9 +63,7 @@ def test_narrow_channels_last_networks_learn_from_the_right_gradients(path):
     for _ in range(20):  # one call too many does not always show
         net.zero_grad()
         net(x.float().to(memory_format=torch.channels_last)).square().sum().backward()
-    for (name, expected), found in zip(
-        reference.named_parameters(), net.parameters(), strict=True
-    ):
+    for (name, expected), found in zip(reference.named_parameters(), net.parameters(), strict=True):
         if expected.grad is not None:
             scale = expected.grad.abs().max().item()
             torch.testing.assert_close(

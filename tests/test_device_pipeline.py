@@ -31,9 +31,10 @@ pytest.importorskip("kornia")
 from solo_gating.data.device import operations as op
 from solo_gating.data.device import parameters as draw
 from solo_gating.data.device.loader import DeviceLoader, arrays_of, fits
-from solo_gating.data.device.views import DeviceView, send
+from solo_gating.data.device.views import DeviceView
 from solo_gating.main_benchmark_data import benchmark_data
 from solo_gating.main_pretrain import pretrain
+from solo_gating.transfer import send
 
 FULL = {
     "rrc": {"enabled": True, "crop_min_scale": 0.2, "crop_max_scale": 1.0},

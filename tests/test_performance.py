@@ -9,7 +9,6 @@ import torch
 from omegaconf import OmegaConf
 from solo.losses.barlow import barlow_loss_func
 from torch._dynamo.testing import CompileCounter
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from solo_gating import InputError
 from solo_gating.backbones import gated_resnet
@@ -19,7 +18,6 @@ from solo_gating.solo_learn.fixes import barlow_loss, covariance_loss
 from solo_gating.training.model import build_model, compile_model
 
 from .helpers import copy_of, random_batch, tiny_config, tiny_model
-from .test_distributed import Step
 
 
 @pytest.fixture(autouse=True)
@@ -170,39 +168,6 @@ def test_the_mean_over_pixels_is_torchs():
     (mine * weights).sum().backward()
     (theirs * weights).sum().backward()
     torch.testing.assert_close(x.grad, y.grad)
-
-
-@pytest.mark.parametrize(
-    ("method", "gating"),
-    [
-        ("vicreg", {}),
-        ("vicreg_dual", {}),
-        ("vicreg_dual", {"target_budget": [0.1, 0.9]}),
-        ("vicreg_dual", {"target_budget": [0.1, 0.9], "budget_per_image": True}),
-        ("simsiam_gated", {}),
-        ("simclr_dual", {}),
-        ("barlow_dual", {}),
-    ],
-)
-def test_no_step_waits_for_the_device(method, gating):
-    """With tensors that have shapes but no values: whatever would read one raises."""
-    cfg = tiny_config(method, **({"gating": gating} if gating else {}))
-    model = tiny_model(cfg, dtype=torch.float32)
-    if gating or method != "vicreg":
-        model.flops((16, 16))  # once in a run
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    fake = mode.from_tensor
-    indices, views, targets = random_batch(dtype=torch.float32)
-    batch = [fake(indices), [fake(view) for view in views], fake(targets)]
-    state = [*model.named_parameters(), *model.named_buffers()]
-    step = Step(model)
-    with mode:
-        weights = {f"model.{name}": fake(tensor) for name, tensor in state}
-        loss = torch.func.functional_call(step, weights, (batch,))
-        loss.backward()
-    assert loss.shape == ()
-    with pytest.raises(DataDependentOutputException):
-        float(loss)
 
 
 def test_the_covariance_loss_is_the_sum_off_the_diagonal():

@@ -38,7 +38,6 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-import torch
 from torch import Tensor
 
 from ..backbones import TwoPathResNet
@@ -144,7 +143,6 @@ def policy_of(
 
 
 def _classes(flops: BackboneFlops, channels: Tensor, targets: Tensor) -> list[dict[str, Any]]:
-    total = torch.tensor([block.channels for block in flops.blocks], dtype=torch.float64)
     rows = []
     for label in targets[targets >= 0].unique().tolist():
         mine = channels[targets == label]
@@ -153,7 +151,7 @@ def _classes(flops: BackboneFlops, channels: Tensor, targets: Tensor) -> list[di
                 "label": label,
                 "images": len(mine),
                 "share": float(flops.share(mine).mean()),
-                "active": (mine.mean(dim=0) / total).tolist(),
+                "active": flops.channel_shares(mine.mean(dim=0)).tolist(),
             }
         )
     return rows

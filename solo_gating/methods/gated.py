@@ -16,6 +16,7 @@ from ..flops import BackboneFlops, count_flops, selected_channels
 from ..gating_config import GatingConfig
 from ..losses import bound_loss, budget_loss
 from ..solo_learn import BaseMethod, WeightedKNNClassifier
+from ..transfer import send
 
 
 class GatedMethod(BaseMethod):
@@ -96,7 +97,7 @@ class GatedMethod(BaseMethod):
         images = len(targets)
         every = schedule.each(self._seed, step, epoch, images * processes)
         own = every[rank * images : (rank + 1) * images]
-        return sum(every) / len(every), torch.tensor(own, device=targets.device)
+        return sum(every) / len(every), send(torch.tensor(own), targets.device)
 
     def _gates_loss(
         self, passes: list[ForwardPass], epoch: int, target: float, told: float | Tensor | None
@@ -106,7 +107,6 @@ class GatedMethod(BaseMethod):
         shares, budgets, bounds = [], [], []
         for view, of_images, selected in zip(passes, channels, means, strict=True):
             flops = self.flops(view.resolution)
-            total = selected.new_tensor([block.channels for block in flops.blocks])
             shares.append(flops.share(selected))
             if isinstance(told, Tensor):
                 own = flops.share(of_images)
@@ -116,7 +116,7 @@ class GatedMethod(BaseMethod):
                 budgets.append(budget_loss(shares[-1], target, self.gating.sparsity_weight))
             bounds.append(
                 bound_loss(
-                    selected / total,
+                    flops.channel_shares(selected),
                     self.gating.bound_share(target),
                     epoch,
                     self.gating.bound_weight,
@@ -131,8 +131,9 @@ class GatedMethod(BaseMethod):
         }
         if not self.budget_schedule.constant:
             metrics["train_target_budget"] = torch.full_like(budget, target)
-        # Already the same on every process.
-        self.log_dict({k: v.detach() for k, v in metrics.items()}, on_epoch=True, prog_bar=True)
+        # Already the same on every process. Not for Lightning's own bar, which reads its figures
+        # whenever anything asks for one of the step's.
+        self.log_dict({k: v.detach() for k, v in metrics.items()}, on_epoch=True)
         return budget + bound
 
     def _remember(self, passes: Iterable[ForwardPass], targets: Tensor) -> None:

@@ -143,7 +143,7 @@ class StopAtNonFiniteLoss(Callback):
             if name.startswith("train_") and name.endswith("_step")
         }
         parts["the total loss"] = loss
-        finite = torch.stack([torch.isfinite(part.detach()).all() for part in parts.values()])
+        finite = torch.isfinite(torch.stack([p.detach().reshape(()) for p in parts.values()]))
         if self._first_bad is None or len(self._first_bad) != len(parts):
             self._parts = list(parts)
             self._first_bad = torch.full((len(parts),), -1, device=finite.device)

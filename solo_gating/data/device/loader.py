@@ -8,8 +8,9 @@ import torch
 from torch import Generator, Tensor
 from torch.utils.data import DistributedSampler, Subset
 
+from ...transfer import send
 from .place import Place
-from .views import DeviceView, send
+from .views import DeviceView
 
 # The share of the device's free memory that the images may take.
 _SHARE = 0.5

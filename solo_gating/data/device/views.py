@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 from torch import Generator, Tensor
 from torchvision import transforms
 
+from ...transfer import send
 from ..augmentations import view_transform
 from . import operations, parameters
 
@@ -196,13 +197,6 @@ class _Groups:
         """Indices of the images for which that key has that value."""
         ends = self._ends[name]
         return self._order[name][ends[value] : ends[value + 1]]
-
-
-def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy to a device without waiting for it."""
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
 
 
 def _ends(row: Tensor) -> list[int]:
