@@ -157,14 +157,14 @@ def test_end_to_end(tmp_path, call):
     code, printed, errors = call(
         main_benchmark_train,
         *("--batch", "4", "--resolution", "16", "--backbone-width", "4", "--projector-width", "16"),
-        *("--optimization", "adamw", "--precision", "bf16-mixed", "--memory-format", "contiguous"),
+        *("--optimization", "adamw", "--memory-format", "contiguous"),
         *("--methods", "vicreg_dual", "vicreg_dual_two_encoders"),
-        *("--changes", "32-true", "fused", "--seconds", "0.1", "--output", str(tmp_path)),
+        *("--changes", "bf16-mixed", "fused", "--seconds", "0.1", "--output", str(tmp_path)),
     )
     assert code == 0, errors
     report = json.loads((tmp_path / "benchmark_train.json").read_text())
     methods = ["vicreg", "vicreg_dual", "vicreg_dual_two_encoders"]
-    methods += ["vicreg_dual, 32-true", "vicreg_dual, fused"]
+    methods += ["vicreg_dual, bf16-mixed", "vicreg_dual, fused"]
     assert [row["method"] for row in report["rows"]] == methods
     for row in report["rows"]:
         assert row["ratio"] > 0
@@ -172,7 +172,7 @@ def test_end_to_end(tmp_path, call):
         assert row["peak_memory_mib"] > 0
         assert row["rounds"] >= 5
         assert 0 < row["share_of_peak"] < 1
-    assert report["precision"] == "bf16-mixed"
+    assert report["memory_format"] == "contiguous"
     assert report["versions"]["torch"] == torch.__version__.split("+")[0]
     assert np.isfinite(report["rows"][1]["extra_milliseconds"])
     assert "vicreg_dual_two_encoders" in printed

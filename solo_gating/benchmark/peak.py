@@ -8,7 +8,7 @@ from .step import TrainingStep
 
 _DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 _SIZES = {"cuda": 8192}
-_ROUNDS = 10
+_ROUNDS = 5
 
 
 def step_flops(step: TrainingStep) -> int:
