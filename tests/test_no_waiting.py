@@ -4,6 +4,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Trainer
@@ -12,8 +13,11 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from solo_gating.data import Place
 from solo_gating.data.augmentations import check_augmentations
+from solo_gating.data.device import loader as device_loader
 from solo_gating.data.device import views as device_views
+from solo_gating.data.device.loader import DeviceLoader
 from solo_gating.flops import count_flops
 from solo_gating.main_pretrain import pretrain
 from solo_gating.solo_learn import LINE
@@ -150,6 +154,25 @@ def test_views_made_on_the_device():
     ):
         images = torch.zeros(32, 3, 24, 24, dtype=torch.uint8, device="cuda")
         assert view.apply(images, draws).device.type == "cuda"
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_batches_of_images_on_the_device_or_the_host(fits):
+    def view(images, generator):
+        return images.float()
+
+    images, targets = np.zeros((20, 8, 8, 3), np.uint8), np.zeros(20)
+    place = Place(torch.device("cuda"))
+    loader = DeviceLoader(images, targets, [(view, 2)], batch_size=8, seed=0, place=place)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode, mock.patch.object(device_loader, "fits", return_value=fits):
+        loader._move()  # once in a run
+    loader.sampler = range(20)  # a drawn order has values, too
+    with gpu_without_values(mode), mock.patch.object(loader, "_generator"):
+        batches = list(loader)
+    assert len(batches) == 2
+    for indices, views, labels in batches:
+        assert {t.device.type for t in (indices, *views, labels)} == {"cuda"}
 
 
 class _Reads(TorchDispatchMode):

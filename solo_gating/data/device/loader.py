@@ -73,7 +73,7 @@ class DeviceLoader:
 
     def _take(self, here: Tensor, there: Tensor) -> Tensor:
         """Some images: by their indices on the host, or on the device if they are there."""
-        if self._images.device == self._place.device:
+        if self._images.device == there.device:
             return self._images.index_select(0, there)
         return send(self._images.index_select(0, here), self._place.device)
 
