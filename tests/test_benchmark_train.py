@@ -1,6 +1,7 @@
 """What main_benchmark_train measures: steps as Lightning does them, honest memory, rows that add up."""
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 
 import lightning.pytorch as pl
@@ -123,6 +124,12 @@ def test_parts_are_those_that_a_method_has():
     parts = part_milliseconds(TrainingStep("vicreg_any", TINY))
     assert set(parts) == {"gates", "masks", "losses", "optimiser"}
     assert all(ms > 0 for ms in parts.values())
+
+
+@pytest.mark.parametrize(("resolution", "macs"), [(32, 703_560_448), (96, 333_103_104)])
+def test_the_stem_is_that_of_the_resolution(resolution, macs):
+    step = TrainingStep("vicreg_dual", replace(TINY, resolution=resolution, width=64))
+    assert count_flops(step.model.backbone, (resolution, resolution)).dense == macs
 
 
 def test_a_step_s_operations_are_three_times_the_forward_pass_s():

@@ -56,13 +56,16 @@ class Setup:
 
     def config(self, recipe: str) -> DictConfig:
         """The complete config of a recipe of `RECIPES`, learning rates scaled."""
+        small = self.resolution <= _CIFAR_UP_TO
         overrides = [
             f"optimization={self.optimization}",
+            # solo-learn gives every ResNet on CIFAR the stem for small images, whatever its own is.
+            f"data.dataset={'cifar100' if small else 'imagenet100'}",
             "data.val_path=null",
             f"seed={self.seed}",
             f"optimizer.batch_size={self.batch}",
             f"++backbone.kwargs.width={self.width}",
-            f"++backbone.kwargs.stem={'cifar' if self.resolution <= _CIFAR_UP_TO else 'imagenet'}",
+            f"++backbone.kwargs.stem={'cifar' if small else 'imagenet'}",
             f"method_kwargs.proj_hidden_dim={self.projector}",
             f"method_kwargs.proj_output_dim={self.projector}",
             f"performance.disable_channel_last={not self.channels_last}",
