@@ -11,9 +11,9 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 
     A plain copy to a GPU waits until the GPU has done all that it was given before.
     """
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def numbers_like(values: Sequence[float], tensor: Tensor) -> Tensor:
