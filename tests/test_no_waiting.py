@@ -29,7 +29,7 @@ from .test_distributed import Step
 
 aten = torch.ops.aten
 
-METHODS = pytest.mark.parametrize(
+each_method = pytest.mark.parametrize(
     ("method", "gating"),
     [
         ("vicreg", {}),
@@ -82,7 +82,7 @@ def test_what_waits_is_noticed():
             x + torch.ones(3)
 
 
-@METHODS
+@each_method
 def test_forward_pass_losses_optimiser_and_validation(method, gating):
     """A step in single precision, and one in mixed."""
     if LINE == "legacy" and method == "simclr_dual":
@@ -117,7 +117,7 @@ def test_forward_pass_losses_optimiser_and_validation(method, gating):
             model.validation_step([views[0], batch[2]], 0)
 
 
-@METHODS
+@each_method
 def test_backward_pass(method, gating):
     """On the host: PyTorch's autograd asks for a real GPU."""
     cfg = tiny_config(method, **({"gating": gating} if gating else {}))
