@@ -135,6 +135,8 @@ def test_backward_pass(method, gating):
         loss = torch.func.functional_call(step, weights, (batch,))
         loss.backward()
     assert loss.shape == ()
+    with pytest.raises(DataDependentOutputException):
+        float(loss)
 
 
 def test_views_made_on_the_device():

@@ -80,7 +80,7 @@ def _shapes(backbone: TwoPathResNet, images: Tensor) -> Shapes:
 
 def _run_gates(shapes: Shapes) -> None:
     for block, x, _ in shapes:
-        budget = None if block.gate.embedding is None else x.new_tensor(0.5)
+        budget = None if block.gate.embedding is None else x.new_full((), 0.5)
         block.gate(x, budget).sum().backward()
         x.grad = None
 
