@@ -81,6 +81,8 @@ PUBLISHED = {
         "method_kwargs.proj_hidden_dim": 2048,
         "method_kwargs.proj_output_dim": 2048,
         "gating.sparsity_weight": 5,
+        "gating.bound_gradient": "selected",
+        "gating.weight_decay": 0,
         "gating.separate_bn": True,
         "augmentations[0].rrc.crop_min_scale": 0.2,
         "augmentations[0].gaussian_blur.prob": 0,
@@ -104,7 +106,14 @@ PUBLISHED = {
         "backbone.kwargs.zero_init_residual": True,
         "method_kwargs.pred_hidden_dim": 512,
         "gating.views": ["gated", "gated"],
+        "gating.weight_decay": 0,
+        "augmentations[0].gaussian_blur.prob": 0,
+        "augmentations[0].num_crops": 2,
     },
+    "simsiam_gated_cifar10": {"augmentations[0].gaussian_blur.prob": 0},
+    "simsiam_cifar100": {"augmentations[0].gaussian_blur.prob": 0},
+    "simsiam_gated_imagenet100": {"augmentations[0].gaussian_blur.prob": 0.5},
+    "vicreg_any_cifar100": {"gating.bound_gradient": "selected", "gating.weight_decay": 0},
     "barlow_dual_cifar10": {"method_kwargs.lamb": 0.0051, "gating.views": ["gated", "dense"]},
 }
 
