@@ -19,7 +19,7 @@ from .data import (
 from .errors import InputError
 from .gating_config import GatingConfig
 from .methods import GATED_METHODS, check_gated_backbone
-from .solo_learn import METHODS, BaseMethod
+from .solo_learn import METHODS, BaseMethod, VICReg
 from .training.model import PERFORMANCE, check_performance
 
 # Where solo-learn has a default, this is it.
@@ -111,6 +111,7 @@ def prepare_config(cfg: DictConfig) -> DictConfig:
         raise InputError(
             f"augmentations: found {crops[True]} crops of {big} pixels, {cfg.method!r} compares 2"
         )
+    _check_statistics(cfg)
     cfg.data.num_classes = number_of_classes(cfg.data)
     if cfg.final_knn.enabled and (cfg.data.val_path is None or cfg.data.no_labels):
         raise InputError("final_knn.enabled: found true, which needs data.val_path and labels")
@@ -125,6 +126,24 @@ def prepare_config(cfg: DictConfig) -> DictConfig:
             f"{', '.join(sorted(GATED_METHODS))}"
         )
     return cfg
+
+
+def _check_statistics(cfg: DictConfig) -> None:
+    key, images = "method_kwargs.statistics_images", cfg.method_kwargs.get("statistics_images")
+    if images is None:
+        cfg.method_kwargs.pop("statistics_images", None)  # as runs from before it came are recorded
+        return
+    if not issubclass(METHODS[cfg.method], VICReg):
+        raise InputError(
+            f"{key}: found {images!r}, method {cfg.method!r} is no VICReg; accepted is null"
+        )
+    at_least(key, images, 2)
+    batch = cfg.optimizer.batch_size
+    if batch % images and images % batch:
+        raise InputError(
+            f"{key}: found {images}, accepted is a divisor or a multiple of "
+            f"optimizer.batch_size={batch}"
+        )
 
 
 def _check_final_budgets(final_knn: DictConfig, gating: GatingConfig) -> None:

@@ -2,10 +2,11 @@
 
 Broken under current torchmetrics and PyTorch: the kNN classifier, batches without labels, the
 checkpoints of methods with a static learning rate. Slow: losses with a boolean mask, VICReg's of
-the covariances and Barlow Twins'.
+the covariances and Barlow Twins'. New: VICReg's statistics over parts of a batch.
 """
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from functools import wraps
 from types import ModuleType
 from typing import Any
@@ -19,6 +20,7 @@ from torchmetrics import Metric
 from ..distributed import rank_and_processes
 
 _QUERIES_AT_ONCE = 1024
+_STATISTICS_IMAGES: ContextVar[int | None] = ContextVar("statistics_images", default=None)
 _BANKS = ("train_features", "train_targets", "test_features", "test_targets")
 
 
@@ -156,17 +158,23 @@ def barlow_loss(z1: Tensor, z2: Tensor, lamb: float = 5e-3, scale_loss: float = 
     return scale_loss * (weights * (correlations - aim).pow(2)).sum()
 
 
-def mend(base_method: type[Any], vicreg: ModuleType, barlow_twins: ModuleType) -> None:
-    """Mend solo-learn's BaseMethod and two losses in place, once.
+def mend(
+    base_method: type[Any], vicreg_method: type[Any], vicreg: ModuleType, barlow_twins: ModuleType
+) -> None:
+    """Mend solo-learn's BaseMethod, VICReg and two losses in place, once.
 
     - A batch without a single label has the classification loss 0 (it was 0 / 0 = NaN, which also
       spoilt the online classifier's weights).
     - The scheduler of a method with a static learning rate (SimSiam) held a
       `functools.partial`; without it checkpoints load with `torch.load(weights_only=True)`, and
       resuming puts it back, since `configure_optimizers` runs first.
+    - VICReg takes `method_kwargs.statistics_images`: its variances and covariances are those of so
+      many images at a time, the loss their mean over the whole batch of all processes. (The papers'
+      runs have 256 images on each of two GPUs, and each GPU statistics of its own.)
 
     Args:
         base_method: the class.
+        vicreg_method: VICReg's class.
         vicreg: the module of the loss.
         barlow_twins: the module of the method.
     """
@@ -174,7 +182,9 @@ def mend(base_method: type[Any], vicreg: ModuleType, barlow_twins: ModuleType) -
         return
     base_method._base_shared_step = _unlabelled_is_zero(base_method._base_shared_step)
     base_method.on_save_checkpoint = _without_functions
-    vicreg.covariance_loss = covariance_loss  # type: ignore[attr-defined]
+    vicreg_method.training_step = _of_so_many_images(vicreg_method.training_step)
+    vicreg.variance_loss = _mean_over_parts(vicreg.variance_loss)  # type: ignore[attr-defined]
+    vicreg.covariance_loss = _mean_over_parts(covariance_loss)  # type: ignore[attr-defined]
     barlow_twins.barlow_loss_func = barlow_loss  # type: ignore[attr-defined]
     base_method._solo_gating_mended = True
 
@@ -189,6 +199,30 @@ def _unlabelled_is_zero(shared_step: Callable[..., dict[str, Any]]) -> Callable[
         return out
 
     return step
+
+
+def _of_so_many_images(training_step: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @wraps(training_step)
+    def step(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+        outer = _STATISTICS_IMAGES.set(self.cfg.method_kwargs.get("statistics_images"))
+        try:
+            return training_step(self, *args, **kwargs)
+        finally:
+            _STATISTICS_IMAGES.reset(outer)
+
+    return step
+
+
+def _mean_over_parts(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    @wraps(loss)
+    def mean(z1: Tensor, z2: Tensor) -> Tensor:
+        images = _STATISTICS_IMAGES.get() or len(z1)
+        if images >= len(z1):
+            return loss(z1, z2)
+        parts = zip(z1.split(images), z2.split(images), strict=True)
+        return sum(len(one) * loss(one, other) for one, other in parts) / len(z1)  # type: ignore[return-value]
+
+    return mean
 
 
 def _without_functions(self: Any, checkpoint: dict[str, Any]) -> None:

@@ -195,6 +195,9 @@ class BaseMethod(solo_base.BaseMethod):
         self.validation_step_outputs.clear()
 
 
+solo_base.BaseMethod._BACKBONES = BaseMethod._BACKBONES  # where the modern line has them
+
+
 class _FromConfig:
     """Top of a bridged method: `Method(cfg)` gives 1.0.2's class the arguments it names."""
 
