@@ -52,6 +52,7 @@ def evaluate_linear(cfg: DictConfig) -> dict[str, Any]:
     at_least("max_epochs", cfg.max_epochs, 1)
     true_or_false("augment", cfg.augment)
     check_optimizer(cfg.optimizer)
+    true_or_false("optimizer.scale_lr", cfg.optimizer.setdefault("scale_lr", False))
     splits = ("val",) if cfg.augment else ("train", "val")
     evaluation = prepare_evaluation(cfg, "linear", _SETTINGS, splits)
     augmented = classification_loader(cfg) if cfg.augment else None

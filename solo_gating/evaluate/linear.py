@@ -169,8 +169,8 @@ def train_on_images(
 
 def _classifier(cfg: DictConfig, backbone: nn.Module, processes: int) -> Any:
     cfg = cfg.copy()
-    # solo-learn's rule (`solo/args/linear.py`): learning rates are given for 256 images.
-    cfg.optimizer.lr *= cfg.optimizer.batch_size * processes / 256
+    if cfg.optimizer.get("scale_lr"):  # `solo/args/linear.py` of the modern line
+        cfg.optimizer.lr *= cfg.optimizer.batch_size * processes / 256
     if cfg.scheduler.lr_decay_steps is None:
         cfg.scheduler.lr_decay_steps = [round(share * cfg.max_epochs) for share in (0.6, 0.8)]
     # solo-learn logs a top-5 accuracy, for which there must be 5 classes; spare ones stay empty.
