@@ -252,8 +252,7 @@ def killed_config(folder, **overrides):
         max_epochs=4,
         optimizer={"name": "adamw", "lr": 0.03, "kwargs": {"betas": [0.9, 0.999]}},
         scheduler={"warmup_epochs": 1},
-        gating={"bound_decay": 0.3},
-        **{"auto_resume": {"enabled": True}, **overrides},
+        **{"gating": {"bound_decay": 0.3}, "auto_resume": {"enabled": True}, **overrides},
     )
     del cfg.optimizer.kwargs.momentum
     return cfg
@@ -313,6 +312,27 @@ def test_a_run_from_before_a_key_came_is_continued(killed, steps, tmp_path):
     seen = len(steps.rates)
     pretrain(killed_config(tmp_path))
     assert steps.rates[seen][:2] == (2 * STEPS, 2)
+
+
+def test_a_run_from_before_the_gates_had_a_group_is_continued_as_it_was(
+    steps, tmp_path, monkeypatch
+):
+    """Its record lacks their weight decay and the bound's gradient; now a config must name them."""
+    as_it_was = {"bound_decay": 0.3, "bound_gradient": "all", "weight_decay": 1e-4}
+    one_group = property(lambda self: super(gated.GatedMethod, self).learnable_params)
+    steps.kill_at = 2 * STEPS + 1
+    with monkeypatch.context() as before:
+        before.setattr(gated.GatedMethod, "learnable_params", one_group)
+        with pytest.raises(Killed):
+            pretrain(killed_config(tmp_path, gating=as_it_was))
+    args = json.loads((run_folder(tmp_path) / "args.json").read_text())
+    del args["gating"]["bound_gradient"], args["gating"]["weight_decay"]
+    (run_folder(tmp_path) / "args.json").write_text(json.dumps(args))
+    steps.kill_at, seen = None, len(steps.rates)
+    pretrain(killed_config(tmp_path, gating=as_it_was))
+    assert steps.rates[seen][:2] == (2 * STEPS, 2)
+    groups = load(run_folder(tmp_path) / "last.ckpt")["optimizer_states"][0]["param_groups"]
+    assert [group["name"] for group in groups[:2]] == ["backbone", "gates"]
 
 
 def test_old_runs_are_not_continued(killed, steps, tmp_path):

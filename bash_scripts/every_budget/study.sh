@@ -47,7 +47,8 @@ esac
 out=${OUT:-trained_models/study_$data}
 common+=(max_epochs="$epochs" check_val_every_n_epoch="$epochs")
 
-gated="gating.sparsity_weight=100 gating.warmup_epochs=$((epochs / 10))"
+# The last two as in the runs of docs/every_budget.md.
+gated="gating.sparsity_weight=100 gating.warmup_epochs=$((epochs / 10)) gating.bound_gradient=all gating.weight_decay=1e-4"
 range="gating.target_budget=[0.05,0.9]"
 annealed="$range gating.open_start=true gating.budget_anneal=0.5"
 declare -A overrides=(

@@ -17,6 +17,7 @@ from ..gating_config import GatingConfig
 from ..losses import bound_loss, budget_loss
 from ..solo_learn import BaseMethod, WeightedKNNClassifier
 from ..transfer import send
+from .older_checkpoints import add_gates_group
 
 
 class GatedMethod(BaseMethod):
@@ -55,6 +56,33 @@ class GatedMethod(BaseMethod):
                 self.path_knn[path] = WeightedKNNClassifier(
                     k=self.knn_k, distance_fx=cfg.knn_eval.distance_func
                 )
+
+    @property
+    def learnable_params(self) -> list[dict[str, Any]]:
+        """solo-learn's groups, the backbone's divided in two: without the gates, and the gates."""
+        backbone, *others = super().learnable_params
+        gates, parameters = self._gate_parameters, list(backbone["params"])
+        own = {
+            "name": "gates",
+            "params": [p for p in parameters if p in gates],
+            "weight_decay": self.gating.weight_decay,
+        }
+        backbone["params"] = [p for p in parameters if p not in gates]
+        return [backbone, own, *others]
+
+    @property
+    def _gate_parameters(self) -> set[nn.Parameter]:
+        return {p for block in self.backbone.gated_blocks for p in block.gate.parameters()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Fit the optimiser's state of an earlier version to today's parameter groups."""
+        super().on_load_checkpoint(checkpoint)
+        add_gates_group(
+            checkpoint,
+            list(self.backbone.parameters()),
+            self._gate_parameters,
+            self.gating.weight_decay,
+        )
 
     @property
     def trained_paths(self) -> tuple[str, ...]:
@@ -103,9 +131,13 @@ class GatedMethod(BaseMethod):
         self, passes: list[ForwardPass], epoch: int, target: float, told: float | Tensor | None
     ) -> Tensor:
         channels = [selected_channels(view.masks) for view in passes]
-        means = global_mean(torch.stack([of_images.mean(dim=0) for of_images in channels]))
+        bounded = [selected_channels(v.masks, self.gating.bound_gradient) for v in passes]
+        means = torch.stack([of_images.mean(dim=0) for of_images in (*channels, *bounded)])
+        means, bounded_means = global_mean(means).chunk(2)
         shares, budgets, bounds = [], [], []
-        for view, of_images, selected in zip(passes, channels, means, strict=True):
+        for view, of_images, selected, in_bounds in zip(
+            passes, channels, means, bounded_means, strict=True
+        ):
             flops = self.flops(view.resolution)
             shares.append(flops.share(selected))
             if isinstance(told, Tensor):
@@ -116,7 +148,7 @@ class GatedMethod(BaseMethod):
                 budgets.append(budget_loss(shares[-1], target, self.gating.sparsity_weight))
             bounds.append(
                 bound_loss(
-                    flops.channel_shares(selected),
+                    flops.channel_shares(in_bounds),
                     self.gating.bound_share(target),
                     epoch,
                     self.gating.bound_weight,

@@ -19,6 +19,7 @@ from torch import nn
 from ..config import DEFAULTS
 from ..errors import InputError
 from ..files import write_json
+from ..gating_config import as_it_was
 
 # What may differ between a run and its continuation.
 _FREE_TO_CHANGE = (
@@ -109,6 +110,8 @@ def find_checkpoint(cfg: DictConfig) -> Path | None:
         if time.time() - written > cfg.auto_resume.max_hours * 3600:
             continue
         args = read_args(file.parent)
+        if args.get("gating"):
+            args["gating"] = as_it_was(args["gating"], args["optimizer"]["weight_decay"])
         # A run of an earlier version took the defaults of keys that have come since.
         args = plain(OmegaConf.merge(DEFAULTS, args))  # type: ignore[arg-type]
         if _what_matters(args) == wanted and not (file.parent / "metrics.json").exists():
