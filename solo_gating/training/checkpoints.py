@@ -110,8 +110,9 @@ def find_checkpoint(cfg: DictConfig) -> Path | None:
         if time.time() - written > cfg.auto_resume.max_hours * 3600:
             continue
         args = read_args(file.parent)
-        if args.get("gating"):
-            args["gating"] = as_it_was(args["gating"], args["optimizer"]["weight_decay"])
+        if isinstance(args.get("gating"), dict):
+            decay = OmegaConf.select(OmegaConf.create(args), "optimizer.weight_decay", default=0.0)
+            args["gating"] = as_it_was(args["gating"], decay)
         # A run of an earlier version took the defaults of keys that have come since.
         args = plain(OmegaConf.merge(DEFAULTS, args))  # type: ignore[arg-type]
         if _what_matters(args) == wanted and not (file.parent / "metrics.json").exists():
