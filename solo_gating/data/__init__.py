@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Subset
 
 from ..errors import InputError
 from .augmentations import (
@@ -15,21 +15,9 @@ from .augmentations import (
 )
 from .datasets import DATASETS, FORMATS, NUM_CLASSES, count_class_folders, fraction_of, open_dataset
 from .device import Place, check_device_pipeline, device_loader, place_of
+from .workers import LazyLoader, SeededImages, SeededSampler, end_with_parent
 
 PIPELINES = ("workers", "device")
-
-
-class Indexed(Dataset):
-    """A data set whose items begin with their index, as solo-learn's methods expect."""
-
-    def __init__(self, dataset: Any):
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> tuple[Any, ...]:
-        return (index, *self.dataset[index])
 
 
 def training_loader(cfg: DictConfig, place: Place | None = None) -> Any:
@@ -58,7 +46,12 @@ def training_loader(cfg: DictConfig, place: Place | None = None) -> Any:
         )
     if on_device:
         return device_loader(cfg, dataset, place or Place())
-    return _loader(Indexed(dataset), cfg, cfg.optimizer.batch_size, shuffle=True, drop_last=True)
+    return LazyLoader(
+        SeededImages(dataset),
+        sampler=SeededSampler(len(dataset), cfg.seed),
+        drop_last=True,
+        **_options(cfg, cfg.optimizer.batch_size),
+    )
 
 
 def evaluation_loader(cfg: DictConfig, split: str, batch_size: int | None = None) -> DataLoader:
@@ -74,7 +67,7 @@ def evaluation_loader(cfg: DictConfig, split: str, batch_size: int | None = None
     """
     transform = evaluation_transform(cfg.data.dataset, cfg.augmentations)
     dataset = _images(cfg, split, transform)
-    return _loader(dataset, cfg, batch_size or cfg.optimizer.batch_size)
+    return DataLoader(dataset, **_options(cfg, batch_size or cfg.optimizer.batch_size))
 
 
 def classification_loader(cfg: DictConfig) -> DataLoader:
@@ -96,7 +89,7 @@ def classification_loader(cfg: DictConfig) -> DataLoader:
                 "images (data.no_labels=false)"
             )
         dataset = Subset(dataset, labelled)
-    return _loader(dataset, cfg, cfg.optimizer.batch_size, shuffle=True)
+    return DataLoader(dataset, shuffle=True, **_options(cfg, cfg.optimizer.batch_size))
 
 
 def _images(cfg: DictConfig, split: str, transform: Any) -> Any:
@@ -108,24 +101,15 @@ def _images(cfg: DictConfig, split: str, transform: Any) -> Any:
     return dataset
 
 
-def _loader(
-    dataset: Any,
-    cfg: DictConfig,
-    batch_size: int,
-    *,
-    shuffle: bool = False,
-    drop_last: bool = False,
-) -> DataLoader:
+def _options(cfg: DictConfig, batch_size: int) -> dict[str, Any]:
     workers = cfg.data.num_workers
-    return DataLoader(
-        dataset,
-        batch_size=batch_size,
-        shuffle=shuffle,
-        drop_last=drop_last,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        pin_memory=torch.cuda.is_available(),
-    )
+    return {
+        "batch_size": batch_size,
+        "num_workers": workers,
+        "persistent_workers": workers > 0,
+        "worker_init_fn": end_with_parent,
+        "pin_memory": torch.cuda.is_available(),
+    }
 
 
 __all__ = [

@@ -113,6 +113,7 @@ def _share_of_process(loader: Any) -> Iterable:
         Subset(loader.dataset, images),
         batch_size=loader.batch_size,
         num_workers=loader.num_workers,
+        worker_init_fn=loader.worker_init_fn,
         pin_memory=loader.pin_memory,
     )
 

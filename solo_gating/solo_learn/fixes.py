@@ -17,6 +17,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from ..distributed import rank_and_processes
+from ..randomness import StepSeeds
 
 _QUERIES_AT_ONCE = 1024
 _BANKS = ("train_features", "train_targets", "test_features", "test_targets")
@@ -164,6 +165,8 @@ def mend(base_method: type[Any], vicreg: ModuleType, barlow_twins: ModuleType) -
     - The scheduler of a method with a static learning rate (SimSiam) held a
       `functools.partial`; without it checkpoints load with `torch.load(weights_only=True)`, and
       resuming puts it back, since `configure_optimizers` runs first.
+    - Each step draws its random numbers anew from the config's `seed`: every continuation of a run
+      repeated those of the run's start.
 
     Args:
         base_method: the class.
@@ -174,6 +177,7 @@ def mend(base_method: type[Any], vicreg: ModuleType, barlow_twins: ModuleType) -
         return
     base_method._base_shared_step = _unlabelled_is_zero(base_method._base_shared_step)
     base_method.on_save_checkpoint = _without_functions
+    base_method.configure_callbacks = _step_seeds
     vicreg.covariance_loss = covariance_loss  # type: ignore[attr-defined]
     barlow_twins.barlow_loss_func = barlow_loss  # type: ignore[attr-defined]
     base_method._solo_gating_mended = True
@@ -195,3 +199,8 @@ def _without_functions(self: Any, checkpoint: dict[str, Any]) -> None:
     for scheduler in checkpoint.get("lr_schedulers", []):
         for key in [key for key, value in scheduler.items() if callable(value)]:
             del scheduler[key]
+
+
+def _step_seeds(self: Any) -> list[StepSeeds]:
+    seed = self.cfg.get("seed")
+    return [] if seed is None else [StepSeeds(seed)]
