@@ -67,7 +67,7 @@ class SeededSampler(DistributedSampler):
 
     def _part(self) -> DistributedSampler:
         rank, processes = rank_and_processes()
-        part = DistributedSampler(self.dataset, processes, rank, seed=self.seed)
+        part: DistributedSampler = DistributedSampler(self.dataset, processes, rank, seed=self.seed)
         part.set_epoch(self.epoch)
         return part
 
