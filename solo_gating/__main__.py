@@ -21,6 +21,7 @@ import solo_gating
 
 from .backbones import GATED_BACKBONES, PATHS
 from .solo_learn import BaseMethod
+from .terminal import lasting_streams
 
 
 def main() -> None:
@@ -39,11 +40,12 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=argparse.SUPPRESS)
     parser.add_argument("script", nargs="?")
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
-    options = vars(parser.parse_args())
-    name, arguments = options.pop("script"), options.pop("arguments")
-    if name is None:
-        parser.print_help()
-        return
+    with lasting_streams():
+        options = vars(parser.parse_args())
+        name, arguments = options.pop("script"), options.pop("arguments")
+        if name is None:
+            parser.print_help()
+            return
     script = Path(name)
     if not script.is_file():
         sys.exit(f"error: {str(script)!r} is not a file, accepted is the path of a Python script")

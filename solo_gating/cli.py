@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from .errors import InputError
 from .gating_config import check_key
+from .terminal import lasting_streams
 from .training.callbacks import NonFiniteLossError
 from .training.processes import CONTINUE, lost_process
 
@@ -85,6 +86,13 @@ def run(
         flags: config keys that may also be given as `--key value` or, where this says the value,
             as a bare `--key`.
     """
+    with lasting_streams():
+        _run(task, evaluation, flags)
+
+
+def _run(
+    task: Callable[[DictConfig], Any], evaluation: str | None, flags: Mapping[str, str | None]
+) -> None:
     sys.argv[1:] = arguments = _flags_to_overrides(sys.argv[1:], flags)
     has_config = any(re.match(r"(--config-name|-cn|-cp|--config-path)\b", a) for a in arguments)
     if not has_config:
@@ -147,7 +155,8 @@ def one_sentence_errors(evaluation: str | None = None) -> Iterator[None]:
         evaluation: as in `run`.
     """
     try:
-        yield
+        with lasting_streams():
+            yield
     except (InputError, NonFiniteLossError) as error:
         if os.environ.get("HYDRA_FULL_ERROR"):
             raise

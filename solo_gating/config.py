@@ -6,7 +6,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from .budgets import checked_budget
-from .checks import at_least, is_not_negative, one_of, require
+from .checks import at_least, is_not_negative, one_of, require, true_or_false
 from .data import (
     DATASETS,
     FORMATS,
@@ -94,6 +94,9 @@ def prepare_config(cfg: DictConfig) -> DictConfig:
         check_device_pipeline(cfg.data)
     at_least("max_epochs", cfg.max_epochs, 1)
     check_performance(cfg.performance)
+    at_least("checkpoint.frequency", cfg.checkpoint.frequency, 0)
+    for key in ("enabled", "keep_prev"):
+        true_or_false(f"checkpoint.{key}", cfg.checkpoint[key])
     at_least("data.num_workers", cfg.data.num_workers, 0)
     check_optimizer(cfg.optimizer, least_batch=2)  # for BatchNorm
     fraction = cfg.data.fraction

@@ -91,9 +91,9 @@ def benchmark(options: argparse.Namespace) -> dict[str, Any]:
             for threads in options.threads:
                 rows = measure(Case(dense, gated, threads), engines, options.seconds, say)
                 report["rows"] += rows
-                print("\n" + format_case(rows), flush=True)
                 write_json(options.output / "benchmark.json", report)
                 draw_chart(report["rows"], options.output / "benchmark.png", report["cpu"])
+                print("\n" + format_case(rows), flush=True)
     return report
 
 

@@ -63,13 +63,13 @@ def benchmark_data(options: argparse.Namespace) -> dict[str, Any]:
         "augmentations": OmegaConf.to_container(cfg.augmentations),
         "rows": [_row(name, times, batch) for name in calls],
     }
+    write_json(options.output / "benchmark_data.json", report)
     for row in report["rows"]:
         noisy = "  (noisy)" if row["noisy"] else ""
         print(
             f"{row['pipeline']:12} {row['milliseconds']:9.2f} ms  "
             f"{row['images_per_second']:9.0f} images/s  {row['ratio']:6.2f}×{noisy}"
         )
-    write_json(options.output / "benchmark_data.json", report)
     return report
 
 

@@ -109,8 +109,8 @@ def benchmark_train(options: argparse.Namespace) -> dict[str, Any]:
             )
         ],
     }
-    print(format_report(report), flush=True)
     write_json(options.output / "benchmark_train.json", report)
+    print(format_report(report), flush=True)
     return report
 
 

@@ -50,7 +50,7 @@ from .evaluate.evaluation import Evaluation, evaluation_of
 from .evaluate.features import extract
 from .evaluate.knn import knn_top1
 from .evaluate.policy import Policy, read_policy
-from .files import write_bytes, write_json
+from .files import make_folder, write_bytes, write_json
 from .flops import count_flops
 
 FORMATS = ("torch", "onnx", "openvino-via-onnx", "solo-learn")
@@ -70,6 +70,7 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
     """
     encoder = load_encoder(options.checkpoint, key="--checkpoint")
     _check(options, encoder)
+    make_folder(options.output)
     size = options.resolution or encoder.args.augmentations[0].crop_size
     evaluation = None
     if options.evaluate or options.overrides:
@@ -104,6 +105,14 @@ def _check(options: argparse.Namespace, encoder: Encoder) -> None:
     if options.path == "gated" and options.format == "solo-learn":
         raise InputError(
             "format: found solo-learn, which has no gated path; accepted is --path dense"
+        )
+    if (
+        options.format == "solo-learn"
+        and options.output.resolve() == encoder.checkpoint.resolve().parent
+    ):
+        raise InputError(
+            "output: found the checkpoint's own folder, whose last.ckpt and args.json would be "
+            "replaced; accepted is another"
         )
 
 

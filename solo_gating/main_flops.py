@@ -28,7 +28,7 @@ from .cli import run
 from .config import prepare_config
 from .data import evaluation_loader
 from .evaluate.features import extract
-from .files import write_json
+from .files import make_folder, write_json
 from .flops import BackboneFlops, count_flops, count_parameters
 from .training.checkpoints import check_architecture, read_checkpoint
 
@@ -43,6 +43,8 @@ def report_flops(cfg: DictConfig) -> dict[str, Any]:
         InputError: for a config, checkpoint or data that cannot be used.
     """
     prepare_config(cfg)
+    folder = Path(cfg.flops.output or f"outputs/flops/{cfg.name}")
+    make_folder(folder)
     backbone = _backbone(cfg)
     if cfg.flops.budget is not None:
         checked_budget(cfg.flops.budget, getattr(backbone, "budget_range", None), "flops.budget")
@@ -69,9 +71,8 @@ def report_flops(cfg: DictConfig) -> dict[str, Any]:
     if getattr(backbone, "budget", None) is not None:
         metrics["budget"] = backbone.budget
     metrics["resolution"] = [size, size]
-    print(format_report(metrics, source))
-    folder = Path(cfg.flops.output or f"outputs/flops/{cfg.name}")
     write_json(folder / "metrics.json", metrics)
+    print(format_report(metrics, source))
     print(folder / "metrics.json")
     return metrics
 

@@ -61,8 +61,9 @@ def evaluate_linear(cfg: DictConfig) -> dict[str, Any]:
         results = _train_missing(evaluation, path, augmented, val)
         rows[path] = summarise(results) | flops_row(val, evaluation.encoder)
     train: Any = (augmented or evaluation.loaders["train"]).dataset
+    metrics = evaluation.write(rows, len(train))
     evaluation.say("\n" + format_rows(rows) + "\n")
-    return evaluation.write(rows, len(train))
+    return metrics
 
 
 def _train_missing(

@@ -84,12 +84,12 @@ def evaluate_policy(cfg: DictConfig) -> dict[str, Any]:
         OmegaConf.to_container(evaluation.encoder.args.backbone.kwargs),  # type: ignore[arg-type]
         evaluation.encoder.description()["target_budget"],
     )
-    evaluation.say(format_policy(policy))
     row |= flops_row(found, evaluation.encoder)
     row |= {"threshold": policy.threshold, "share": policy.share, "share_std": policy.share_std}
     if policy.budget is not None:
         row["budget"] = policy.budget
     _write_policy(evaluation, policy)
+    evaluation.say(format_policy(policy))
     rows = {"gated": row}
     if cfg.sweep:
         rows["dense"], row["sweep"] = _sweep(evaluation, images, shares, policy.target_budget)

@@ -18,16 +18,18 @@ logs/, metrics.json and training.png. `--help` beside a --config-name prints tha
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
 
 from .cli import run
 from .config import prepare_config, scale_learning_rates
-from .data import evaluation_loader, place_of, training_loader
+from .data import evaluation_loader, has_labels, place_of, training_loader
+from .errors import InputError
 from .evaluate.curves import draw_curves
 from .evaluate.encoder import describe_pretraining
 from .evaluate.final_table import final_table, format_table
-from .files import write_json
+from .files import make_folder, remove_leftovers, write_json
 from .training.checkpoints import (
     check_architecture,
     find_checkpoint,
@@ -50,18 +52,28 @@ def pretrain(cfg: DictConfig) -> dict[str, Any]:
 
     Raises:
         InputError: before training, for a config, checkpoint or data that cannot be used.
-        NonFiniteLossError: for a loss that becomes infinite or NaN.
+        NonFiniteLossError: for a loss or a weight that becomes infinite or NaN.
     """
     prepare_config(cfg)
     trainer = build_trainer(cfg)
     train = training_loader(cfg, place_of(trainer))
     val = None if cfg.data.val_path is None else evaluation_loader(cfg, "val")
+    if cfg.final_knn.enabled:
+        for split, loader in (("train", train), ("val", val)):
+            if not has_labels(loader):
+                raise InputError(
+                    f"data.{split}_path: no image has a label, final_knn.enabled=true needs some"
+                )
     scale_learning_rates(cfg, trainer.world_size)
     model = build_model(cfg)  # completes the config, with which checkpoints are compared
     checkpoint = _checkpoint_to_continue(cfg)
     folder = checkpoint.parent if checkpoint else new_run_folder(cfg)
     if checkpoint is not None:
         check_architecture(model, read_checkpoint(checkpoint, "resume_from_checkpoint"), checkpoint)
+    if trainer.is_global_zero:
+        remove_leftovers(folder.parent)  # of a run that never came to its first checkpoint, too
+        weights = sum(value.nbytes for value in model.state_dict().values())
+        make_folder(folder, weights if cfg.checkpoint.enabled else 0)
     attach_outputs(trainer, cfg, folder)
 
     if trainer.is_global_zero:
@@ -69,7 +81,7 @@ def pretrain(cfg: DictConfig) -> dict[str, Any]:
     announce_dead_processes()
     trainer.fit(model, train, val, ckpt_path=checkpoint)
     metrics: dict[str, Any] = {
-        "pretraining": describe_pretraining(cfg, trainer.current_epoch, folder / "last.ckpt"),
+        "pretraining": describe_pretraining(cfg, trainer.current_epoch, _saved(trainer, folder)),
         "data": {
             "dataset": cfg.data.dataset,
             "train_images": len(train.dataset),
@@ -86,10 +98,10 @@ def pretrain(cfg: DictConfig) -> dict[str, Any]:
     if not trainer.is_global_zero:
         return metrics
 
-    if cfg.final_knn.enabled:
-        print(f"\n{format_table(table)}\n")
     write_json(folder / "metrics.json", metrics)
     picture = draw_curves(folder, (cfg.get("gating") or {}).get("target_budget"), cfg.name)
+    if cfg.final_knn.enabled:
+        print(f"\n{format_table(table)}\n")
     print("\n".join(str(file) for file in (folder / "metrics.json", picture) if file))
     return metrics
 
@@ -98,6 +110,17 @@ def _checkpoint_to_continue(cfg: DictConfig) -> Path | None:
     if cfg.resume_from_checkpoint is not None:
         return Path(cfg.resume_from_checkpoint)
     return find_checkpoint(cfg) if cfg.auto_resume.enabled else None
+
+
+def _saved(trainer: pl.Trainer, folder: Path) -> Path | None:
+    """`last.ckpt`, if it holds what the Trainer has trained."""
+    file = folder / "last.ckpt"
+    if (
+        not file.is_file()
+        or read_checkpoint(file, "last.ckpt")["global_step"] != trainer.global_step
+    ):
+        return None
+    return file
 
 
 def _final_table(cfg: DictConfig, model: Any, device: torch.device) -> dict[str, Any]:

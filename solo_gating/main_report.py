@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .cli import one_sentence_errors
-from .files import write_bytes
+from .files import make_folder, write_bytes
 from .report.cells import measured_cells, published_tables
 from .report.plot import draw_accuracy_flops
 from .report.records import Record, Skipped, Sweep, read_records
@@ -37,6 +37,7 @@ def write_report(folders: Sequence[Path], output: Path) -> list[Path]:
     Raises:
         InputError: for folders without a usable file, or an output that cannot be written.
     """
+    make_folder(output)
     sections = compose(*read_records(folders))
     files: dict[str, bytes] = {
         "report.md": to_markdown(sections).encode(),
@@ -139,8 +140,8 @@ def main() -> None:
         metavar="DIR",
         help="default: %(default)s",
     )
-    arguments = parser.parse_args()
     with one_sentence_errors():
+        arguments = parser.parse_args()
         print("\n".join(map(str, write_report(arguments.folders, arguments.output))))
 
 

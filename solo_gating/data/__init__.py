@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from omegaconf import DictConfig
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -77,6 +78,27 @@ def evaluation_loader(cfg: DictConfig, split: str, batch_size: int | None = None
     return _loader(dataset, cfg, batch_size or cfg.optimizer.batch_size)
 
 
+def has_labels(images: Any) -> bool:
+    """Whether at least one image has a label.
+
+    Args:
+        images: a data set or a loader of this package; of another data set it is believed.
+    """
+    if hasattr(images, "has_labels"):
+        return images.has_labels
+    if isinstance(images, (DataLoader, Indexed)):
+        return has_labels(images.dataset)
+    if isinstance(images, Subset):
+        targets = _targets(images.dataset)
+        return targets is None or bool((np.asarray(targets)[images.indices] >= 0).any())
+    targets = _targets(images)
+    return targets is None or max(targets) >= 0
+
+
+def _targets(dataset: Any) -> Any:
+    return getattr(dataset, "targets", getattr(dataset, "labels", None))
+
+
 def classification_loader(cfg: DictConfig) -> DataLoader:
     """Shuffled batches `[images, targets]`, cropped and flipped, to train a classifier on.
 
@@ -138,6 +160,7 @@ __all__ = [
     "classification_loader",
     "count_class_folders",
     "evaluation_loader",
+    "has_labels",
     "place_of",
     "training_loader",
 ]

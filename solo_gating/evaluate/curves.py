@@ -3,6 +3,7 @@
 import csv
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from matplotlib.ticker import MaxNLocator
 
 from ..files import write_picture
 from ..training.callbacks import SSL_LOSSES
+from ..training.logs import version_number
 
 # Okabe and Ito's colour-blind safe palette.
 DENSE, GATED, NEUTRAL = "#0072B2", "#D55E00", "#555555"
@@ -26,13 +28,19 @@ def read_logs(folder: Path) -> dict[str, dict[int, float]]:
         folder: the run's folder, with `logs/version_*/metrics.csv`.
     """
     series: dict[str, dict[int, float]] = defaultdict(dict)
-    files = sorted(folder.glob("logs/version_*/metrics.csv"), key=lambda f: int(f.parent.name[8:]))
-    for file in files:
-        with file.open(newline="") as lines:
+    files = sorted(
+        folder.glob("logs/version_*/metrics.csv"), key=lambda f: version_number(f.parent)
+    )
+    for file in filter(Path.is_file, files):
+        with file.open(newline="", errors="replace") as lines:
             for row in csv.DictReader(lines):
-                for name, value in row.items():
-                    if name not in ("epoch", "step") and value and row.get("epoch"):
-                        series[name][int(float(row["epoch"]))] = float(value)
+                with suppress(
+                    TypeError, ValueError, OverflowError
+                ):  # a line cut short, of an earlier version
+                    epoch = int(float(row.pop("epoch")))
+                    for name, value in row.items():
+                        if name != "step" and value:
+                            series[name][epoch] = float(value)
     return dict(series)
 
 

@@ -17,7 +17,7 @@ from ..cli import composed
 from ..config import DEFAULTS, number_of_classes
 from ..data import check_augmentations, evaluation_loader
 from ..errors import InputError
-from ..files import read_json, write_json
+from ..files import make_folder, read_json, write_json
 from ..flops import count_flops
 from ..training.checkpoints import plain
 from .encoder import Encoder, load_encoder
@@ -113,6 +113,8 @@ def prepare_evaluation(
 ) -> Evaluation:
     """Check a config, start the processes, load encoder and images, before any long work.
 
+    The folder for the results is made, and that it can be written is checked.
+
     The images are those of pre-training unless `data` names others. Images of another data set
     have the size and the normalisation with which solo-learn evaluates it.
 
@@ -125,6 +127,14 @@ def prepare_evaluation(
     Raises:
         InputError: naming the key, what was found and what is accepted.
     """
+    evaluation = _prepare(cfg, kind, settings, splits)
+    make_folder(evaluation.folder)
+    return evaluation
+
+
+def _prepare(
+    cfg: DictConfig, kind: str, settings: tuple[str, ...], splits: tuple[str, ...]
+) -> Evaluation:
     OmegaConf.set_struct(cfg, False)
     if OmegaConf.is_missing(cfg, "pretrained_feature_extractor"):
         raise InputError("pretrained_feature_extractor: missing, accepted is a checkpoint's path")
@@ -177,7 +187,7 @@ def evaluation_of(checkpoint: Path, overrides: list[str], splits: tuple[str, ...
         InputError: as `prepare_evaluation`.
     """
     overrides = [f"pretrained_feature_extractor='{checkpoint}'", *overrides]
-    return prepare_evaluation(composed("knn", overrides), "knn", (), splits)
+    return _prepare(composed("knn", overrides), "knn", (), splits)
 
 
 def flops_row(found: Extraction, encoder: Encoder) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """The table at the end of a run: raw pixels, untrained, dense and gated encoder side by side."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -93,7 +94,19 @@ def format_table(table: dict[str, Row]) -> str:
         f"{'1-NN accuracy, %':<16} {'all labels':>11} {heading:>21} {'FLOPs/image':>13} {'cut':>7}"
     ]
     for name, row in table.items():
-        flops = f"{row['flops']:.4g}" if "flops" in row else "–"
-        cut = f"{row['flops_cut']:.1%}" if "flops_cut" in row else "–"
-        lines.append(f"{name:<16} {row['knn_top1']:>11.1f} {row[few]:>21.1f} {flops:>13} {cut:>7}")
+        cells = [
+            _cell(row, key, kind)
+            for key, kind in (
+                ("knn_top1", ".1f"),
+                (few, ".1f"),
+                ("flops", ".4g"),
+                ("flops_cut", ".1%"),
+            )
+        ]
+        lines.append("{:<16} {:>11} {:>21} {:>13} {:>7}".format(name, *cells))
     return "\n".join(lines)
+
+
+def _cell(row: Row, key: str, kind: str) -> str:
+    """A figure, or a dash where there is none."""
+    return "–" if math.isnan(row.get(key, math.nan)) else format(row[key], kind)

@@ -9,7 +9,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from omegaconf import DictConfig
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from ..backbones import TwoPathResNet
 from ..solo_learn import LinearModel
 from ..training.callbacks import RunProgress
+from ..training.logs import CSVLog
 from .evaluation import Evaluation
 from .features import Extraction
 
@@ -152,7 +152,7 @@ def train_on_images(
         strategy=cfg.strategy,
         precision=cfg.precision,
         callbacks=callbacks,
-        logger=CSVLogger(evaluation.folder, name=f"logs-{path}", version=f"seed{seed}"),
+        logger=CSVLog(evaluation.folder / f"logs-{path}" / f"seed{seed}"),
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=cfg.enable_progress_bar,

@@ -7,14 +7,15 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import LearningRateMonitor
-from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from omegaconf import DictConfig
 
 from ..errors import InputError
 from .callbacks import RunProgress, StopAtNonFiniteLoss
-from .checkpoints import Checkpointer, plain, read_args
+from .checkpoints import Checkpointer, WholeFiles, plain, read_args
+from .logs import CSVLog, next_version
 
 
 def build_trainer(cfg: DictConfig) -> pl.Trainer:
@@ -71,11 +72,12 @@ def attach_outputs(trainer: pl.Trainer, cfg: DictConfig, folder: Path) -> None:
         InputError: if wandb is asked for and not installed.
     """
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    loggers: list[Logger] = [CSVLogger(folder, name="logs")]
+    loggers: list[Logger] = [CSVLog(next_version(folder / "logs"))]
     if cfg.wandb.enabled:
         loggers.append(_wandb(cfg, folder))
         callbacks.append(LearningRateMonitor(logging_interval="step"))
     trainer.loggers = loggers
+    trainer.strategy.checkpoint_io = WholeFiles()
     if cfg.checkpoint.enabled:
         callbacks.append(Checkpointer(cfg, folder))  # last: after the check of the losses
 

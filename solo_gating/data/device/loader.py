@@ -57,6 +57,11 @@ class DeviceLoader:
         self._place = place
         self._placed = False
 
+    @property
+    def has_labels(self) -> bool:
+        """Whether at least one image has a label."""
+        return bool((self._targets >= 0).any())
+
     def __len__(self) -> int:
         return len(self.sampler) // self.batch_size
 
