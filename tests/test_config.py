@@ -145,6 +145,18 @@ def test_learning_rates_are_per_256_images():
             ],
         ),
         ({"gating": {"foo": 1}}, ["gating.foo: no such key", "target_budget"]),
+        *(
+            (
+                {"checkpoint": {"frequency": value}},
+                [f"checkpoint.frequency: found {value!r}", "an integer ≥ 0"],
+            )
+            for value in (float("inf"), float("nan"), -1, "a b", True, None, 1.5, [1])
+        ),
+        (
+            {"checkpoint": {"keep_prev": "no"}},
+            ["checkpoint.keep_prev: found 'no'", "true or false"],
+        ),
+        ({"checkpoint": {"enabled": 1}}, ["checkpoint.enabled: found 1", "true or false"]),
         ({"data": {"dataset": "mnist"}}, ["data.dataset: found 'mnist'", "cifar10", "custom"]),
         ({"data": {"format": "csv"}}, ["data.format: found 'csv'", "npz"]),
         ({"data": {"train_path": None}}, ["data.train_path: missing"]),

@@ -1,5 +1,7 @@
 """Two processes with a batch of B each give the gradients of one process with 2·B."""
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -10,7 +12,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from solo_gating import InputError
 from solo_gating.methods import gated
+from solo_gating.training.checkpoints import Checkpointer
 
 from .helpers import default_dtype, of_two_processes, random_batch, tiny_config, tiny_model
 
@@ -108,7 +112,38 @@ def process(rank: int) -> dict[str, Any]:
         results = {method: gradients(method, rows, parallel=True) for method in METHODS}
         with mock.patch.object(gated, "global_mean", lambda values: values):
             results[LOCAL] = gradients("vicreg_dual", rows, parallel=True)
-    return results
+    return results | {"full disk": a_full_disk(rank)}
+
+
+def a_full_disk(rank: int) -> str:
+    """What each process raises if the first one cannot write a checkpoint."""
+
+    def save(file: Any, weights_only: bool) -> None:  # as Lightning's Trainer
+        if rank == 0:
+            raise InputError("the disk is full")
+        dist.barrier()
+
+    def broadcast(what: Any) -> Any:
+        box = [what]
+        dist.broadcast_object_list(box)
+        return box[0]
+
+    strategy = SimpleNamespace(barrier=dist.barrier, broadcast=broadcast)
+    trainer: Any = SimpleNamespace(
+        save_checkpoint=save,
+        strategy=strategy,
+        is_global_zero=rank == 0,
+        current_epoch=0,
+        max_epochs=1,
+        should_stop=False,
+        fast_dev_run=False,
+    )
+    cfg = tiny_config(checkpoint={"frequency": 1, "keep_prev": True})
+    try:
+        Checkpointer(cfg, Path("absent")).on_train_epoch_end(trainer, None)  # type: ignore[arg-type]
+    except InputError as error:
+        return str(error)
+    return "nothing"
 
 
 @pytest.fixture(scope="module")
@@ -147,3 +182,7 @@ def test_a_budget_of_each_process_s_own_share_would_differ(two):
     expected, _ = one("vicreg_dual")
     assert distance(two[0][LOCAL][0], expected) > 1e-3
     assert abs(two[0][LOCAL][1] - two[1][LOCAL][1]) > 1e-3
+
+
+def test_no_process_waits_for_one_that_cannot_write(two):
+    assert [found["full disk"] for found in two] == ["the disk is full"] * 2

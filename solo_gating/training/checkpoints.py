@@ -5,6 +5,7 @@ import random
 import string
 import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +82,9 @@ class Checkpointer(Checkpoint):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write `args.json`."""
-        if trainer.is_global_zero:
-            wandb = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
-            args = {**self.args, "wandb_run_id": wandb[0].version if wandb else None}
-            write_json(self.folder / "args.json", args)
+        wandb = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
+        args = {**self.args, "wandb_run_id": wandb[0].version if wandb else None}
+        _on_first_process(trainer, lambda: write_json(self.folder / "args.json", args))
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save a checkpoint if one is due.
@@ -100,20 +100,32 @@ class Checkpointer(Checkpoint):
         last = file = self.folder / "last.ckpt"
         if self.args["checkpoint"]["keep_prev"]:
             file = self.folder / f"{self.args['name']}-ep={trainer.current_epoch}.ckpt"
-        failure = None
+        failure: Exception | None = None
         try:
-            trainer.save_checkpoint(file)
+            trainer.save_checkpoint(file, weights_only=False)
         except (InputError, NonFiniteLossError) as error:
             failure = error
             trainer.strategy.barrier()  # the other processes wait there for the first to have saved
-        if failure is None and file != last and trainer.is_global_zero:
-            try:
-                add_name(file, last)
-            except InputError as error:
-                failure = error
-        failure = trainer.strategy.broadcast(failure)
-        if failure is not None:
-            raise failure
+        _raise_everywhere(trainer, failure)
+        if file != last:
+            _on_first_process(trainer, lambda: add_name(file, last))
+
+
+def _on_first_process(trainer: pl.Trainer, write: Callable[[], None]) -> None:
+    failure = None
+    if trainer.is_global_zero:
+        try:
+            write()
+        except InputError as error:
+            failure = error
+    _raise_everywhere(trainer, failure)
+
+
+def _raise_everywhere(trainer: pl.Trainer, failure: Exception | None) -> None:
+    """Stop every process if the first one has failed; the others would wait for it."""
+    failure = trainer.strategy.broadcast(failure)
+    if failure is not None:
+        raise failure
 
 
 def _ends(trainer: pl.Trainer) -> bool:
