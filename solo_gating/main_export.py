@@ -48,6 +48,7 @@ from .evaluate.dial import Setting
 from .evaluate.encoder import Encoder, load_encoder
 from .evaluate.evaluation import Evaluation, evaluation_of
 from .evaluate.features import extract
+from .evaluate.final_table import figure
 from .evaluate.knn import knn_top1
 from .evaluate.policy import Policy, read_policy
 from .files import make_folder, write_bytes, write_json
@@ -213,8 +214,8 @@ def format_export(report: dict[str, Any]) -> str:
         lines.append(f"channels inside the blocks: {', '.join(map(str, report['hidden']))}")
     if "knn_top1_before" in report:
         lines.append(
-            f"1-NN accuracy: {report['knn_top1_before']:.2f} % before, "
-            f"{report['knn_top1_after']:.2f} % after"
+            f"1-NN accuracy: {figure(report['knn_top1_before'], '.2f')} % before, "
+            f"{figure(report['knn_top1_after'], '.2f')} % after"
         )
     if "onnx_relative_difference" in report:
         lines.append(

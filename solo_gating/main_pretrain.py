@@ -115,12 +115,11 @@ def _checkpoint_to_continue(cfg: DictConfig) -> Path | None:
 def _saved(trainer: pl.Trainer, folder: Path) -> Path | None:
     """`last.ckpt`, if it holds what the Trainer has trained."""
     file = folder / "last.ckpt"
-    if (
-        not file.is_file()
-        or read_checkpoint(file, "last.ckpt")["global_step"] != trainer.global_step
-    ):
+    try:
+        content = read_checkpoint(file, "last.ckpt")
+    except InputError:  # with checkpoint.enabled=false: there is none, or a damaged one
         return None
-    return file
+    return file if content.get("global_step") == trainer.global_step else None
 
 
 def _final_table(cfg: DictConfig, model: Any, device: torch.device) -> dict[str, Any]:

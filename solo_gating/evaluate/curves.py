@@ -34,9 +34,8 @@ def read_logs(folder: Path) -> dict[str, dict[int, float]]:
     for file in filter(Path.is_file, files):
         with file.open(newline="", errors="replace") as lines:
             for row in csv.DictReader(lines):
-                with suppress(
-                    TypeError, ValueError, OverflowError
-                ):  # a line cut short, of an earlier version
+                # Earlier versions could leave a line that is cut short.
+                with suppress(TypeError, ValueError, OverflowError):
                     epoch = int(float(row.pop("epoch")))
                     for name, value in row.items():
                         if name != "step" and value:

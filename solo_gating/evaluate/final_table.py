@@ -94,19 +94,12 @@ def format_table(table: dict[str, Row]) -> str:
         f"{'1-NN accuracy, %':<16} {'all labels':>11} {heading:>21} {'FLOPs/image':>13} {'cut':>7}"
     ]
     for name, row in table.items():
-        cells = [
-            _cell(row, key, kind)
-            for key, kind in (
-                ("knn_top1", ".1f"),
-                (few, ".1f"),
-                ("flops", ".4g"),
-                ("flops_cut", ".1%"),
-            )
-        ]
+        kinds = {"knn_top1": ".1f", few: ".1f", "flops": ".4g", "flops_cut": ".1%"}
+        cells = [figure(row.get(key, math.nan), kind) for key, kind in kinds.items()]
         lines.append("{:<16} {:>11} {:>21} {:>13} {:>7}".format(name, *cells))
     return "\n".join(lines)
 
 
-def _cell(row: Row, key: str, kind: str) -> str:
-    """A figure, or a dash where there is none."""
-    return "–" if math.isnan(row.get(key, math.nan)) else format(row[key], kind)
+def figure(value: float, kind: str) -> str:
+    """A figure as text, or a dash for one that does not exist (NaN)."""
+    return "–" if math.isnan(value) else format(value, kind)

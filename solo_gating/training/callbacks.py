@@ -204,7 +204,8 @@ class StopAtNonFiniteLoss(Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check the weights, of a run without checkpoints, too."""
         if name := first_not_finite({"state_dict": pl_module.state_dict()}):
-            raise NonFiniteLossError(trainer.current_epoch, name, trainer.global_step)
+            # Lightning counts the epoch as done by now.
+            raise NonFiniteLossError(trainer.current_epoch - 1, name, trainer.global_step)
 
     def _stop_if_bad(self, trainer: pl.Trainer) -> None:
         if self._first_bad is None or (first := self._first_bad.max().item()) < 0:
