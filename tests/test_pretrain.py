@@ -512,18 +512,18 @@ def test_a_full_disk_stops_a_run_with_one_sentence_and_the_checkpoint_before(tmp
 
 def test_results_name_no_checkpoint_that_holds_something_else(tmp_path):
     """Neither one that was never written nor that of an earlier session."""
-    cfg = short_config(tmp_path, max_epochs=1)
+    cfg = short_config(tmp_path, max_epochs=2)
     pretrain(cfg.copy())
     last = run_folder(tmp_path) / "last.ckpt"
     cfg.merge_with(
         {
-            "max_epochs": 2,
+            "max_epochs": 3,
             "checkpoint": {"enabled": False},
             "resume_from_checkpoint": str(last),
         }
     )
     assert pretrain(cfg)["pretraining"]["checkpoint"] is None
-    assert load(last)["epoch"] == 0
+    assert load(last)["epoch"] == 1
 
 
 @pytest.mark.parametrize("unlabelled", ["train", "val"])
