@@ -3,6 +3,7 @@
 import inspect
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from .errors import InputError
 from .gating_config import check_key
 from .training.callbacks import NonFiniteLossError
-from .training.processes import CONTINUE, lost_process
+from .training.processes import CONTINUE, ending_signal, lost_process, signals_as_interrupts
 
 EVALUATIONS = ("linear", "knn", "policy", "umap")
 
@@ -140,14 +141,16 @@ def _guarded(
 def one_sentence_errors(evaluation: str | None = None) -> Iterator[None]:
     """End the process with one sentence for what is no fault of the program.
 
-    That is a user's mistake, a loss that is not finite, Ctrl-C, or the death of another process.
+    That is a user's mistake, a loss that is not finite, the death of another process, Ctrl-C, or a
+    signal: SIGTERM and SIGHUP end it as Ctrl-C does, with 128 + their number as the exit code.
     With HYDRA_FULL_ERROR=1 in the environment the stack trace is shown.
 
     Args:
         evaluation: as in `run`.
     """
     try:
-        yield
+        with signals_as_interrupts():
+            yield
     except (InputError, NonFiniteLossError) as error:
         if os.environ.get("HYDRA_FULL_ERROR"):
             raise
@@ -157,16 +160,12 @@ def one_sentence_errors(evaluation: str | None = None) -> Iterator[None]:
         if lost is None or os.environ.get("HYDRA_FULL_ERROR"):
             raise
         _fail(f"{lost}; {_how_to_continue(evaluation)}", 1)
-    except SystemExit as stop:  # how Lightning ends at Ctrl-C
-        if not isinstance(stop.__context__, KeyboardInterrupt):
+    except (SystemExit, KeyboardInterrupt) as stop:
+        number = ending_signal(stop)
+        if number is None:
             raise
-        _interrupted(evaluation)
-    except KeyboardInterrupt:
-        _interrupted(evaluation)
-
-
-def _interrupted(evaluation: str | None) -> None:
-    _fail(f"interrupted; {_how_to_continue(evaluation)}", 130)
+        what = "interrupted" if number == signal.SIGINT else f"ended by {number.name}"
+        _fail(f"{what}; {_how_to_continue(evaluation)}", 128 + number)
 
 
 def _how_to_continue(evaluation: str | None) -> str:

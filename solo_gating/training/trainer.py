@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 from ..errors import InputError
 from .callbacks import RunProgress, StopAtNonFiniteLoss
 from .checkpoints import Checkpointer, plain, read_args
+from .processes import EndBySignal
 
 
 def build_trainer(cfg: DictConfig) -> pl.Trainer:
@@ -26,7 +27,7 @@ def build_trainer(cfg: DictConfig) -> pl.Trainer:
     Raises:
         InputError: for a value that Lightning refuses.
     """
-    callbacks: list[Any] = [StopAtNonFiniteLoss()]
+    callbacks: list[Any] = [EndBySignal(), StopAtNonFiniteLoss()]
     if cfg.get("enable_progress_bar", True):
         callbacks.append(RunProgress())
 
