@@ -12,9 +12,11 @@ The config is solo-learn's, plus the group `gating`, and any Lightning Trainer a
     auto_resume.enabled=true        continue an interrupted run with the same config
 
 Writes into <checkpoint.dir>/<method>/<run>/: args.json and last.ckpt (solo-learn's layout),
-logs/, metrics.json and training.png. `--help` beside a --config-name prints that config.
+logs/, metrics.json and training.png; run.lock keeps a second process out of it. `--help` beside a
+--config-name prints that config.
 """
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +29,16 @@ from .data import evaluation_loader, place_of, training_loader
 from .evaluate.curves import draw_curves
 from .evaluate.encoder import describe_pretraining
 from .evaluate.final_table import final_table, format_table
-from .files import write_json
-from .training.checkpoints import (
-    check_architecture,
+from .files import read_json, write_json
+from .training.checkpoints import new_run_folder, read_args, read_checkpoint
+from .training.continuation import (
+    Continuation,
+    changes,
+    check_continuable,
     find_checkpoint,
-    new_run_folder,
-    read_checkpoint,
+    locked,
+    refuse_if_running,
+    whole_epochs,
 )
 from .training.model import build_model
 from .training.processes import announce_dead_processes
@@ -52,33 +58,52 @@ def pretrain(cfg: DictConfig) -> dict[str, Any]:
         InputError: before training, for a config, checkpoint or data that cannot be used.
         NonFiniteLossError: for a loss that becomes infinite or NaN.
     """
+    with ExitStack() as run:
+        return _pretrain(cfg, run)
+
+
+def _pretrain(cfg: DictConfig, run: ExitStack) -> dict[str, Any]:
     prepare_config(cfg)
     trainer = build_trainer(cfg)
     train = training_loader(cfg, place_of(trainer))
     val = None if cfg.data.val_path is None else evaluation_loader(cfg, "val")
     scale_learning_rates(cfg, trainer.world_size)
     model = build_model(cfg)  # completes the config, with which checkpoints are compared
-    checkpoint = _checkpoint_to_continue(cfg)
+    checkpoint = _checkpoint_to_continue(cfg, trainer.is_global_zero)
     folder = checkpoint.parent if checkpoint else new_run_folder(cfg)
     if checkpoint is not None:
-        check_architecture(model, read_checkpoint(checkpoint, "resume_from_checkpoint"), checkpoint)
+        content = read_checkpoint(checkpoint, "resume_from_checkpoint")
+        check_continuable(model, content, cfg, checkpoint)
+    if trainer.is_global_zero:
+        run.enter_context(locked(folder))
+    continuation = Continuation(changes(read_args(folder), cfg) if checkpoint else {})
+    trainer.callbacks.append(continuation)  # type: ignore[attr-defined]
     attach_outputs(trainer, cfg, folder)
 
     if trainer.is_global_zero:
         print(f"{'continuing' if checkpoint else 'writing to'} {folder}", flush=True)
     announce_dead_processes()
     trainer.fit(model, train, val, ckpt_path=checkpoint)
+    epochs, file = whole_epochs(trainer), folder / "metrics.json"
+    if not continuation.trained and file.is_file():
+        before = read_json(file)
+        if before.get("steps") == trainer.global_step:
+            if trainer.is_global_zero:
+                print(f"nothing left to train after {epochs} epochs: {file} stays as it is")
+            return before
     metrics: dict[str, Any] = {
-        "pretraining": describe_pretraining(cfg, trainer.current_epoch, folder / "last.ckpt"),
+        "pretraining": describe_pretraining(cfg, epochs, folder / "last.ckpt"),
         "data": {
             "dataset": cfg.data.dataset,
             "train_images": len(train.dataset),
             "val_images": len(val.dataset) if val else 0,  # type: ignore[arg-type]
             "resolution": [cfg.augmentations[0].crop_size] * 2,
         },
-        "epochs": trainer.current_epoch,
+        "epochs": epochs,
+        "finished": epochs >= cfg.max_epochs,  # not if a limit of the Trainer stopped it
         "steps": trainer.global_step,
-        "logged": {name: float(value) for name, value in trainer.callback_metrics.items()},
+        "continued": continuation.sessions,
+        "logged": continuation.logged(trainer),
     }
     if cfg.final_knn.enabled:  # on every process: each computes its share of the features
         table = _final_table(cfg, model, trainer.strategy.root_device)
@@ -94,10 +119,17 @@ def pretrain(cfg: DictConfig) -> dict[str, Any]:
     return metrics
 
 
-def _checkpoint_to_continue(cfg: DictConfig) -> Path | None:
+def _checkpoint_to_continue(cfg: DictConfig, is_first: bool) -> Path | None:
     if cfg.resume_from_checkpoint is not None:
         return Path(cfg.resume_from_checkpoint)
-    return find_checkpoint(cfg) if cfg.auto_resume.enabled else None
+    if not cfg.auto_resume.enabled:
+        return None
+    checkpoint, why = find_checkpoint(cfg)
+    if is_first:
+        refuse_if_running(cfg)
+        if why:
+            print(f"auto_resume starts from zero: {why}", flush=True)
+    return checkpoint
 
 
 def _final_table(cfg: DictConfig, model: Any, device: torch.device) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Checkpoints as solo-learn lays them out, and finding the one to continue from."""
+"""Checkpoints as solo-learn lays them out."""
 
 import json
 import pickle
@@ -16,27 +16,8 @@ from lightning.pytorch.loggers import WandbLogger
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from ..config import DEFAULTS
 from ..errors import InputError
 from ..files import write_json
-
-# What may differ between a run and its continuation.
-_FREE_TO_CHANGE = (
-    "resume_from_checkpoint",
-    "auto_resume",
-    "checkpoint",
-    "wandb",
-    "wandb_run_id",
-    "devices",
-    "num_nodes",
-    "accelerator",
-    "strategy",
-    "enable_progress_bar",
-    "log_every_n_steps",
-    "performance",
-    "final_knn",
-    "flops",
-)
 
 
 class Checkpointer(ModelCheckpoint):
@@ -81,9 +62,10 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
 def read_args(folder: Path) -> dict[str, Any]:
     """A run's `args.json`; empty if there is none that can be read."""
     try:
-        return json.loads((folder / "args.json").read_text())
-    except (OSError, ValueError):
+        content = json.loads((folder / "args.json").read_text())
+    except (OSError, ValueError, RecursionError):
         return {}
+    return content if isinstance(content, dict) else {}
 
 
 def new_run_folder(cfg: DictConfig) -> Path:
@@ -91,33 +73,6 @@ def new_run_folder(cfg: DictConfig) -> Path:
     generator = random.Random(time.time_ns())
     letters = generator.choices(string.ascii_lowercase, k=4) + generator.choices(string.digits, k=4)
     return Path(cfg.checkpoint.dir) / cfg.method / f"offline-{''.join(letters)}"
-
-
-def find_checkpoint(cfg: DictConfig) -> Path | None:
-    """The latest checkpoint of an unfinished run with the same config, if there is one.
-
-    solo-learn compares a dozen keys; here everything counts but what cannot change the result, so
-    that a run with another target budget is not continued by mistake.
-
-    Args:
-        cfg: a complete config; `auto_resume.max_hours` bounds the checkpoint's age.
-    """
-    wanted = _what_matters(plain(cfg))
-    found = []
-    for file in (Path(cfg.checkpoint.dir) / cfg.method).glob("*/last.ckpt"):
-        written = file.stat().st_mtime
-        if time.time() - written > cfg.auto_resume.max_hours * 3600:
-            continue
-        args = read_args(file.parent)
-        # A run of an earlier version took the defaults of keys that have come since.
-        args = plain(OmegaConf.merge(DEFAULTS, args))  # type: ignore[arg-type]
-        if _what_matters(args) == wanted and not (file.parent / "metrics.json").exists():
-            found.append((written, file))
-    return max(found)[1] if found else None
-
-
-def _what_matters(args: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in args.items() if key not in _FREE_TO_CHANGE}
 
 
 def read_checkpoint(path: str | Path, key: str) -> dict[str, Any]:
