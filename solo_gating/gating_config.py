@@ -15,6 +15,7 @@ from .checks import (
     is_share,
     one_of,
     require,
+    shown,
     true_or_false,
 )
 from .errors import InputError
@@ -100,6 +101,7 @@ class GatingConfig:
             given["target_budget"] = tuple(given["target_budget"])
         gating = cls(**given, views=views)
         gating._check(cfg)
+        gating._check_backbone(cfg)
         cfg.gating = gating._written()
         return gating
 
@@ -159,6 +161,18 @@ class GatingConfig:
                 "gating.separate_bn: found true with no dense view in gating.views, "
                 "which would leave the dense path's BatchNorms untrained; accepted is false"
             )
+
+    def _check_backbone(self, cfg: DictConfig) -> None:
+        """Refuse a key of the backbone's that the group decides otherwise."""
+        kwargs = OmegaConf.select(cfg, "backbone.kwargs", default=None) or {}
+        for key in ("reduction", "temperature", "separate_bn", "budget_range", "open_start"):
+            ours = {"open_start": self.open_start, **self.backbone_kwargs}.get(key)
+            if kwargs.get(key) not in (None, ours):
+                source = "target_budget" if key == "budget_range" else key
+                raise InputError(
+                    f"backbone.kwargs.{key}: found {shown(kwargs[key])} where the group gating says "
+                    f"{ours}; accepted is gating.{source} alone"
+                )
 
     @property
     def budget_range(self) -> Range | None:

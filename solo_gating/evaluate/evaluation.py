@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from lightning.fabric import Fabric
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader
 
@@ -20,6 +19,7 @@ from ..errors import InputError
 from ..files import read_json, write_json
 from ..flops import count_flops
 from ..training.checkpoints import plain
+from ..training.trainer import refusal
 from .encoder import Encoder, load_encoder
 from .features import Extraction, extract
 
@@ -221,7 +221,7 @@ def _launch(cfg: DictConfig) -> Fabric:
             strategy=cfg.strategy,
             precision=cfg.precision,
         )
-    except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
-        raise InputError(f"Lightning refuses this hardware: {error}") from error
+    except Exception as error:  # whatever a value, or SLURM's variables, make Lightning say
+        raise InputError(refusal("Fabric", error)) from error
     fabric.launch()
     return fabric
