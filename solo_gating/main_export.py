@@ -30,16 +30,19 @@ With --evaluate, or with key=value (data.train_path=..., data.val_path=..., data
 accuracy before and after is measured on the validation images. export.json says what was made.
 """
 
+if not __package__:  # started as a file
+    import as_module  # noqa: F401
+
 import argparse
 import io
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .backbones import TwoPathResNet
-from .cli import one_sentence_errors
+from .checks import at_least
+from .cli import check_overrides, one_sentence_errors, user_path
 from .deploy.dense import dense_network, dense_state_dict, solo_learn_args, solo_learn_checkpoint
 from .deploy.onnx import run_onnx, to_onnx, to_openvino
 from .deploy.static import kept_channels, slice_encoder, static_flops
@@ -52,10 +55,22 @@ from .evaluate.knn import knn_top1
 from .evaluate.policy import Policy, read_policy
 from .files import write_bytes, write_json
 from .flops import count_flops
+from .process_state import process_state_kept
+from .schema import CROP
 
+# The options that decide what overrides would, too.
+_DECIDED_BY = {
+    "pretrained_feature_extractor": "--checkpoint",
+    "path": "--path",
+    "threshold": "the policy's alone",
+    "budget": "the policy's alone",
+    "crop_size": "--resolution",
+    "output": "--output",
+}
 FORMATS = ("torch", "onnx", "openvino-via-onnx", "solo-learn")
 
 
+@process_state_kept()
 def export(options: argparse.Namespace) -> dict[str, Any]:
     """Write the files and measure what was asked for.
 
@@ -68,12 +83,17 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
     Raises:
         InputError: before anything is written, for what cannot be used or does not fit.
     """
+    check_overrides(options.overrides, _DECIDED_BY)
     encoder = load_encoder(options.checkpoint, key="--checkpoint")
     _check(options, encoder)
-    size = options.resolution or encoder.args.augmentations[0].crop_size
+    overrides = options.overrides
+    size = encoder.args.augmentations[0].crop_size
+    if options.resolution is not None:
+        size = options.resolution
+        overrides = [f"crop_size={size}", *overrides]
     evaluation = None
     if options.evaluate or options.overrides:
-        evaluation = evaluation_of(options.checkpoint, options.overrides, ("train", "val"))
+        evaluation = evaluation_of(options.checkpoint, overrides, ("train", "val"))
     if options.path == "dense":
         dense = dense_network(encoder)
         net: nn.Module = dense
@@ -94,6 +114,9 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _check(options: argparse.Namespace, encoder: Encoder) -> None:
+    at_least("multiple", options.multiple, 1)
+    if options.resolution is not None:
+        CROP.check("resolution", options.resolution)
     if options.path is None:
         options.path = "dense" if options.policy is None else "gated"
     encoder.paths(options.path)
@@ -222,15 +245,15 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--checkpoint", type=user_path, required=True)
     parser.add_argument("--path", choices=("dense", "gated"))
-    parser.add_argument("--policy", type=Path)
+    parser.add_argument("--policy", type=user_path)
     parser.add_argument("--keep", default="dynamic")
     parser.add_argument("--gates", choices=("keep", "drop"), default="keep")
     parser.add_argument("--multiple", type=int, default=8)
     parser.add_argument("--format", choices=FORMATS, default="torch")
     parser.add_argument("--resolution", type=int, help="default: pre-training's crop size")
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output", type=user_path, required=True)
     parser.add_argument("--evaluate", action="store_true")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     with one_sentence_errors():

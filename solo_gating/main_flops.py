@@ -13,6 +13,9 @@ it is measured on the first validation images (data.val_path). Writes metrics.js
 flops.output (default: outputs/flops/<name>).
 """
 
+if not __package__:  # started as a file
+    import as_module  # noqa: F401
+
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from . import METHODS, InputError
+from . import InputError
 from .backbones import ResNet, TwoPathResNet
 from .budgets import checked_budget, is_range, middle
 from .cli import run
@@ -30,19 +33,23 @@ from .data import evaluation_loader
 from .evaluate.features import extract
 from .files import write_json
 from .flops import BackboneFlops, count_flops, count_parameters
+from .process_state import process_state_kept
+from .schema import own_copy
 from .training.checkpoints import check_architecture, read_checkpoint
+from .training.model import build_method
 
 
+@process_state_kept()
 def report_flops(cfg: DictConfig) -> dict[str, Any]:
     """Count, print and write; what `metrics.json` then holds is returned.
 
     Args:
-        cfg: a pre-training config; completed in place.
+        cfg: a pre-training config; left as it is.
 
     Raises:
         InputError: for a config, checkpoint or data that cannot be used.
     """
-    prepare_config(cfg)
+    cfg = prepare_config(own_copy(cfg))
     backbone = _backbone(cfg)
     if cfg.flops.budget is not None:
         checked_budget(cfg.flops.budget, getattr(backbone, "budget_range", None), "flops.budget")
@@ -172,7 +179,7 @@ def format_report(metrics: dict[str, Any], source: str) -> str:
 
 
 def _backbone(cfg: DictConfig) -> ResNet:
-    model = METHODS[cfg.method](cfg)
+    model = build_method(cfg)
     if not isinstance(model.backbone, ResNet):
         raise InputError(
             f"backbone.name: found {cfg.backbone.name!r}, main_flops counts solo-gating's own "

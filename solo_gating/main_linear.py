@@ -17,13 +17,15 @@ classifier into a folder beside the checkpoint (output=...); the same command ag
 missing ones.
 """
 
+if not __package__:  # started as a file
+    import as_module  # noqa: F401
+
 import time
 from typing import Any
 
 import numpy as np
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from .checks import at_least, true_or_false
 from .cli import run
 from .config import check_optimizer
 from .data import classification_loader
@@ -31,15 +33,18 @@ from .evaluate.evaluation import Evaluation, flops_row, prepare_evaluation
 from .evaluate.features import Extraction
 from .evaluate.linear import train_on_features, train_on_images
 from .files import read_json, write_json
+from .process_state import process_state_kept
+from .schema import EVALUATIONS, SEED, own_copy
 
 _SETTINGS = ("max_epochs", "augment", "optimizer", "scheduler")
 
 
+@process_state_kept()
 def evaluate_linear(cfg: DictConfig) -> dict[str, Any]:
     """Train the missing classifiers and write the figures of all.
 
     Args:
-        cfg: a linear-evaluation config; completed in place.
+        cfg: a linear-evaluation config; left as it is.
 
     Returns:
         What `metrics.json` holds.
@@ -47,10 +52,8 @@ def evaluate_linear(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         InputError: before training, for a config, checkpoint or data that cannot be used.
     """
-    OmegaConf.set_struct(cfg, False)  # for the optimiser's defaults
-    at_least("seeds", cfg.seeds, 1)
-    at_least("max_epochs", cfg.max_epochs, 1)
-    true_or_false("augment", cfg.augment)
+    cfg = own_copy(cfg, EVALUATIONS["linear"])
+    SEED.check("seed + seeds", cfg.seed + cfg.seeds)
     check_optimizer(cfg.optimizer)
     splits = ("val",) if cfg.augment else ("train", "val")
     evaluation = prepare_evaluation(cfg, "linear", _SETTINGS, splits)

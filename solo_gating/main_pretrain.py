@@ -15,6 +15,9 @@ Writes into <checkpoint.dir>/<method>/<run>/: args.json and last.ckpt (solo-lear
 logs/, metrics.json and training.png. `--help` beside a --config-name prints that config.
 """
 
+if not __package__:  # started as a file
+    import as_module  # noqa: F401
+
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,8 @@ from .evaluate.curves import draw_curves
 from .evaluate.encoder import describe_pretraining
 from .evaluate.final_table import final_table, format_table
 from .files import write_json
+from .process_state import process_state_kept
+from .schema import own_copy
 from .training.checkpoints import (
     check_architecture,
     find_checkpoint,
@@ -36,14 +41,15 @@ from .training.checkpoints import (
 )
 from .training.model import build_model
 from .training.processes import announce_dead_processes
-from .training.trainer import attach_outputs, build_trainer
+from .training.trainer import attach_outputs, build_trainer, refusals
 
 
+@process_state_kept()
 def pretrain(cfg: DictConfig) -> dict[str, Any]:
     """Run one pre-training from start, or from a checkpoint, to end.
 
     Args:
-        cfg: solo-learn's schema plus `gating`; completed in place.
+        cfg: solo-learn's schema plus `gating`; left as it is.
 
     Returns:
         What `metrics.json` holds: the last logged figures, and the final table's rows.
@@ -52,7 +58,7 @@ def pretrain(cfg: DictConfig) -> dict[str, Any]:
         InputError: before training, for a config, checkpoint or data that cannot be used.
         NonFiniteLossError: for a loss that becomes infinite or NaN.
     """
-    prepare_config(cfg)
+    cfg = prepare_config(own_copy(cfg))
     trainer = build_trainer(cfg)
     train = training_loader(cfg, place_of(trainer))
     val = None if cfg.data.val_path is None else evaluation_loader(cfg, "val")
@@ -67,7 +73,8 @@ def pretrain(cfg: DictConfig) -> dict[str, Any]:
     if trainer.is_global_zero:
         print(f"{'continuing' if checkpoint else 'writing to'} {folder}", flush=True)
     announce_dead_processes()
-    trainer.fit(model, train, val, ckpt_path=checkpoint)
+    with refusals():
+        trainer.fit(model, train, val, ckpt_path=checkpoint)
     metrics: dict[str, Any] = {
         "pretraining": describe_pretraining(cfg, trainer.current_epoch, folder / "last.ckpt"),
         "data": {

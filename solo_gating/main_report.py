@@ -8,11 +8,14 @@ networks of other widths. Writes report.md, report.html (one file, pictures insi
 accuracy_flops.png and sweeps.png into DIR (default: outputs/report).
 """
 
+if not __package__:  # started as a file
+    import as_module  # noqa: F401
+
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from .cli import one_sentence_errors
+from .cli import one_sentence_errors, user_path
 from .files import write_bytes
 from .report.cells import measured_cells, published_tables
 from .report.plot import draw_accuracy_flops
@@ -130,11 +133,15 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "folders", nargs="+", type=Path, metavar="RUN_DIR", help="folder with metrics.json files"
+        "folders",
+        nargs="+",
+        type=user_path,
+        metavar="RUN_DIR",
+        help="folder with metrics.json files",
     )
     parser.add_argument(
         "--output",
-        type=Path,
+        type=user_path,
         default=Path("outputs/report"),
         metavar="DIR",
         help="default: %(default)s",

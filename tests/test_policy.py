@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 from solo_gating import InputError, main_policy
-from solo_gating.cli import _flags_to_overrides
+from solo_gating.arguments import flags_to_overrides
 from solo_gating.evaluate import dial
 from solo_gating.evaluate.dial import Setting, calibrate, lowest_share, mean_share, sweep
 from solo_gating.evaluate.features import extract
@@ -488,7 +488,7 @@ FLAGS = {"calibrate": None, "sweep": "true"}
     ],
 )
 def test_flags_become_overrides(arguments, overrides):
-    assert _flags_to_overrides(arguments, FLAGS) == overrides
+    assert flags_to_overrides(arguments, FLAGS) == overrides
 
 
 @pytest.mark.parametrize(
@@ -500,11 +500,9 @@ def test_flags_become_overrides(arguments, overrides):
         ["--calibrate=", "0.3"],
     ],
 )
-def test_a_flag_without_its_value_is_refused(arguments, capsys):
-    with pytest.raises(SystemExit) as stop:
-        _flags_to_overrides(arguments, FLAGS)
-    assert stop.value.code == 2
-    assert capsys.readouterr().err == "error: --calibrate: needs a value\n"
+def test_a_flag_without_its_value_is_refused(arguments):
+    with pytest.raises(InputError, match=r"^--calibrate: needs a value$"):
+        flags_to_overrides(arguments, FLAGS)
 
 
 @pytest.mark.parametrize(
