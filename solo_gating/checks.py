@@ -1,7 +1,7 @@
 """Checks of config values, all with the same words."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from .errors import InputError
@@ -70,3 +70,9 @@ def is_positive(value: Any) -> bool:
 def is_share(value: Any) -> bool:
     """Whether a config value is a number in (0, 1]."""
     return is_positive(value) and value <= 1
+
+
+def shortened(names: Sequence[str], most: int = 10) -> str:
+    """Names for a message, separated by commas; of many only the first."""
+    rest = f", ... ({len(names)} in all)" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
