@@ -1,6 +1,7 @@
 """The methods: which path a view takes, and that their losses add up."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from solo.losses.vicreg import vicreg_loss_func
 from solo.losses.wmse import wmse_loss_func
 
 from solo_gating import GATED_METHODS, METHODS, InputError
+from solo_gating.solo_learn import fixes
 
 from .helpers import (
     METHOD_KWARGS,
@@ -290,6 +292,7 @@ def test_validation_measures_every_trained_path():
     _, (images, _), targets = random_batch()
     with torch.no_grad():
         model.validation_step([images, targets], 0)
+        model.on_validation_epoch_end()
         for path in ("dense", "gated"):
             with model.backbone.path(path) as passes:
                 correct = model.classifier(model.backbone(images)).argmax(dim=1) == targets
@@ -297,3 +300,80 @@ def test_validation_measures_every_trained_path():
             assert float(model.logged[f"val_{path}_acc1"]) == pytest.approx(accuracy)
     share = Reference(model.backbone.state_dict(), "cifar").flops_share(passes[-1].masks, images)
     assert model.logged["val_flops_share"].item() == pytest.approx(share.item(), rel=1e-10)
+
+
+@pytest.mark.parametrize("method", ["vicreg_dual", "vicreg"])
+def test_validation_figures_are_those_of_the_labelled_images(method):
+    """Batches with 3, 0 and 6 labels: every labelled image counts once."""
+    knn = {"enabled": True, "k": 1, "distance_func": "euclidean"}
+    model = tiny_model(tiny_config(method, knn_eval=knn)).eval()
+    paths = ("dense", "gated") if method == "vicreg_dual" else (None,)
+    batches = []
+    for seed, labelled in enumerate((3, 0, 6)):
+        _, (images, _), targets = random_batch(seed=seed)
+        targets[labelled:] = -1
+        batches.append((images, targets))
+    images, targets = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    bank = random_batch(size=6, seed=9)
+    labels = bank[2].clone()
+    labels[0] = -1
+    expected = {}
+    with torch.no_grad():
+        for path in paths:
+            with model.backbone.path(path) if path else nullcontext():
+                features = model.backbone(images)[targets >= 0]
+                train = model.backbone(bank[1][0])
+            knn = model.path_knn[path] if path else model.knn
+            knn(train_features=train, train_targets=labels)
+            logits, truth = model.classifier(features), targets[targets >= 0]
+            accuracy = 100 * (logits.argmax(dim=1) == truth).double().mean().item()
+            expected[f"val_{path}_acc1" if path else "val_acc1"] = accuracy
+            nearest = labels[1:][torch.cdist(features, train[1:]).argmin(dim=1)]
+            accuracy = 100 * (nearest == truth).double().mean().item()
+            expected[f"val_{path}_knn_acc1" if path else "val_knn_acc1"] = accuracy
+            if path != "gated":
+                expected["val_loss"] = F.cross_entropy(logits, truth).item()
+        for index, batch in enumerate(batches):
+            model.validation_step(list(batch), index)
+        model.on_validation_epoch_end()
+    logged = {name: float(model.logged[name]) for name in expected}
+    assert logged == pytest.approx(expected)
+    assert float(model.logged["val_acc5"]) == 100  # of three classes
+
+
+@pytest.mark.parametrize("method", ["vicreg_dual", "vicreg"])
+def test_without_a_label_there_is_no_validation_figure(method):
+    model = tiny_model(tiny_config(method, knn_eval={"enabled": True, "k": 1})).eval()
+    _, (images, _), targets = random_batch()
+    with torch.no_grad():
+        model.validation_step([images, torch.full_like(targets, -1)], 0)
+        model.on_validation_epoch_end()
+    assert set(model.logged) == ({"val_flops_share"} if method == "vicreg_dual" else set())
+
+
+def test_validation_means_are_those_of_all_processes(monkeypatch):
+    """The other process has 6 labelled images, this one 2 and 1."""
+    monkeypatch.setattr(fixes, "rank_and_processes", lambda: (0, 2))
+    other = torch.tensor([6.0, 6 * 50.0, 6 * 2.0])
+    monkeypatch.setattr(fixes.dist, "all_reduce", lambda tensor: tensor.add_(other))
+    outputs = [
+        {"batch_size": torch.tensor(n), "val_acc1": torch.tensor([a]), "val_loss": torch.tensor(b)}
+        for n, a, b in ((2, 100.0, 1.0), (1, 0.0, 4.0))
+    ]
+    found = {name: float(value) for name, value in fixes.labelled_means(outputs).items()}
+    assert found == pytest.approx({"val_acc1": (200 + 300) / 9, "val_loss": (2 + 4 + 12) / 9})
+
+
+def test_training_accuracy_is_that_of_the_labelled_images():
+    model = tiny_model(tiny_config("vicreg"))
+    batch = random_batch()
+    batch[2][3:] = -1
+    copied = copy_of(model)
+    model.training_step(batch, 0)
+    with torch.no_grad():
+        hits = [
+            copied.classifier(copied.backbone(view))[:3].argmax(dim=1) == batch[2][:3]
+            for view in batch[1]
+        ]
+    accuracy = 100 * torch.cat(hits).double().mean().item()
+    assert float(model.logged["train_acc1"]) == pytest.approx(accuracy)

@@ -189,11 +189,6 @@ class BaseMethod(solo_base.BaseMethod):
             self.validation_step_outputs.append(metrics)
         return metrics
 
-    def on_validation_epoch_end(self) -> None:
-        """Log the mean over the epoch, weighted by batch sizes."""
-        solo_base.BaseMethod.validation_epoch_end(self, self.validation_step_outputs)
-        self.validation_step_outputs.clear()
-
 
 class _FromConfig:
     """Top of a bridged method: `Method(cfg)` gives 1.0.2's class the arguments it names."""

@@ -11,12 +11,14 @@ from solo.methods import METHODS, BarlowTwins, BaseMethod, LinearModel, SimCLR, 
 from solo.utils.knn import WeightedKNNClassifier as _WeightedKNNClassifier
 from solo.utils.metrics import accuracy_at_k
 
-from .fixes import current_knn
+from .fixes import current_knn, mend_validation
 from .lars import LARS
 
 WeightedKNNClassifier = current_knn(_WeightedKNNClassifier)
 solo.methods.base.WeightedKNNClassifier = WeightedKNNClassifier
 solo.utils.knn.WeightedKNNClassifier = WeightedKNNClassifier  # for solo-learn's main_knn.py
+
+mend_validation(solo.methods.base.BaseMomentumMethod, "_shared_step_momentum")
 
 for trained in (BaseMethod, LinearModel):
     trained._OPTIMIZERS["lars"] = LARS
