@@ -13,6 +13,7 @@ from .data import (
     NUM_CLASSES,
     PIPELINES,
     check_augmentations,
+    check_data,
     check_device_pipeline,
     count_class_folders,
 )
@@ -42,6 +43,7 @@ DEFAULTS: dict[str, Any] = {
         "pipeline": "workers",
         "no_labels": False,
         "fraction": -1,
+        "on_damaged": "stop",
         "num_workers": 4,
         "num_classes": None,
         "split": "train+unlabeled",
@@ -96,11 +98,7 @@ def prepare_config(cfg: DictConfig) -> DictConfig:
     check_performance(cfg.performance)
     at_least("data.num_workers", cfg.data.num_workers, 0)
     check_optimizer(cfg.optimizer, least_batch=2)  # for BatchNorm
-    fraction = cfg.data.fraction
-    if fraction != -1 and not 0 < fraction < 1:
-        raise InputError(
-            f"data.fraction: found {fraction!r}, accepted is a number in (0, 1), or -1"
-        )
+    check_data(cfg.data)
     check_augmentations(cfg.get("augmentations"))
     big = cfg.augmentations[0].crop_size
     crops = {True: 0, False: 0}

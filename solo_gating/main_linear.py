@@ -60,9 +60,9 @@ def evaluate_linear(cfg: DictConfig) -> dict[str, Any]:
         val = evaluation.extract_labelled("val", path)
         results = _train_missing(evaluation, path, augmented, val)
         rows[path] = summarise(results) | flops_row(val, evaluation.encoder)
-    train: Any = (augmented or evaluation.loaders["train"]).dataset
+    train: Any = augmented or evaluation.loaders["train"]
     evaluation.say("\n" + format_rows(rows) + "\n")
-    return evaluation.write(rows, len(train))
+    return evaluation.write(rows, len(train.dataset), train)
 
 
 def _train_missing(

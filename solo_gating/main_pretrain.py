@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from .cli import run
 from .config import prepare_config, scale_learning_rates
-from .data import evaluation_loader, place_of, training_loader
+from .data import evaluation_loader, place_of, skipped_images, training_loader
 from .evaluate.curves import draw_curves
 from .evaluate.encoder import describe_pretraining
 from .evaluate.final_table import final_table, format_table
@@ -75,6 +75,7 @@ def pretrain(cfg: DictConfig) -> dict[str, Any]:
             "train_images": len(train.dataset),
             "val_images": len(val.dataset) if val else 0,  # type: ignore[arg-type]
             "resolution": [cfg.augmentations[0].crop_size] * 2,
+            **skipped_images(cfg, train=train, val=val),
         },
         "epochs": trainer.current_epoch,
         "steps": trainer.global_step,

@@ -13,7 +13,15 @@ from .augmentations import (
     evaluation_transform,
     training_transform,
 )
-from .datasets import DATASETS, FORMATS, NUM_CLASSES, count_class_folders, fraction_of, open_dataset
+from .datasets import (
+    DATASETS,
+    FORMATS,
+    NUM_CLASSES,
+    check_data,
+    count_class_folders,
+    fraction_of,
+    open_dataset,
+)
 from .device import Place, check_device_pipeline, device_loader, place_of
 
 PIPELINES = ("workers", "device")
@@ -99,6 +107,27 @@ def classification_loader(cfg: DictConfig) -> DataLoader:
     return _loader(dataset, cfg, cfg.optimizer.batch_size, shuffle=True)
 
 
+def skipped_images(cfg: DictConfig, **loaders: Any) -> dict[str, Any]:
+    """How many images `data.on_damaged: skip` has left out, for `metrics.json`.
+
+    Args:
+        cfg: a complete config.
+        loaders: by the names of their splits.
+
+    Returns:
+        `skipped_images`, a number for each loader; empty if damaged images stop the run.
+    """
+
+    def skipped(dataset: Any) -> int:
+        while not hasattr(dataset, "skipped") and hasattr(dataset, "dataset"):
+            dataset = dataset.dataset
+        return getattr(dataset, "skipped", 0)
+
+    if cfg.data.on_damaged != "skip":
+        return {}
+    return {"skipped_images": {split: skipped(loader) for split, loader in loaders.items()}}
+
+
 def _images(cfg: DictConfig, split: str, transform: Any) -> Any:
     if cfg.data[f"{split}_path"] is None:
         raise InputError(f"data.{split}_path: missing, there are no images to evaluate on")
@@ -134,10 +163,12 @@ __all__ = [
     "NUM_CLASSES",
     "PIPELINES",
     "check_augmentations",
+    "check_data",
     "check_device_pipeline",
     "classification_loader",
     "count_class_folders",
     "evaluation_loader",
     "place_of",
+    "skipped_images",
     "training_loader",
 ]

@@ -15,7 +15,7 @@ from ..backbones import TwoPathResNet
 from ..checks import at_least, is_number, require
 from ..cli import composed
 from ..config import DEFAULTS, number_of_classes
-from ..data import check_augmentations, evaluation_loader
+from ..data import check_augmentations, check_data, evaluation_loader, skipped_images
 from ..errors import InputError
 from ..files import read_json, write_json
 from ..flops import count_flops
@@ -76,18 +76,22 @@ class Evaluation:
         """Tell the user, once, however many processes there are."""
         self.fabric.print(line, flush=True)
 
-    def write(self, rows: dict[str, dict[str, Any]], train_images: int) -> dict[str, Any]:
+    def write(
+        self, rows: dict[str, dict[str, Any]], train_images: int, train: Any = None
+    ) -> dict[str, Any]:
         """Write `metrics.json`, keeping what it holds of other paths in the same settings.
 
         Args:
             rows: the figures of each path.
             train_images: how many images had a part in them, besides the validation images.
+            train: their loader, if it is not among `loaders`.
 
         Returns:
             What the file then holds.
         """
         file = self.folder / "metrics.json"
         before = read_json(file) if file.is_file() else {}
+        loaders = self.loaders if train is None else {**self.loaders, "train": train}
         metrics = before if before.get("identity") == self.identity else {}
         metrics |= {
             "identity": self.identity,
@@ -98,6 +102,7 @@ class Evaluation:
                 "train_images": train_images,
                 "val_images": len(self.loaders["val"].dataset),  # type: ignore[arg-type]
                 "resolution": [self.cfg.augmentations[0].crop_size] * 2,
+                **skipped_images(self.cfg, **loaders),
             },
             "settings": self.settings,
             **rows,
@@ -156,7 +161,7 @@ def prepare_evaluation(
     }
     if getattr(backbone, "budget", None) is not None:
         decisive["budget"] = backbone.budget
-    free = ("num_workers", "num_large_crops", "num_small_crops")
+    free = ("num_workers", "on_damaged", "num_large_crops", "num_small_crops")
     data = {key: value for key, value in config["data"].items() if key not in free}
     decides = [decisive, data, cfg.augmentations[0].crop_size, encoder.epochs]
     identity = hashlib.sha1(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:6]
@@ -200,6 +205,7 @@ def _complete_data(cfg: DictConfig, args: DictConfig) -> None:
     cfg.data = OmegaConf.merge(DEFAULTS["data"], base, given)
     if cfg.data.dataset != args.data.dataset and not given.get("train_path"):
         raise InputError(f"data.train_path: missing for data.dataset={cfg.data.dataset}")
+    check_data(cfg.data)
     cfg.data.split = "train"  # STL-10's labelled part
     cfg.data.num_classes = number_of_classes(cfg.data)
     view = OmegaConf.create(dict((args.get("augmentations") or [{}])[0]))
