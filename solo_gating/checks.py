@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from numbers import Integral, Real
 from typing import Any
 
 from .errors import InputError
@@ -43,18 +44,18 @@ def checked_threshold(value: Any) -> float:
 
 
 def _is_threshold(value: Any) -> bool:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    number = isinstance(value, Real) and not isinstance(value, bool)
     return number and not math.isnan(value)
 
 
 def is_int(value: Any, least: int) -> bool:
     """Whether a config value is an integer, not a truth value, of at least `least`."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
 
 
 def is_number(value: Any) -> bool:
     """Whether a config value is a finite number, not a truth value."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def is_not_negative(value: Any) -> bool:
