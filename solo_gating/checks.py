@@ -1,6 +1,7 @@
 """Checks of config values, all with the same words."""
 
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,13 @@ def require(key: str, value: Any, accepted: Callable[[Any], Any], wording: str) 
         InputError: if `accepted(value)` is false: "key: found value, accepted is wording".
     """
     if not accepted(value):
-        raise InputError(f"{key}: found {value!r}, accepted is {wording}")
+        raise InputError(f"{key}: found {shown(value)}, accepted is {wording}")
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it: in one line, and not at any length."""
+    text = " ".join(repr(value).split("\n"))
+    return text if len(text) <= 200 else f"{text[:199]}…"
 
 
 def one_of(key: str, value: Any, accepted: Any) -> None:
@@ -54,7 +61,9 @@ def is_int(value: Any, least: int) -> bool:
 
 def is_number(value: Any) -> bool:
     """Whether a config value is a finite number, not a truth value."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return abs(value) <= sys.float_info.max  # of an integer of any length, too
 
 
 def is_not_negative(value: Any) -> bool:

@@ -66,21 +66,64 @@ def write_picture(path: Path, figure: Any) -> None:
     write_bytes(path, png_of(figure))
 
 
+# Far more than any file that this package or solo-learn writes.
+_LARGEST, _DEEPEST = 2**24, 50
+
+
 def read_json(path: Path, key: str = "") -> dict[str, Any]:
-    """Read a JSON object.
+    """Read a JSON object, whoever may have written it.
 
     Args:
-        path: the file.
+        path: the file; at most 16 MiB, and 50 levels deep.
         key: the config key that names it, for messages.
 
     Raises:
-        InputError: if it is missing, damaged, or no object.
+        InputError: if it is missing, damaged, or no object, or if a key is in it twice.
     """
-    where = f"{key}: " if key else ""
+    cannot = f"{key}: " * bool(key) + f"cannot read {str(path)!r} as JSON"
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{where}cannot read {str(path)!r} as JSON ({error})") from error
+        if path.exists() and not path.is_file():  # a pipe would wait for ever
+            raise InputError(f"{cannot} (it is no regular file)")
+        if (size := path.stat().st_size) > _LARGEST:
+            raise InputError(f"{cannot} (it has {size:,} bytes, accepted are at most {_LARGEST:,})")
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise InputError(f"{cannot} ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{cannot} (it is not UTF-8)") from error
+    try:
+        content = json.loads(text, object_pairs_hook=_without_duplicates)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{cannot} ({error})") from error
+    except _DuplicateError as error:
+        raise InputError(f"{cannot} (the key {error.args[0]!r} is in it twice)") from error
+    except RecursionError as error:
+        raise InputError(f"{cannot} (it is nested too deeply)") from error
+    except ValueError as error:  # Python advises to lift its limit
+        raise InputError(f"{cannot} (a number in it has too many digits)") from error
     if not isinstance(content, dict):
-        raise InputError(f"{where}{str(path)!r} holds no JSON object")
+        raise InputError(f"{key}: " * bool(key) + f"{str(path)!r} holds no JSON object")
+    if _depth(content) > _DEEPEST:
+        raise InputError(f"{cannot} (it is nested too deeply)")
     return content
+
+
+class _DuplicateError(ValueError):
+    pass
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _DuplicateError(next(name for name in names if names.count(name) > 1))
+    return content
+
+
+def _depth(content: Any) -> int:
+    """Levels of lists and objects, counted one after the other."""
+    depth, level = 0, [content]
+    while level := [part for part in level if isinstance(part, (dict, list))]:
+        depth += 1
+        level = [x for p in level for x in (p.values() if isinstance(p, dict) else p)]
+    return depth

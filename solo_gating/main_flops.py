@@ -30,7 +30,7 @@ from .data import evaluation_loader
 from .evaluate.features import extract
 from .files import write_json
 from .flops import BackboneFlops, count_flops, count_parameters
-from .training.checkpoints import check_architecture, read_checkpoint
+from .reading import check_architecture, read_checkpoint
 
 
 def report_flops(cfg: DictConfig) -> dict[str, Any]:

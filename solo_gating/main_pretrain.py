@@ -28,12 +28,8 @@ from .evaluate.curves import draw_curves
 from .evaluate.encoder import describe_pretraining
 from .evaluate.final_table import final_table, format_table
 from .files import write_json
-from .training.checkpoints import (
-    check_architecture,
-    find_checkpoint,
-    new_run_folder,
-    read_checkpoint,
-)
+from .reading import check_architecture, read_checkpoint
+from .training.checkpoints import find_checkpoint, new_run_folder
 from .training.model import build_model
 from .training.processes import announce_dead_processes
 from .training.trainer import attach_outputs, build_trainer

@@ -12,7 +12,7 @@ from solo_gating import METHODS, InputError
 from solo_gating.cli import config_names, configs_folder
 from solo_gating.config import prepare_config, scale_learning_rates
 from solo_gating.main_pretrain import pretrain
-from solo_gating.training.checkpoints import check_architecture, read_checkpoint
+from solo_gating.reading import check_architecture, read_checkpoint
 
 from .helpers import tiny_config, write_images
 

@@ -164,14 +164,14 @@ def mean_share(backbone: TwoPathResNet, images: Tensor) -> float:
 
 @torch.no_grad()
 def _measured_share(backbone: TwoPathResNet, images: Tensor, flops: BackboneFlops) -> float:
-    device = next(backbone.parameters()).device
+    weight = next(backbone.parameters())
     was_training = backbone.training
     backbone.eval()
     try:
         channels = []
         with backbone.path("gated") as passes:
             for batch in images.split(128):
-                backbone(batch.to(device))
+                backbone(batch.to(weight.device, weight.dtype))
                 channels.append(selected_channels(passes[-1].masks).double().cpu())
     finally:
         backbone.train(was_training)

@@ -6,25 +6,35 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.fabric import Fabric
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader
 
 from ..backbones import TwoPathResNet
-from ..checks import at_least, is_number, require
+from ..checks import at_least, is_number, is_share, one_of, require, true_or_false
 from ..cli import composed
 from ..config import DEFAULTS, number_of_classes
-from ..data import check_augmentations, evaluation_loader
+from ..data import DATASETS, FORMATS, check_augmentations, evaluation_loader
 from ..errors import InputError
 from ..files import read_json, write_json
 from ..flops import count_flops
+from ..reading import as_text
 from ..training.checkpoints import plain
 from .encoder import Encoder, load_encoder
 from .features import Extraction, extract
 
 # The sizes at which solo-learn's main_linear.py shows the images of a data set.
 _CROP_SIZES = {"cifar10": 32, "cifar100": 32, "stl10": 96, "imagenet100": 224, "imagenet": 224}
+# Lightning's precisions in which the weights themselves are; with the others they are float32.
+_TRUE_DTYPES = {
+    "16-true": torch.float16,
+    "bf16-true": torch.bfloat16,
+    "64-true": torch.float64,
+    64: torch.float64,
+    "64": torch.float64,
+}
 
 
 @dataclass(frozen=True)
@@ -87,7 +97,7 @@ class Evaluation:
             What the file then holds.
         """
         file = self.folder / "metrics.json"
-        before = read_json(file) if file.is_file() else {}
+        before = _metrics_before(file)
         metrics = before if before.get("identity") == self.identity else {}
         metrics |= {
             "identity": self.identity,
@@ -106,6 +116,13 @@ class Evaluation:
             write_json(file, metrics)
         self.say(str(file))
         return metrics
+
+
+def _metrics_before(file: Path) -> dict[str, Any]:
+    try:
+        return read_json(file)
+    except InputError:  # there is none, or it is damaged: then there is nothing in it to keep
+        return {}
 
 
 def prepare_evaluation(
@@ -145,8 +162,9 @@ def prepare_evaluation(
     _complete_data(cfg, encoder.args)
     loaders = {split: evaluation_loader(cfg, split, cfg.batch_size) for split in splits}
     fabric = _launch(cfg)
-    backbone.to(fabric.device)
-    encoder.head.to(fabric.device)
+    dtype = _TRUE_DTYPES.get(cfg.precision, torch.float32)
+    backbone.to(fabric.device, dtype)
+    encoder.head.to(fabric.device, dtype)
 
     config = plain(cfg)
     decisive = {
@@ -176,8 +194,9 @@ def evaluation_of(checkpoint: Path, overrides: list[str], splits: tuple[str, ...
     Raises:
         InputError: as `prepare_evaluation`.
     """
-    overrides = [f"pretrained_feature_extractor='{checkpoint}'", *overrides]
-    return prepare_evaluation(composed("knn", overrides), "knn", (), splits)
+    cfg = composed("knn", overrides)
+    cfg.pretrained_feature_extractor = as_text(str(checkpoint))
+    return prepare_evaluation(cfg, "knn", (), splits)
 
 
 def flops_row(found: Extraction, encoder: Encoder) -> dict[str, float]:
@@ -200,9 +219,26 @@ def _complete_data(cfg: DictConfig, args: DictConfig) -> None:
     cfg.data = OmegaConf.merge(DEFAULTS["data"], base, given)
     if cfg.data.dataset != args.data.dataset and not given.get("train_path"):
         raise InputError(f"data.train_path: missing for data.dataset={cfg.data.dataset}")
+    # It names the folder of the results.
+    one_of("data.dataset", cfg.data.dataset, DATASETS)
+    # solo-learn's "dali" reads folders, too.
+    require("data.format", cfg.data.format, lambda v: v in (*FORMATS, "dali"), " or ".join(FORMATS))
+    true_or_false("data.no_labels", cfg.data.no_labels)
+    require(
+        "data.fraction",
+        cfg.data.fraction,
+        lambda v: v == -1 or (is_share(v) and v < 1),
+        "a number in (0, 1), or -1",
+    )
+    at_least("data.num_workers", cfg.data.num_workers, 0)
     cfg.data.split = "train"  # STL-10's labelled part
     cfg.data.num_classes = number_of_classes(cfg.data)
-    view = OmegaConf.create(dict((args.get("augmentations") or [{}])[0]))
+    # What else a view has is augmentation.
+    first = (args.get("augmentations") or [{}])[0]
+    view = OmegaConf.create(
+        {key: first[key] for key in ("crop_size", "mean", "std") if first.get(key) is not None}
+    )
+    view.num_crops = 1
     if cfg.data.dataset != args.data.dataset:
         view.crop_size = _CROP_SIZES.get(cfg.data.dataset, view.get("crop_size"))
     if cfg.crop_size is not None:

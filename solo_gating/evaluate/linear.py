@@ -77,9 +77,9 @@ def classifier_accuracy(classifier: nn.Module, val: Extraction) -> tuple[float, 
     """
     labelled = val.targets >= 0
     targets = val.targets[labelled, None]
-    device = next(classifier.parameters()).device
+    weight = next(classifier.parameters())
     hits = [
-        classifier(rows.to(device)).topk(5).indices.cpu()
+        classifier(rows.to(weight.device, weight.dtype)).topk(5).indices.cpu()
         for rows in val.features[labelled].split(4096)
     ]
     correct = torch.cat(hits) == targets

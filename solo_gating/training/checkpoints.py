@@ -1,23 +1,18 @@
 """Checkpoints as solo-learn lays them out, and finding the one to continue from."""
 
 import json
-import pickle
 import random
 import string
 import time
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import WandbLogger
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
 
 from ..config import DEFAULTS
-from ..errors import InputError
 from ..files import write_json
 
 # What may differ between a run and its continuation.
@@ -118,47 +113,3 @@ def find_checkpoint(cfg: DictConfig) -> Path | None:
 
 def _what_matters(args: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in args.items() if key not in _FREE_TO_CHANGE}
-
-
-def read_checkpoint(path: str | Path, key: str) -> dict[str, Any]:
-    """Load a checkpoint's content to the CPU, without running code from it.
-
-    Args:
-        path: a Lightning checkpoint.
-        key: the config key that names it, for messages.
-
-    Raises:
-        InputError: if there is no such file, it is damaged, or it is no checkpoint.
-    """
-    if not Path(path).is_file():
-        raise InputError(f"{key}: {str(path)!r} is not a file")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:  # torch's own words advise to run whatever is in it
-        raise InputError(
-            f"{key}: cannot read {str(path)!r} as a checkpoint (it is damaged, or holds code)"
-        ) from error
-    except (RuntimeError, EOFError, OSError, zipfile.BadZipFile) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{key}: cannot read {str(path)!r} as a checkpoint ({reason})") from error
-    if not isinstance(content, dict) or "state_dict" not in content:
-        raise InputError(
-            f"{key}: {str(path)!r} holds no `state_dict`, accepted is a Lightning checkpoint"
-        )
-    return content
-
-
-def check_architecture(module: nn.Module, checkpoint: dict[str, Any], path: str | Path) -> None:
-    """Refuse a checkpoint whose weights do not fit a model.
-
-    Raises:
-        InputError: naming the first weight that differs.
-    """
-    ours = {name: tuple(value.shape) for name, value in module.state_dict().items()}
-    theirs = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
-    for name in [*ours, *theirs]:
-        if ours.get(name) != theirs.get(name):
-            raise InputError(
-                f"checkpoint {str(path)!r} is of another architecture: {name} is "
-                f"{theirs.get(name, 'absent')} there and {ours.get(name, 'absent')} in this config"
-            )
