@@ -44,9 +44,11 @@ def evaluate_knn(cfg: DictConfig) -> dict[str, Any]:
     """
     combinations = _combinations(cfg)
     evaluation = prepare_evaluation(cfg, "knn", _SETTINGS, ("train", "val"))
+    _check_neighbours(combinations, len(evaluation.loaders["train"].dataset))  # type: ignore[arg-type]
     rows: dict[str, dict[str, Any]] = {}
     for path in evaluation.paths:
         train = evaluation.extract_labelled("train", path)
+        _check_neighbours(combinations, int((train.targets >= 0).sum()))
         val = evaluation.extract_labelled("val", path)
         results = []
         for settings in combinations:
@@ -68,6 +70,11 @@ def evaluate_knn(cfg: DictConfig) -> dict[str, Any]:
             evaluation.say(f"{path}: FLOPs cut by {rows[path]['flops_cut']:.2%}")
     first = replace(evaluation, settings=evaluation.settings | combinations[0])
     return first.write(rows, len(train.targets))
+
+
+def _check_neighbours(combinations: list[dict[str, Any]], images: int) -> None:
+    for settings in combinations:
+        require("k", settings["k"], lambda k: k <= images, f"at most {images}, the training images")
 
 
 def _combinations(cfg: DictConfig) -> list[dict[str, Any]]:

@@ -4,10 +4,11 @@ Both are data. Nothing in them is run, resolved or downloaded, nothing in them d
 are written, and what makes no sense is refused before it can become a figure.
 """
 
+import os
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,26 +42,29 @@ def read_checkpoint(path: str | Path, key: str) -> dict[str, Any]:
     Raises:
         InputError: if there is no such file, it is damaged, or it is no checkpoint.
     """
-    file = Path(path)
-    if not file.is_file():
+    if not os.path.isfile(path):  # of a path that is too long, too
         raise InputError(f"{key}: {str(path)!r} is not a file")
     cannot = f"{key}: cannot read {str(path)!r} as a checkpoint"
     # Foreign and damaged files make zipfile and torch raise whatever they like; torch's own words
     # advise to run the code in them.
     try:
-        damage = _damage(file)
+        damage = _damage(Path(path))
     except OSError as error:
         raise InputError(f"{cannot} ({error.strerror})") from error
     except Exception as error:
-        raise InputError(f"{cannot} (it is damaged, or no file of torch.save)") from error
+        raise InputError(
+            f"{cannot} (it is damaged, or not in the zip format of torch.save)"
+        ) from error
     if damage:
         raise InputError(f"{cannot} (it is damaged: {damage})")
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise InputError(f"{cannot} (it is damaged, or holds code)") from error
     except Exception as error:
-        raise InputError(f"{cannot} (it is damaged, or no file of torch.save)") from error
+        raise InputError(
+            f"{cannot} (it is damaged, or not in the zip format of torch.save)"
+        ) from error
     _check_content(content, f"{key}: {str(path)!r}")
     return content
 
@@ -107,7 +111,7 @@ def _without_state_dict(content: Any) -> str:
 def _not_dense(value: Any) -> str | None:
     """Why something is no tensor that holds all its values; None if it is one."""
     if not isinstance(value, Tensor):
-        return f"is {shown(value)}"
+        return f"is a {type(value).__name__}"
     for kind in ("nested", "quantized", "meta"):
         if getattr(value, f"is_{kind}"):
             return f"is a {kind} tensor"
@@ -118,18 +122,26 @@ def _not_dense(value: Any) -> str | None:
     return None
 
 
-def check_architecture(module: nn.Module, checkpoint: dict[str, Any], path: str | Path) -> None:
+def check_architecture(
+    module: nn.Module,
+    checkpoint: dict[str, Any],
+    path: str | Path,
+    parts: Collection[str] | None = None,
+) -> None:
     """Refuse a checkpoint whose weights do not fit a model, or are no weights.
 
     Args:
         module: the model; may be on the device "meta".
         checkpoint: its key `state_dict` holds the weights, dense tensors.
         path: the file, for messages.
+        parts: submodules to which both are restricted.
 
     Raises:
         InputError: naming the first weight that differs, or is not finite.
     """
-    ours, theirs = module.state_dict(), checkpoint["state_dict"]
+    ours, theirs = (
+        weights_of(state, parts) for state in (module.state_dict(), checkpoint["state_dict"])
+    )
     shapes = [{name: tuple(v.shape) for name, v in state.items()} for state in (ours, theirs)]
     for name in [*ours, *theirs]:
         if shapes[0].get(name) != shapes[1].get(name):
@@ -141,6 +153,11 @@ def check_architecture(module: nn.Module, checkpoint: dict[str, Any], path: str 
     for name, value in theirs.items():
         if reason := _no_weight(name, value, ours[name].dtype):
             raise InputError(f"checkpoint {str(path)!r} cannot be used: {name} {reason}")
+
+
+def weights_of(state: Mapping[str, Tensor], parts: Collection[str] | None) -> dict[str, Tensor]:
+    """The weights of some submodules in a state dict; of all for None."""
+    return {n: value for n, value in state.items() if parts is None or n.split(".")[0] in parts}
 
 
 def _no_weight(name: str, value: Tensor, dtype: torch.dtype) -> str | None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..backbones import PATHS, TwoPathResNet
 from ..errors import InputError
-from ..reading import check_architecture, read_args, read_checkpoint
+from ..reading import check_architecture, read_args, read_checkpoint, weights_of
 from ..solo_learn import METHODS, BaseMethod
 
 KEY = "pretrained_feature_extractor"
@@ -133,12 +133,9 @@ def load_encoder(checkpoint: str | Path, head: str = "backbone", key: str = KEY)
     if args.backbone.name in ("resnet18", "resnet34"):  # the same network, whose FLOPs are known
         args.backbone.name += "_plain"
     with torch.device("meta"):  # whatever sizes the files speak of, it takes no memory
-        model = _build(head, args, path, key)
-    for part in ("backbone", head):
-        check_architecture(getattr(model, part), _below(part, content), path)
+        check_architecture(_build(head, args, path, key), content, path, ("backbone", head))
     model = _build(head, args, path, key)
-    for part in ("backbone", head):
-        getattr(model, part).load_state_dict(_below(part, content)["state_dict"])
+    model.load_state_dict(weights_of(content["state_dict"], ("backbone", head)), strict=False)
     model.eval().requires_grad_(False)
     projector = nn.Identity() if head == "backbone" else model.projector
     return Encoder(model.backbone, projector, args, path, int(content.get("epoch", -1)) + 1)
@@ -175,13 +172,3 @@ def _build(head: str, args: DictConfig, path: Path, key: str) -> Any:
     if not hasattr(model, head):
         raise InputError(f"features: method {args.method!r} has no {head}")
     return model
-
-
-def _below(name: str, checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """The part of a checkpoint that belongs to a submodule."""
-    state = {
-        key.removeprefix(f"{name}."): value
-        for key, value in checkpoint["state_dict"].items()
-        if key.startswith(f"{name}.")
-    }
-    return {"state_dict": state}
