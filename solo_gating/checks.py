@@ -39,13 +39,13 @@ def true_or_false(key: str, value: Any) -> None:
     require(key, value, lambda v: isinstance(v, bool), "true or false")
 
 
-def checked_threshold(value: Any) -> float:
+def checked_threshold(value: Any, key: str = "threshold") -> float:
     """A threshold of the gates' logits as a number; infinite ones close or open all gates.
 
     Raises:
         InputError: for what is no number.
     """
-    require("threshold", value, _is_threshold, "a number")
+    require(key, value, _is_threshold, "a number")
     return float(value)
 
 

@@ -70,53 +70,68 @@ def write_picture(path: Path, figure: Any) -> None:
 _LARGEST, _DEEPEST = 2**24, 50
 
 
+class UnreadableError(ValueError):
+    """Why a file is not taken for JSON."""
+
+
 def read_json(path: Path, key: str = "") -> dict[str, Any]:
-    """Read a JSON object, whoever may have written it.
+    """Read a JSON object.
 
     Args:
-        path: the file; at most 16 MiB, and 50 levels deep.
+        path: the file.
         key: the config key that names it, for messages.
 
     Raises:
-        InputError: if it is missing, damaged, or no object, or if a key is in it twice.
+        InputError: if it is missing, damaged, or no object.
     """
-    cannot = f"{key}: " * bool(key) + f"cannot read {str(path)!r} as JSON"
+    where = f"{key}: " if key else ""
     try:
-        if path.exists() and not path.is_file():  # a pipe would wait for ever
-            raise InputError(f"{cannot} (it is no regular file)")
-        if (size := path.stat().st_size) > _LARGEST:
-            raise InputError(f"{cannot} (it has {size:,} bytes, accepted are at most {_LARGEST:,})")
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise InputError(f"{cannot} ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{cannot} (it is not UTF-8)") from error
-    try:
-        content = json.loads(text, object_pairs_hook=_without_duplicates)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{cannot} ({error})") from error
-    except _DuplicateError as error:
-        raise InputError(f"{cannot} (the key {error.args[0]!r} is in it twice)") from error
-    except RecursionError as error:
-        raise InputError(f"{cannot} (it is nested too deeply)") from error
-    except ValueError as error:  # Python advises to lift its limit
-        raise InputError(f"{cannot} (a number in it has too many digits)") from error
+        content = json_content(path)
+    except UnreadableError as error:
+        raise InputError(f"{where}cannot read {str(path)!r} as JSON ({error})") from error
     if not isinstance(content, dict):
-        raise InputError(f"{key}: " * bool(key) + f"{str(path)!r} holds no JSON object")
-    if _depth(content) > _DEEPEST:
-        raise InputError(f"{cannot} (it is nested too deeply)")
+        raise InputError(f"{where}{str(path)!r} holds no JSON object")
     return content
 
 
-class _DuplicateError(ValueError):
-    pass
+def json_content(path: Path) -> Any:
+    """What a JSON file holds, whoever may have written it; NaN and Infinity may be in it.
+
+    Args:
+        path: the file, at most 16 MiB and 50 levels deep.
+
+    Raises:
+        UnreadableError: if it is not JSON, a key is in an object twice, or it is no regular file.
+    """
+    try:
+        if path.exists() and not path.is_file():  # a pipe would wait for ever
+            raise UnreadableError("it is no regular file")
+        if (size := path.stat().st_size) > _LARGEST:
+            raise UnreadableError(f"it has {size:,} bytes, accepted are at most {_LARGEST:,}")
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise UnreadableError(error.strerror) from error
+    except UnicodeDecodeError as error:
+        raise UnreadableError("it is not UTF-8") from error
+    try:
+        content = json.loads(text, object_pairs_hook=_without_duplicates)
+    except (json.JSONDecodeError, UnreadableError) as error:
+        raise UnreadableError(str(error)) from error
+    except ValueError as error:  # in Python's words, an advice to lift its limit
+        raise UnreadableError("a number in it has too many digits") from error
+    except RecursionError as error:
+        raise UnreadableError("it is nested too deeply") from error
+    if _depth(content) > _DEEPEST:
+        raise UnreadableError("it is nested too deeply")
+    return content
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
         names = [name for name, _ in pairs]
-        raise _DuplicateError(next(name for name in names if names.count(name) > 1))
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UnreadableError(f"the key {twice!r} is in an object twice")
     return content
 
 

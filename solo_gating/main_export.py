@@ -39,6 +39,7 @@ import torch
 from torch import Tensor, nn
 
 from .backbones import TwoPathResNet
+from .checks import require
 from .cli import one_sentence_errors
 from .deploy.dense import dense_network, dense_state_dict, solo_learn_args, solo_learn_checkpoint
 from .deploy.onnx import run_onnx, to_onnx, to_openvino
@@ -52,6 +53,7 @@ from .evaluate.knn import knn_top1
 from .evaluate.policy import Policy, read_policy
 from .files import write_bytes, write_json
 from .flops import count_flops
+from .reading import LARGEST_SIDE
 
 FORMATS = ("torch", "onnx", "openvino-via-onnx", "solo-learn")
 
@@ -68,9 +70,16 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
     Raises:
         InputError: before anything is written, for what cannot be used or does not fit.
     """
+    if options.resolution is not None:
+        require(
+            "--resolution",
+            options.resolution,
+            lambda v: 1 <= v <= LARGEST_SIDE,
+            f"an integer from 1 to {LARGEST_SIDE}",
+        )
     encoder = load_encoder(options.checkpoint, key="--checkpoint")
     _check(options, encoder)
-    size = options.resolution or encoder.args.augmentations[0].crop_size
+    size = encoder.crop_size if options.resolution is None else options.resolution
     evaluation = None
     if options.evaluate or options.overrides:
         evaluation = evaluation_of(options.checkpoint, options.overrides, ("train", "val"))

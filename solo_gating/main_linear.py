@@ -49,6 +49,7 @@ def evaluate_linear(cfg: DictConfig) -> dict[str, Any]:
         InputError: before training, for a config, checkpoint or data that cannot be used.
     """
     OmegaConf.set_struct(cfg, False)  # for the optimiser's defaults
+    at_least("seed", cfg.seed, 0)
     at_least("seeds", cfg.seeds, 1)
     at_least("max_epochs", cfg.max_epochs, 1)
     true_or_false("augment", cfg.augment)

@@ -65,7 +65,8 @@ def evaluate_policy(cfg: DictConfig) -> dict[str, Any]:
     evaluation = prepare_evaluation(
         cfg, "policy", _SETTINGS, ("train", "val") if turned else ("val",)
     )
-    backbone: Any = evaluation.encoder.backbone
+    encoder = evaluation.encoder
+    backbone: Any = encoder.backbone
     images = _calibration_images(evaluation) if turned else torch.empty(0)
     row: dict[str, Any] = {}
     if cfg.calibrate is not None:
@@ -80,8 +81,8 @@ def evaluate_policy(cfg: DictConfig) -> dict[str, Any]:
     policy = policy_of(
         backbone,
         found,
-        evaluation.encoder.args.backbone.name,
-        OmegaConf.to_container(evaluation.encoder.args.backbone.kwargs),  # type: ignore[arg-type]
+        encoder.args.backbone.name,
+        OmegaConf.to_container(encoder.args.backbone.kwargs, resolve=True),  # type: ignore[arg-type]
         evaluation.encoder.description()["target_budget"],
     )
     evaluation.say(format_policy(policy))

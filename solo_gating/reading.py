@@ -272,6 +272,7 @@ def read_args(file: Path, key: str) -> DictConfig:
                 f"{where}: backbone.kwargs.{name}: found {shown(value)}, accepted is null: the "
                 "checkpoint has all weights"
             )
+    content["backbone"]["kwargs"] = content["backbone"].get("kwargs") or {}
     return OmegaConf.create(content)
 
 

@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
 from ..files import write_picture
+from ..texts import in_picture
 from ..training.callbacks import SSL_LOSSES
 
 # Okabe and Ito's colour-blind safe palette.
@@ -26,7 +27,9 @@ def read_logs(folder: Path) -> dict[str, dict[int, float]]:
         folder: the run's folder, with `logs/version_*/metrics.csv`.
     """
     series: dict[str, dict[int, float]] = defaultdict(dict)
-    files = sorted(folder.glob("logs/version_*/metrics.csv"), key=lambda f: int(f.parent.name[8:]))
+    found = {f.parent.name[8:]: f for f in folder.glob("logs/version_*/metrics.csv")}
+    numbers = sorted((name for name in found if name.isdecimal()), key=int)
+    files = [found[number] for number in numbers if found[number].is_file()]
     for file in files:
         with file.open(newline="") as lines:
             for row in csv.DictReader(lines):
@@ -123,7 +126,7 @@ def draw_curves(
         axis.grid(alpha=0.3)
         if len(axis.get_lines()) > 1:
             axis.legend(fontsize="small")
-    figure.suptitle(title)
+    figure.suptitle(in_picture(title))
     path = folder / "training.png"
     write_picture(path, figure)
     return path

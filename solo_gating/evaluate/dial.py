@@ -21,6 +21,7 @@ from ..backbones import TwoPathResNet
 from ..errors import InputError
 from ..files import write_picture
 from ..flops import BackboneFlops, count_flops, selected_channels
+from ..texts import in_picture
 from .curves import DENSE, GATED, NEUTRAL
 
 _LARGEST = 1e6
@@ -267,7 +268,7 @@ def draw_sweep(
         ylabel="1-NN accuracy, %",
         xlim=(0, 104),
     )
-    axis.set_title(title, fontsize="medium")
+    axis.set_title(in_picture(title), fontsize="medium")
     axis.grid(alpha=0.3)
     axis.legend(fontsize="small")
     write_picture(path, figure)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..files import write_picture
+from ..texts import in_picture
 
 # Ten classes: Okabe and Ito's colours, told apart by colour and, where colours are close, shape.
 _COLOURS = (
@@ -99,7 +100,7 @@ def draw_embeddings(
                 marker=_MARKERS[index],
                 linewidths=0,
                 alpha=0.75,
-                label=name,
+                label=in_picture(name),
             )
         axis.set(xticks=[], yticks=[], xlabel="UMAP 1", ylabel="UMAP 2")
         axis.set_title(heading, fontsize="medium")
@@ -110,5 +111,5 @@ def draw_embeddings(
     for handle in legend.legend_handles:
         handle.set_sizes([40])  # type: ignore[union-attr]
         handle.set_alpha(1)  # type: ignore[union-attr]
-    figure.suptitle(title, fontsize="medium")
+    figure.suptitle(in_picture(title), fontsize="medium")
     write_picture(path, figure)

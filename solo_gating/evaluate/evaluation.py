@@ -215,7 +215,11 @@ def _complete_data(cfg: DictConfig, args: DictConfig) -> None:
     given = OmegaConf.create(
         {key: value for key, value in (cfg.get("data") or {}).items() if value is not None}
     )
-    base = OmegaConf.create({} if given.get("dataset") else args.data)
+    base = OmegaConf.create(
+        {}
+        if given.get("dataset")
+        else {key: value for key, value in args.data.items() if value is not None}
+    )
     cfg.data = OmegaConf.merge(DEFAULTS["data"], base, given)
     if cfg.data.dataset != args.data.dataset and not given.get("train_path"):
         raise InputError(f"data.train_path: missing for data.dataset={cfg.data.dataset}")

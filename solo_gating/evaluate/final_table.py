@@ -47,11 +47,12 @@ def final_table(
     def row(encode: Callable[[DataLoader], tuple[Tensor, Tensor, float | None]]) -> Row:
         figures: Row = {"knn_top1": None, few: None}
         try:
-            *train_set, _ = encode(train)
-            *test_set, flops = encode(test)
+            train_set = encode(train)[:2]
+            features, targets, flops = encode(test)
         except NonFiniteFeaturesError:
             return figures
-        if all((targets >= 0).any() for _, targets in (train_set, test_set)):
+        test_set = (features, targets)
+        if (train_set[1] >= 0).any() and (targets >= 0).any():
             figures["knn_top1"] = knn_top1(train_set, test_set)
             figures[few] = knn_top1_few_labels(train_set, test_set, labels_per_class, draws)
         if flops is not None:

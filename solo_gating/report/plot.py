@@ -15,6 +15,7 @@ from matplotlib.lines import Line2D
 
 from ..evaluate.curves import DENSE, GATED, NEUTRAL
 from ..files import png_of
+from ..texts import in_picture
 from .cells import Cell
 from .tables import DATASETS, transfer_name, variant_name
 
@@ -121,7 +122,7 @@ def _draw_panel(axis: Axes, panel: _Panel, curves: Sequence[list[Cell]]) -> None
     labels = [f"{variant_name(curve[0].variant)}, {curve[0].source}" for curve in curves]
     title = transfer_name(trained_on, evaluated_on) + (f" ({images})" if images else "")
     axis.set(
-        title=f"{title}, {_METRICS[metric]}",
+        title=in_picture(f"{title}, {_METRICS[metric]}"),
         xlabel="FLOPs per image, % of the dense encoder's",
         ylabel="top-1 accuracy, %",
         xlim=(0, max(place, _STRIP + 3 * _STEP)),
@@ -140,7 +141,7 @@ def _draw_panel(axis: Axes, panel: _Panel, curves: Sequence[list[Cell]]) -> None
     axis.grid(alpha=0.3)
     axis.legend(
         handles,
-        [textwrap.fill(label, 50) for label in labels],
+        ["\n".join(map(in_picture, textwrap.wrap(label, 50))) for label in labels],
         handler_map={tuple: HandlerTuple(ndivide=None)},
         loc="upper left",
         bbox_to_anchor=(1.01, 1.0),

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 
 from ..evaluate.curves import DENSE, GATED, NEUTRAL
 from ..files import png_of
+from ..texts import in_picture
 from .records import Record, Sweep
 from .tables import NOTHING, Row, Table, transfer_name, variant_name
 
@@ -140,7 +141,9 @@ def _draw_panel(
         sorted(curves.items()), cycle(_COLOURS), cycle(_MARKERS), strict=False
     ):
         label = name + (f", {len(runs)} seeds" if len(runs) > 1 else "")
-        draw(_gated_points(runs).values(), color=colour, marker=marker, ms=4, label=label)
+        draw(
+            _gated_points(runs).values(), color=colour, marker=marker, ms=4, label=in_picture(label)
+        )
         dense = _mean([(run.dense_flops, run.dense_value) for run in runs])
         draw([dense], color=colour, marker="s", ms=8, ls="none")
     if rivals:
@@ -161,7 +164,7 @@ def _draw_panel(
         xlabel="FLOPs per image, % of the widest network's dense path (squares)",
         ylabel="1-NN accuracy, %",
         xlim=(0, 106),
-        title=_title(panel),
+        title=in_picture(_title(panel)),
     )
     axis.grid(alpha=0.3)
     axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False)
