@@ -256,7 +256,7 @@ def read_args(file: Path, key: str) -> DictConfig:
     Raises:
         InputError: naming the key in it that is missing or cannot be used, and the file.
     """
-    content = _literal(read_json(file, key))
+    content = read_json(file, key)
     where = f"{key}: {str(file)!r}"
     for name, (accepted, wording) in _ARGS.items():
         value = _select(content, name)
@@ -273,7 +273,7 @@ def read_args(file: Path, key: str) -> DictConfig:
                 "checkpoint has all weights"
             )
     content["backbone"]["kwargs"] = content["backbone"].get("kwargs") or {}
-    return OmegaConf.create(content)
+    return OmegaConf.create(_literal(content))
 
 
 def _literal(value: Any) -> Any:
@@ -298,7 +298,7 @@ def _select(content: dict[str, Any], name: str) -> Any:
             found = found[int(part)]
         else:
             found = found.get(part) if isinstance(found, dict) else None
-    return found
+    return None if found == "???" else found  # which is OmegaConf's word for a missing value
 
 
 def _are(value: Any, accepted: Callable[[Any], bool]) -> bool:
