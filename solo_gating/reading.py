@@ -195,7 +195,7 @@ _PATHS: _Check = (lambda v: _is_paths(v), "a path, or several")
 # What is read of it, where it is not null. `method_kwargs` and `optimizer` are a run's description;
 # for the rest a pre-training's config has the checks, and the network's constructor.
 _ARGS: dict[str, _Check] = {
-    "name": _TEXT,
+    "name": (lambda v: isinstance(v, str) or is_number(v), "text"),  # name=5 is a number
     "method": _TEXT,
     "seed": _NUMBER,
     "max_epochs": _NUMBER,

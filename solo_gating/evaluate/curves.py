@@ -126,7 +126,7 @@ def draw_curves(
         axis.grid(alpha=0.3)
         if len(axis.get_lines()) > 1:
             axis.legend(fontsize="small")
-    figure.suptitle(in_picture(title))
+    figure.suptitle(in_picture(str(title)))
     path = folder / "training.png"
     write_picture(path, figure)
     return path

@@ -336,7 +336,8 @@ def _pretraining(content: dict[str, Any]) -> dict[str, Any]:
     if not (budget is None or is_share(budget) or is_range(budget)):
         _refuse(found, "target_budget", where, "a number in (0, 1] or a range of two")
     for key in ("name", "checkpoint"):
-        if not isinstance(found.get(key) or "", str):
+        value = found.get(key)
+        if not (value is None or isinstance(value, str) or (key == "name" and is_number(value))):
             _refuse(found, key, where, "text")
     for key in ("gating", "method_kwargs", "optimizer"):
         if not isinstance(found.get(key) or {}, dict):

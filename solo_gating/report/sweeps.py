@@ -84,7 +84,7 @@ def _panel(found: Sweep | Record) -> _Panel:
 
 def _name(found: Sweep | Record) -> str:
     run = found.pretraining
-    words = [run.get("name") or variant_name(found.variant), f"width {run['width']}"]
+    words = [str(run.get("name") or variant_name(found.variant)), f"width {run['width']}"]
     return ", ".join([*words, f"{run['epochs']:,} epochs"])
 
 
