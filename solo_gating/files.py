@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from .errors import InputError
 
 
@@ -51,18 +53,15 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     write_bytes(path, text.getvalue().encode())
 
 
-def png_of(figure: Any, dpi: int = 150) -> bytes:
-    """A matplotlib figure as PNG; it is closed."""
-    import matplotlib.pyplot as plt
-
+def png_of(figure: Figure, dpi: int = 150) -> bytes:
+    """A matplotlib figure as PNG."""
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=dpi)
-    plt.close(figure)
     return content.getvalue()
 
 
-def write_picture(path: Path, figure: Any) -> None:
-    """Write a matplotlib figure as PNG, and close it."""
+def write_picture(path: Path, figure: Figure) -> None:
+    """Write a matplotlib figure as PNG."""
     write_bytes(path, png_of(figure))
 
 

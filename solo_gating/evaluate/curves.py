@@ -6,10 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ..files import write_picture
@@ -91,9 +88,8 @@ def draw_curves(
     if not shown:
         return None
     last = 1 + max(epoch for points in logs.values() for epoch in points)
-    figure, axes = plt.subplots(
-        1, len(shown), figsize=(4.2 * len(shown), 3.6), layout="constrained", squeeze=False
-    )
+    figure = Figure(figsize=(4.2 * len(shown), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(shown), squeeze=False)
     for axis, (heading, unit, lines) in zip(axes[0], shown, strict=True):
         for name, label, style in lines:
             if points := sorted(logs.get(name, {}).items()):

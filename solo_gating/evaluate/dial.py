@@ -10,11 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..backbones import TwoPathResNet
@@ -235,7 +232,8 @@ def draw_sweep(
         path: of the PNG.
         title: above the curve.
     """
-    figure, axis = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axis = figure.subplots()
     shares = [100 * point["share"] for point in points]
     accuracies = [point["knn_top1"] for point in points]
     turned = "threshold" if "budget" not in points[0] else "budget and threshold"

@@ -3,11 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..errors import InputError
@@ -80,13 +77,8 @@ def draw_embeddings(
         path: of the PNG.
         title: above the panels.
     """
-    figure, axes = plt.subplots(
-        1,
-        len(embeddings),
-        figsize=(4.6 * len(embeddings), 5.2),
-        layout="constrained",
-        squeeze=False,
-    )
+    figure = Figure(figsize=(4.6 * len(embeddings), 5.2), layout="constrained")
+    axes = figure.subplots(1, len(embeddings), squeeze=False)
     size = float(np.clip(20000 / len(targets), 6, 40))
     for axis, (heading, points) in zip(axes[0], embeddings.items(), strict=True):
         order = np.random.RandomState(0).permutation(len(points))

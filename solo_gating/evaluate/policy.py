@@ -33,11 +33,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..backbones import TwoPathResNet
@@ -188,7 +185,8 @@ def draw_policy(policy: Policy, path: Path, title: str) -> None:
         title: above the bars.
     """
     width = max(6.0, 0.62 * len(policy.blocks) + 2)
-    figure, axis = plt.subplots(figsize=(width, 4.2), layout="constrained")
+    figure = Figure(figsize=(width, 4.2), layout="constrained")
+    axis = figure.subplots()
     positions = np.arange(len(policy.blocks))
     bottom = np.zeros(len(policy.blocks))
     for kind, (label, colour) in _KINDS.items():

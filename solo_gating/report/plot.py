@@ -4,11 +4,8 @@ import math
 import textwrap
 from collections.abc import Iterable, Sequence
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.legend_handler import HandlerTuple
 from matplotlib.lines import Line2D
@@ -63,14 +60,8 @@ def draw_accuracy_flops(published: Iterable[Cell], measured: Iterable[Cell]) -> 
         beside = [cell for cell in known if _panel(cell) == panel and cell.variant in methods]
         panels[panel] = _curves([*found[panel], *beside])
     heights = [max(3.8, 1.2 + 0.36 * len(curves)) for curves in panels.values()]
-    figure, axes = plt.subplots(
-        len(panels),
-        1,
-        figsize=(11, sum(heights)),
-        height_ratios=heights,
-        layout=ConstrainedLayoutEngine(h_pad=0.12),
-        squeeze=False,
-    )
+    figure = Figure(figsize=(11, sum(heights)), layout=ConstrainedLayoutEngine(h_pad=0.12))
+    axes = figure.subplots(len(panels), 1, height_ratios=heights, squeeze=False)
     for axis, (panel, curves) in zip(axes.flat, panels.items(), strict=True):
         _draw_panel(axis, panel, curves)
     return png_of(figure, dpi=120)

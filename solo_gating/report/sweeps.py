@@ -5,11 +5,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from itertools import cycle
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from ..evaluate.curves import DENSE, GATED, NEUTRAL
 from ..files import png_of
@@ -42,9 +39,8 @@ def draw_sweeps(sweeps: Sequence[Sweep], records: Iterable[Record]) -> bytes | N
     if not panels:
         return None
     rivals = _rivals(records)
-    figure, axes = plt.subplots(
-        len(panels), 1, figsize=(9.5, 4.6 * len(panels)), layout="constrained", squeeze=False
-    )
+    figure = Figure(figsize=(9.5, 4.6 * len(panels)), layout="constrained")
+    axes = figure.subplots(len(panels), 1, squeeze=False)
     for axis, (panel, curves) in zip(axes.flat, panels.items(), strict=True):
         _draw_panel(axis, panel, curves, rivals.get(panel, {}))
     return png_of(figure, dpi=120)
