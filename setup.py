@@ -46,8 +46,9 @@ setup(
     },
     python_requires=">=3.10,<3.14",
     install_requires=[
-        "torch>=2.4",
-        "torchvision>=0.19",
+        # From 2.6 on torch.load runs no code of a checkpoint, in solo-learn's scripts either.
+        "torch>=2.6",
+        "torchvision>=0.21",
         "lightning>=2.1.2",
         "torchmetrics>=0.11",
         "hydra-core>=1.3",

@@ -16,10 +16,11 @@ data=$1; shift
 case "$(basename "$data")" in cifar100*) dataset=cifar100 ;; *) dataset=cifar10 ;; esac
 out=${OUT:-trained_models/validate_cifar}
 source bash_scripts/environment.sh
+source bash_scripts/cells.sh
 
 pretrain() { # name, config, overrides
     local name=$1 config=$2; shift 2
-    if compgen -G "$out/$name/*/*/metrics.json" >/dev/null; then echo "$name: done before"; return; fi
+    if finished "$out/$name" >/dev/null; then echo "$name: done before"; return; fi
     # A short run wants AdamW instead of LARS and many small steps; see also the gates below.
     "$python" -m solo_gating.main_pretrain --config-name "${config}_$dataset" \
         optimization=adamw name="$name" checkpoint.dir="$out/$name" auto_resume.enabled=true \
@@ -40,7 +41,10 @@ done
 for run in "${runs[@]}"; do
     read -r -a words <<<"$run"
     pretrain "${words[@]}" "$@" &
-    while [ "$(jobs -rp | wc -l)" -ge "${JOBS:-1}" ]; do wait -n; done
+    while [ "$(jobs -rp | wc -l)" -ge "${JOBS:-1}" ]; do wait -n || true; done
 done
 wait
+for run in "${runs[@]}"; do # whatever became of it
+    finished "$out/${run%% *}" >/dev/null || { unfinished "$out/${run%% *}"; exit 1; }
+done
 "$python" bash_scripts/validation_table.py "$out" | tee "$out/table.md"

@@ -9,7 +9,9 @@ def main(out: Path) -> None:
     """Read OUT/<run>/<method>/<version>/metrics.json."""
     runs = {}
     for file in sorted(out.glob("*/*/*/metrics.json")):
-        runs[file.relative_to(out).parts[0]] = json.loads(file.read_text())
+        metrics = json.loads(file.read_text())
+        if metrics.get("finished", True):  # not stopped by a limit of the Trainer
+            runs[file.relative_to(out).parts[0]] = metrics
     if not runs:
         sys.exit(f"error: no finished run below {out}")
     few = next(key for key in next(iter(runs.values()))["raw"] if key.endswith("_per_class"))

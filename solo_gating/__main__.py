@@ -11,16 +11,21 @@ args.json has it: backbone.kwargs.budget_range). A script may say so itself too,
 backbone.kwargs.path, backbone.kwargs.threshold, backbone.kwargs.budget.
 """
 
+if not __package__:  # started as a file
+    import as_module  # noqa: F401
+
 import argparse
 import runpy
 import sys
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import solo_gating
 
 from .backbones import GATED_BACKBONES, PATHS
 from .solo_learn import BaseMethod
+from .terminal import lasting_streams
 
 
 def main() -> None:
@@ -39,19 +44,38 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=argparse.SUPPRESS)
     parser.add_argument("script", nargs="?")
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
-    options = vars(parser.parse_args())
-    name, arguments = options.pop("script"), options.pop("arguments")
-    if name is None:
-        parser.print_help()
-        return
+    with lasting_streams():
+        options = vars(parser.parse_args())
+        name, arguments = options.pop("script"), options.pop("arguments")
+        if name is None:
+            parser.print_help()
+            return
     script = Path(name)
     if not script.is_file():
         sys.exit(f"error: {str(script)!r} is not a file, accepted is the path of a Python script")
-    for backbone in GATED_BACKBONES:
-        BaseMethod._BACKBONES[backbone] = partial(BaseMethod._BACKBONES[backbone], **options)
-    sys.argv = [name, *arguments]
-    sys.path.insert(0, str(script.resolve().parent))
-    runpy.run_path(str(script), run_name="__main__")
+    before = dict(BaseMethod._BACKBONES), sys.argv, list(sys.path)
+    try:
+        for backbone in GATED_BACKBONES:
+            BaseMethod._BACKBONES[backbone] = _with_options(before[0][backbone], options)
+        sys.argv = [name, *arguments]
+        sys.path.insert(0, str(script.resolve().parent))
+        runpy.run_path(str(script), run_name="__main__")
+    finally:  # the process may go on
+        BaseMethod._BACKBONES.update(before[0])
+        sys.argv, sys.path[:] = before[1:]
+
+
+def _with_options(factory: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+    def build(*args: Any, **kwargs: Any) -> Any:
+        for key, value in options.items():
+            if kwargs.get(key, value) != value:
+                sys.exit(
+                    f"error: --{key}: found {value}, and backbone.kwargs.{key}={kwargs[key]}; "
+                    "accepted is one of them"
+                )
+        return factory(*args, **(options | kwargs))
+
+    return build
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
 """What every entry point shares: Hydra, `--help`, and errors in one sentence."""
 
+import difflib
 import inspect
 import os
 import re
+import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,15 +14,25 @@ from types import MappingProxyType
 from typing import Any
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from .arguments import Arguments, as_typed, flags_to_overrides, read_arguments
+from .checks import no_such_key
+from .distributed import rank_and_processes
 from .errors import InputError
 from .gating_config import check_key
+from .process_state import process_state_kept
+from .schema import EVALUATIONS as EVALUATION_KEYS
+from .schema import own_copy
+from .terminal import lasting_streams
 from .training.callbacks import NonFiniteLossError
-from .training.processes import CONTINUE, lost_process
+from .training.processes import CONTINUE, ending_signal, lost_process, signals_as_interrupts
 
+_FULL_ERROR = "HYDRA_FULL_ERROR"
 EVALUATIONS = ("linear", "knn", "policy", "umap")
 
 # Like solo-learn's scripts: no folder and no log file of Hydra's own.
@@ -59,13 +72,38 @@ def composed(name: str, overrides: list[str]) -> DictConfig:
         overrides: `key=value`, in Hydra's language.
 
     Raises:
-        InputError: for an override that the config does not take.
+        InputError: for an override that the config does not take, or a value that an evaluation's
+            does not accept.
     """
+    arguments = Arguments({"config_name": name}, [as_typed(override) for override in overrides])
+    arguments.parsed()
     try:
         with hydra.initialize_config_dir(str(configs_folder()), version_base="1.2"):
-            return hydra.compose(name, overrides=[*overrides, "hydra.run.dir=."])
+            cfg = hydra.compose(name, overrides=[*arguments.overrides, "hydra.run.dir=."])
     except (HydraException, OmegaConfBaseException) as error:
-        raise InputError(str(error).splitlines()[0]) from error
+        raise InputError(_hydra_sentence(error, _known_keys(arguments, None))) from error
+    return own_copy(cfg, EVALUATION_KEYS.get(name))
+
+
+def user_path(text: str) -> Path:
+    """A path from the command line, its `~` written out, which shells do not after a `=`."""
+    return Path(text).expanduser()
+
+
+def check_overrides(overrides: list[str], decided: Mapping[str, str]) -> None:
+    """Refuse overrides of what an option decides: a setting has one place.
+
+    Args:
+        overrides: `key=value`.
+        decided: the option of each key that has one.
+
+    Raises:
+        InputError: naming the override and the option.
+    """
+    for override in overrides:
+        key = override.partition("=")[0].lstrip("+~")
+        if key in decided:
+            raise InputError(f"found {override}, accepted is {decided[key]}")
 
 
 def run(
@@ -76,7 +114,9 @@ def run(
     """Run an entry point under Hydra, with the process's arguments.
 
     `--help` without a config prints the entry point's module docstring and the configs; a user's
-    mistake (`InputError`) or a loss that is not finite ends the process with one sentence.
+    mistake (`InputError`) or a loss that is not finite ends the process with one sentence. Of a
+    sweep (`--multirun`) every job is run; if some fail, the process ends with a sentence that names
+    them.
 
     Args:
         task: takes the composed config; what it returns is dropped.
@@ -85,69 +125,196 @@ def run(
         flags: config keys that may also be given as `--key value` or, where this says the value,
             as a bare `--key`.
     """
-    sys.argv[1:] = arguments = _flags_to_overrides(sys.argv[1:], flags)
-    has_config = any(re.match(r"(--config-name|-cn|-cp|--config-path)\b", a) for a in arguments)
-    if not has_config:
+    with lasting_streams(), process_state_kept():
+        try:
+            arguments = read_arguments(flags_to_overrides(sys.argv[1:], flags))
+            if _needs_config(arguments, evaluation) and _explained(task, arguments, evaluation):
+                return
+            _run_hydra(task, arguments, evaluation)
+        except InputError as error:
+            if os.environ.get(_FULL_ERROR):
+                raise
+            _fail(str(error))
+
+
+def _needs_config(arguments: Arguments, evaluation: str | None) -> bool:
+    if {"config_name", "config_path"} & set(arguments.flags):
+        _check_config_name(arguments)
+        return False
+    return not {"hydra_help", "info", "shell_completion"} & set(arguments.flags)
+
+
+def _explained(
+    task: Callable[[DictConfig], Any], arguments: Arguments, evaluation: str | None
+) -> bool:
+    """Whether the user asked for an explanation, which then was printed."""
+    names = config_names(evaluation)
+    if "help" in arguments:
         explanation = inspect.getdoc(sys.modules[task.__module__]) or ""
-        names = config_names(evaluation)
-        if {"-h", "--help"} & set(arguments):
-            print(f"{explanation}\n\nconfigs:\n  " + "\n  ".join(names))
-            return
-        if evaluation is None:
-            _fail(f"--config-name: missing, accepted are {', '.join(names)}")
+        print(f"{explanation}\n\nconfigs:\n  " + "\n  ".join(names))
+        return True
+    if evaluation is None:
+        raise InputError(f"--config-name: missing, accepted are {', '.join(names)}")
+    return False
+
+
+def _check_config_name(arguments: Arguments) -> None:
+    name = arguments.flags.get("config_name")
+    folders = [arguments.flags.get(key) for key in ("config_path", "config_dir")]
+    if name is None or any(folders) or "hydra.searchpath" in str(arguments.overrides):
+        return
+    names = [file.stem for file in configs_folder().glob("*.yaml")]
+    if name.removesuffix(".yaml") not in names:
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"the nearest is {near[0]}" if near else "--help lists them"
+        raise InputError(
+            f"--config-name: found {name!r}, of which there is no config; {hint}, and one of your "
+            "own needs --config-dir FOLDER"
+        )
+
+
+def _run_hydra(
+    task: Callable[[DictConfig], Any], arguments: Arguments, evaluation: str | None
+) -> None:
+    for override in arguments.parsed():
+        if key := re.fullmatch(r"gating\.(\w+)", override.key_or_group):
+            check_key(key[1])
+    if "config_path" in arguments:  # the user's configs may extend ours
+        arguments.flags.setdefault("config_dir", str(configs_folder()))
+    typed = {override.partition("=")[0] for override in arguments.overrides}
+    quiet = [item for item in _QUIET_HYDRA if item.partition("=")[0] not in typed]
     # Lightning starts DDP's other processes with this argv, which then holds them already.
-    sys.argv += [flag for flag in _QUIET_HYDRA if flag not in arguments]
+    sys.argv[1:] = Arguments(arguments.flags, [*quiet, *arguments.overrides]).to_list()
+    jobs = _Jobs(task, evaluation, arguments)
+    GlobalHydra.instance().clear()  # of a notebook's; it is put back
     try:
-        for argument in arguments:
-            if key := re.match(r"\+{0,2}gating\.(\w+)=", argument):
-                check_key(key[1])
-        hydra.main(version_base="1.2", config_path=str(configs_folder()), config_name=evaluation)(
-            _guarded(task, evaluation)
-        )()
-    except InputError as error:
-        _fail(str(error))
+        with _variable(_FULL_ERROR, "1"):  # Hydra then leaves its errors to us
+            hydra.main(
+                version_base="1.2", config_path=str(configs_folder()), config_name=evaluation
+            )(jobs.run)()
+    except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
+        if os.environ.get(_FULL_ERROR) or error is jobs.error:
+            raise
+        raise InputError(_hydra_sentence(error, _known_keys(arguments, evaluation))) from error
+    jobs.report()
 
 
-def _flags_to_overrides(arguments: list[str], flags: Mapping[str, str | None]) -> list[str]:
-    """`--calibrate 0.3` and `--calibrate=0.3` become `calibrate=0.3`, which is Hydra's language."""
-    overrides: list[str] = []
-    rest = iter(arguments)
-    for argument in rest:
-        name, _, value = argument.removeprefix("--").partition("=")
-        if not argument.startswith("--") or name not in flags:
-            overrides.append(argument)
-            continue
-        if "=" not in argument:
-            value = flags[name] or next(rest, "")
-        if not value or value.startswith("--"):
-            _fail(f"--{name}: needs a value")
-        overrides.append(f"{name}={value}")
-    return overrides
+@contextmanager
+def _variable(name: str, value: str | None) -> Iterator[None]:
+    """A variable of the environment has a value, or none, for a while."""
+    before = os.environ.get(name)
+    try:
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+        yield
+    finally:
+        os.environ.pop(name, None)
+        if before is not None:
+            os.environ[name] = before
 
 
-def _guarded(
-    task: Callable[[DictConfig], Any], evaluation: str | None
-) -> Callable[[DictConfig], None]:
-    # Inside Hydra, which would print a stack trace for any exception.
-    def guarded(cfg: DictConfig) -> None:
-        with one_sentence_errors(evaluation):
-            task(cfg)
+def _hydra_sentence(error: Exception, known: list[str]) -> str:
+    """What Hydra says in a paragraph; of an unknown key, with the nearest one."""
+    if key := re.match(r"Could not override '([^'@]+)'", str(error)):
+        return str(no_such_key(key[1], known))
+    text = " ".join(str(error).split())
+    return text if len(text) <= 400 else f"{text[:399]}…"
 
-    return guarded
+
+def _known_keys(arguments: Arguments, evaluation: str | None) -> list[str]:
+    """The groups and the keys of the config that was named."""
+    folder = arguments.flags.get("config_path", str(configs_folder()))
+    keys = [path.name for path in configs_folder().iterdir() if path.is_dir()]
+    try:
+        with hydra.initialize_config_dir(folder, version_base="1.2"):
+            cfg = hydra.compose(arguments.flags.get("config_name", evaluation))
+    except (HydraException, OmegaConfBaseException):
+        return keys
+    groups: list[tuple[str, Any]] = [("", OmegaConf.to_container(cfg))]
+    for above, group in groups:
+        for name, value in group.items():
+            keys.append(f"{above}{name}")
+            if isinstance(value, dict):
+                groups.append((f"{above}{name}.", value))
+    return keys
+
+
+class _Jobs:
+    """What Hydra calls, once for each job; a sweep's failures wait for its end."""
+
+    def __init__(
+        self, task: Callable[[DictConfig], Any], evaluation: str | None, arguments: Arguments
+    ):
+        self.task, self.evaluation = task, evaluation
+        self.swept = {o.key_or_group for o in arguments.parsed() if o.is_sweep_override()}
+        self.sweep = "multirun" in arguments
+        self.full_error = os.environ.get(_FULL_ERROR)
+        self.number = 0
+        self.failed: list[tuple[str, int]] = []
+        self.error: Exception | None = None
+
+    def run(self, cfg: DictConfig) -> None:
+        """One job."""
+        try:
+            # Inside Hydra, which would print a stack trace for any exception.
+            with _variable(_FULL_ERROR, self.full_error), one_sentence_errors(self.evaluation):
+                self.task(cfg)
+        except SystemExit as stop:
+            if not self._goes_on() or stop.code in (None, 0) or _is_signal(stop.code):
+                raise
+            self._note(stop.code if isinstance(stop.code, int) else 1)
+        except Exception as error:
+            self.error = error
+            if not self._goes_on():
+                raise
+            traceback.print_exc()
+            self._note(1)
+        finally:
+            self.number += 1
+
+    def _goes_on(self) -> bool:
+        # Other processes of the job may still wait for this one.
+        return self.sweep and rank_and_processes()[1] == 1
+
+    def _note(self, code: int) -> None:
+        swept = [
+            override
+            for override in HydraConfig.get().overrides.task
+            if override.partition("=")[0].lstrip("+") in self.swept
+        ]
+        self.failed.append((f"{self.number} ({' '.join(swept)})", code))
+
+    def report(self) -> None:
+        """End the process if a job has failed."""
+        # The first process of a job speaks for all; Lightning kills it if another ends with a code.
+        if self.failed and os.environ.get("LOCAL_RANK", "0") == "0":
+            names = ", ".join(name for name, _ in self.failed)
+            _fail(
+                f"{len(self.failed)} of the sweep's {self.number} jobs failed: {names}; the others "
+                "are finished",
+                max(code for _, code in self.failed),
+            )
+
+
+def _is_signal(code: Any) -> bool:
+    return isinstance(code, int) and code >= 128
 
 
 @contextmanager
 def one_sentence_errors(evaluation: str | None = None) -> Iterator[None]:
     """End the process with one sentence for what is no fault of the program.
 
-    That is a user's mistake, a loss that is not finite, Ctrl-C, or the death of another process.
+    That is a user's mistake, a loss that is not finite, the death of another process, Ctrl-C, or a
+    signal: SIGTERM and SIGHUP end it as Ctrl-C does, with 128 + their number as the exit code.
     With HYDRA_FULL_ERROR=1 in the environment the stack trace is shown.
 
     Args:
         evaluation: as in `run`.
     """
     try:
-        yield
+        with lasting_streams(), signals_as_interrupts():
+            yield
     except (InputError, NonFiniteLossError) as error:
         if os.environ.get("HYDRA_FULL_ERROR"):
             raise
@@ -157,16 +324,12 @@ def one_sentence_errors(evaluation: str | None = None) -> Iterator[None]:
         if lost is None or os.environ.get("HYDRA_FULL_ERROR"):
             raise
         _fail(f"{lost}; {_how_to_continue(evaluation)}", 1)
-    except SystemExit as stop:  # how Lightning ends at Ctrl-C
-        if not isinstance(stop.__context__, KeyboardInterrupt):
+    except (SystemExit, KeyboardInterrupt) as stop:
+        number = ending_signal(stop)
+        if number is None:
             raise
-        _interrupted(evaluation)
-    except KeyboardInterrupt:
-        _interrupted(evaluation)
-
-
-def _interrupted(evaluation: str | None) -> None:
-    _fail(f"interrupted; {_how_to_continue(evaluation)}", 130)
+        what = "interrupted" if number == signal.SIGINT else f"ended by {number.name}"
+        _fail(f"{what}; {_how_to_continue(evaluation)}", 128 + number)
 
 
 def _how_to_continue(evaluation: str | None) -> str:

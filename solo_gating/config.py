@@ -3,24 +3,27 @@
 import inspect
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from .budgets import checked_budget
-from .checks import at_least, is_not_negative, one_of, require
+from .checks import at_least, is_not_negative, no_such_key, one_of, require, shown
 from .data import (
     DATASETS,
     FORMATS,
     NUM_CLASSES,
     PIPELINES,
     check_augmentations,
+    check_data,
     check_device_pipeline,
     count_class_folders,
 )
 from .errors import InputError
 from .gating_config import GatingConfig
 from .methods import GATED_METHODS, check_gated_backbone
-from .solo_learn import METHODS, BaseMethod
-from .training.model import PERFORMANCE, check_performance
+from .schema import METHOD_KWARGS, PRETRAINING, VIEW, check_values
+from .solo_learn import METHODS, BaseMethod, VICReg
+from .training.model import PERFORMANCE
 
 # Where solo-learn has a default, this is it.
 DEFAULTS: dict[str, Any] = {
@@ -42,6 +45,7 @@ DEFAULTS: dict[str, Any] = {
         "pipeline": "workers",
         "no_labels": False,
         "fraction": -1,
+        "on_damaged": "stop",
         "num_workers": 4,
         "num_classes": None,
         "split": "train+unlabeled",
@@ -64,6 +68,13 @@ _OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
+# A Trainer argument, and the key that decides the same.
+_DECIDED_BY = {
+    "enable_checkpointing": "checkpoint.enabled",
+    "default_root_dir": "checkpoint.dir",
+}
+
+
 def prepare_config(cfg: DictConfig) -> DictConfig:
     """Complete and check a pre-training config, in place.
 
@@ -81,7 +92,12 @@ def prepare_config(cfg: DictConfig) -> DictConfig:
         InputError: naming the key, what was found and what is accepted.
     """
     OmegaConf.set_struct(cfg, False)
+    check_values(cfg, PRETRAINING)
+    for key in ("backbone.kwargs", "optimizer.kwargs", "method_kwargs"):
+        if OmegaConf.select(cfg, key, default={}) is None:
+            OmegaConf.update(cfg, key, {})
     cfg.merge_with(OmegaConf.merge(DEFAULTS, cfg))
+    cfg.name = str(cfg.name)
     for key in ("method", "backbone.name", "data.dataset", "data.train_path", "optimizer.name"):
         if OmegaConf.select(cfg, key, default=None) is None or OmegaConf.is_missing(cfg, key):
             raise InputError(f"{key}: missing, a pre-training config needs it")
@@ -92,16 +108,15 @@ def prepare_config(cfg: DictConfig) -> DictConfig:
     one_of("data.pipeline", cfg.data.pipeline, PIPELINES)
     if cfg.data.pipeline == "device":
         check_device_pipeline(cfg.data)
-    at_least("max_epochs", cfg.max_epochs, 1)
-    check_performance(cfg.performance)
-    at_least("data.num_workers", cfg.data.num_workers, 0)
     check_optimizer(cfg.optimizer, least_batch=2)  # for BatchNorm
-    fraction = cfg.data.fraction
-    if fraction != -1 and not 0 < fraction < 1:
+    if cfg.scheduler.name == "step" and not cfg.scheduler.get("lr_decay_steps"):
         raise InputError(
-            f"data.fraction: found {fraction!r}, accepted is a number in (0, 1), or -1"
+            "scheduler.lr_decay_steps: missing, scheduler.name=step needs a list of epochs"
         )
-    check_augmentations(cfg.get("augmentations"))
+    check_data(cfg.data)
+    _check_trainer(cfg)
+    _check_method_kwargs(cfg)
+    _check_views(cfg)
     big = cfg.augmentations[0].crop_size
     crops = {True: 0, False: 0}
     for view in cfg.augmentations:
@@ -111,6 +126,7 @@ def prepare_config(cfg: DictConfig) -> DictConfig:
         raise InputError(
             f"augmentations: found {crops[True]} crops of {big} pixels, {cfg.method!r} compares 2"
         )
+    _check_statistics(cfg)
     cfg.data.num_classes = number_of_classes(cfg.data)
     if cfg.final_knn.enabled and (cfg.data.val_path is None or cfg.data.no_labels):
         raise InputError("final_knn.enabled: found true, which needs data.val_path and labels")
@@ -125,6 +141,63 @@ def prepare_config(cfg: DictConfig) -> DictConfig:
             f"{', '.join(sorted(GATED_METHODS))}"
         )
     return cfg
+
+
+def _check_statistics(cfg: DictConfig) -> None:
+    key, images = "method_kwargs.statistics_images", cfg.method_kwargs.get("statistics_images")
+    if images is None:
+        cfg.method_kwargs.pop("statistics_images", None)  # as runs from before it came are recorded
+        return
+    if not issubclass(METHODS[cfg.method], VICReg):
+        raise InputError(
+            f"{key}: found {images!r}, method {cfg.method!r} is no VICReg; accepted is null"
+        )
+    at_least(key, images, 2)
+    batch = cfg.optimizer.batch_size
+    if batch % images and images % batch:
+        raise InputError(
+            f"{key}: found {images}, accepted is a divisor or a multiple of "
+            f"optimizer.batch_size={batch}"
+        )
+
+
+def _check_trainer(cfg: DictConfig) -> None:
+    """Refuse a Trainer argument against the key that decides the same."""
+    for argument, key in _DECIDED_BY.items():
+        decided = OmegaConf.select(cfg, key)
+        if cfg.get(argument) not in (None, decided):
+            raise InputError(
+                f"{argument}: found {shown(cfg[argument])} with {key}={decided}; accepted is {key} "
+                "alone"
+            )
+    if (cfg.get("min_epochs") or 1) > cfg.max_epochs:
+        raise InputError(
+            f"min_epochs: found {cfg.min_epochs}, accepted is at most max_epochs={cfg.max_epochs}"
+        )
+
+
+def _check_method_kwargs(cfg: DictConfig) -> None:
+    known = METHODS[cfg.method].__module__.startswith(("solo.", "solo_gating."))
+    for key, value in cfg.method_kwargs.items():
+        if key in METHOD_KWARGS:
+            value = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+            METHOD_KWARGS[key].check(f"method_kwargs.{key}", value)
+        elif known:
+            raise no_such_key(f"method_kwargs.{key}", [f"method_kwargs.{k}" for k in METHOD_KWARGS])
+
+
+def _check_views(cfg: DictConfig) -> None:
+    views = cfg.get("augmentations")
+    if not OmegaConf.is_list(views) or not all(OmegaConf.is_dict(view) for view in views):
+        raise InputError(
+            f"augmentations: found {shown(views) if views else 'none'}, accepted is a list of groups"
+        )
+    check_augmentations(views)
+    for number, view in enumerate(views):
+        try:
+            check_values(view, VIEW)
+        except InputError as error:
+            raise InputError(f"augmentations[{number}].{error}") from error
 
 
 def _check_final_budgets(final_knn: DictConfig, gating: GatingConfig) -> None:
@@ -154,13 +227,32 @@ def check_optimizer(optimizer: DictConfig, least_batch: int = 1) -> None:
     require("optimizer.lr", optimizer.get("lr"), is_not_negative, "a number ≥ 0")
     for key, value in _OPTIMIZER_DEFAULTS.get(optimizer.name, {}).items():
         optimizer.kwargs.setdefault(key, value)
-    known = inspect.signature(BaseMethod._OPTIMIZERS[optimizer.name]).parameters
+    cls = BaseMethod._OPTIMIZERS[optimizer.name]
+    parameters = inspect.signature(cls).parameters
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    known = [key for key in parameters if key not in ("params", "lr", "weight_decay")]
     for key in optimizer.kwargs:
-        if key not in known and not any(p.kind is p.VAR_KEYWORD for p in known.values()):
+        if key in ("lr", "weight_decay"):
+            raise InputError(f"optimizer.kwargs.{key}: accepted is optimizer.{key} alone")
+        if key not in known and not open_ended:
             raise InputError(
                 f"optimizer.kwargs.{key}: {optimizer.name} has no such argument, accepted are "
                 f"{', '.join(known)}; `~optimizer.kwargs.{key}` removes it"
             )
+    _try(cls, optimizer)
+
+
+def _try(cls: Any, optimizer: DictConfig) -> None:
+    """One step of the optimiser: what it refuses, it refuses there at the latest."""
+    weight = torch.nn.Parameter(torch.ones(1, 1))
+    weight.grad = torch.ones(1, 1)
+    rates = {key: float(optimizer.get(key) or 0) for key in ("lr", "weight_decay")}
+    kwargs: Any = OmegaConf.to_container(optimizer.kwargs)
+    try:
+        cls([weight], **rates, **kwargs).step()
+    except Exception as error:  # whatever a value makes PyTorch say
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"optimizer.kwargs: {optimizer.name} refuses them ({reason})") from error
 
 
 def scale_learning_rates(cfg: DictConfig, world_size: int) -> None:

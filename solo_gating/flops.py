@@ -14,6 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from .backbones import ResNet, TwoEncoderResNet, TwoPathResNet
 from .transfer import numbers_like
 
+# The channels that a gradient of numbers of selected channels reaches.
+GRADIENTS = ("all", "selected")
+
 
 @dataclass(frozen=True)
 class BlockFlops:
@@ -95,9 +98,17 @@ class BackboneFlops:
         return channels / numbers_like([block.channels for block in self.blocks], channels)
 
 
-def selected_channels(masks: tuple[Tensor, ...]) -> Tensor:
-    """One B × C_out mask for each of L blocks → B × L, channels selected; differentiable."""
-    return torch.stack([mask.sum(dim=1) for mask in masks], dim=1)
+def selected_channels(masks: tuple[Tensor, ...], gradient: str = "all") -> Tensor:
+    """One B × C_out mask for each of L blocks → B × L, channels selected; differentiable.
+
+    Args:
+        masks: zeros and ones.
+        gradient: that of the sum, which is 1 for "all" channels; or that of the mask's L1 norm, which
+            is 1 for "selected" channels and 0 for the others (Mask_c of KrishnaTarun/Unification).
+            The value is the same.
+    """
+    counted = masks if gradient == "all" else [mask.abs() for mask in masks]
+    return torch.stack([mask.sum(dim=1) for mask in counted], dim=1)
 
 
 @torch.no_grad()

@@ -3,10 +3,15 @@
 from typing import Any
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import InputError
+
+# torch.fx keeps calls of these as they are: what they do depends on the tensors' dtype.
+torch.fx.wrap("gumbel_sigmoid")
+torch.fx.wrap("thresholded")
 
 
 def logistic_noise(logits: Tensor) -> Tensor:
@@ -38,12 +43,18 @@ def gumbel_sigmoid(logits: Tensor, temperature: float) -> Tensor:
     return hard - soft.detach() + soft
 
 
+def thresholded(logits: Tensor, threshold: float) -> Tensor:
+    """Ones where logits reach the threshold, else zeros; of their shape, in at least float32."""
+    return (logits >= threshold).to(torch.promote_types(logits.dtype, torch.float32))
+
+
 def spatial_mean(x: Tensor) -> Tensor:
     """B × C × H × W → B × C × 1 × 1, as `nn.AdaptiveAvgPool2d(1)`.
 
     That one's gradient is a whole B × C × H × W tensor; this one's a view of B × C numbers.
     """
-    if not torch.is_grad_enabled():
+    # torch.jit.trace compares its graph with one that it makes without gradients.
+    if not torch.is_grad_enabled() or torch.jit.is_tracing():
         return F.adaptive_avg_pool2d(x, 1)
     return x.sum((2, 3), keepdim=True) / (x.shape[2] * x.shape[3])
 
@@ -75,8 +86,9 @@ class BudgetEmbedding(nn.Module):
 
         No network needs less than a hundredth, and 1 has no log-odds: t stays within ±4.6.
         """
-        log_odds = torch.logit(budget, eps=0.01).unsqueeze(-1)
-        return self.expand(torch.relu(self.reduce(log_odds)))
+        log_odds = torch.logit(budget, eps=0.01)
+        shifts = self.expand(torch.relu(self.reduce(log_odds.reshape(-1, 1))))
+        return shifts.reshape(budget.shape + (-1,))  # noqa: RUF005 - torch.fx unpacks no shape
 
 
 class ChannelGate(nn.Module):
@@ -97,6 +109,7 @@ class ChannelGate(nn.Module):
     Attributes:
         threshold: of the logits in evaluation; 0 in the papers, higher means fewer channels.
         embedding: what a budget adds to the logits; None for a gate that is told none.
+        budget: what a gate with an embedding is told unless a pass says otherwise.
     """
 
     embedding: BudgetEmbedding | None
@@ -122,14 +135,18 @@ class ChannelGate(nn.Module):
         if self.expand.bias is not None:
             nn.init.zeros_(self.expand.bias)
         self.embedding = None
+        self.budget: float | None = None
 
     def logits(self, x: Tensor, budget: Tensor | None = None) -> Tensor:
         """B × C_in × H × W → B × C_out; at least the threshold means: compute the channel.
 
         Args:
             x: the block's input.
-            budget: for a gate with an embedding: a number, or one for each image, B.
+            budget: for a gate with an embedding: a number, or one for each image, B; None for
+                `budget`.
         """
+        if isinstance(x, torch.fx.Proxy):
+            return self._logits(spatial_mean(x), budget)
         device = x.device.type
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):  # decisions are no place for half precision
@@ -139,14 +156,18 @@ class ChannelGate(nn.Module):
     def _logits(self, means: Tensor, budget: Tensor | None) -> Tensor:
         hidden = self.relu(self.norm(self.reduce(means)))
         logits = self.expand(hidden).flatten(1)
-        return logits if self.embedding is None else logits + self.embedding(budget)
+        if self.embedding is None:
+            return logits
+        if budget is None:
+            budget = logits.new_full((), self.budget)
+        return logits + self.embedding(budget)
 
     def forward(self, x: Tensor, budget: Tensor | None = None) -> Tensor:
         """B × C_in × H × W, and the budget of `logits` → the binary mask, B × C_out."""
         logits = self.logits(x, budget)
         if self.training:
             return gumbel_sigmoid(logits, self.temperature)
-        return (logits >= self.threshold).to(torch.promote_types(logits.dtype, torch.float32))
+        return thresholded(logits, self.threshold)
 
     @property
     def bias(self) -> Tensor:

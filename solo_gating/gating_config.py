@@ -1,6 +1,7 @@
 """The config group `gating`, checked."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -15,9 +16,11 @@ from .checks import (
     is_share,
     one_of,
     require,
+    shown,
     true_or_false,
 )
 from .errors import InputError
+from .flops import GRADIENTS
 
 
 @dataclass(frozen=True)
@@ -30,10 +33,13 @@ class GatingConfig:
         sparsity_weight: λ of the budget loss.
         bound_weight: γ of the bound loss; 0 switches it off.
         bound_decay: decay of the bound loss, per epoch.
+        bound_gradient: the channels that the bound loss's gradient reaches: "selected", as published,
+            or "all", see `flops.selected_channels`.
         bound_target: s*, the share of channels around which the bound loss starts: "sqrt" for
             √t_d, as published, "budget" for t_d, or a number in (0, 1].
         reduction: r, the gates' reduction rate.
         temperature: τ of the sampled masks.
+        weight_decay: of every parameter of the gates, BatchNorms included; 0 as published.
         separate_bn: whether the gated path has its own BatchNorms. Default: if a view is dense.
         warmup_epochs: epochs at the start in which every view is dense and the gates rest.
         views: the path of each view, "gated" or "dense". Default: the method's.
@@ -56,8 +62,10 @@ class GatingConfig:
     bound_weight: float = 1.0
     bound_decay: float = 0.02
     bound_target: float | str = "sqrt"
+    bound_gradient: str = "selected"
     reduction: int = 4
     temperature: float = 2 / 3
+    weight_decay: float = 0.0
     separate_bn: bool | None = None
     warmup_epochs: int = 0
     views: tuple[str, ...] = field(default=())
@@ -100,6 +108,7 @@ class GatingConfig:
             given["target_budget"] = tuple(given["target_budget"])
         gating = cls(**given, views=views)
         gating._check(cfg)
+        gating._check_backbone(cfg)
         cfg.gating = gating._written()
         return gating
 
@@ -133,8 +142,9 @@ class GatingConfig:
                 "gating.budget_per_image: found true, accepted is false where "
                 "gating.budget_embedding is false: gates would not know each image's budget"
             )
-        for key in ("sparsity_weight", "bound_weight", "bound_decay"):
+        for key in ("sparsity_weight", "bound_weight", "bound_decay", "weight_decay"):
             require(f"gating.{key}", getattr(self, key), is_not_negative, "a number ≥ 0")
+        one_of("gating.bound_gradient", self.bound_gradient, GRADIENTS)
         require("gating.temperature", self.temperature, is_positive, "a number > 0")
         at_least("gating.reduction", self.reduction, 1)
         at_least("gating.warmup_epochs", self.warmup_epochs, 0)
@@ -159,6 +169,18 @@ class GatingConfig:
                 "gating.separate_bn: found true with no dense view in gating.views, "
                 "which would leave the dense path's BatchNorms untrained; accepted is false"
             )
+
+    def _check_backbone(self, cfg: DictConfig) -> None:
+        """Refuse a key of the backbone's that the group decides otherwise."""
+        kwargs = OmegaConf.select(cfg, "backbone.kwargs", default=None) or {}
+        for key in ("reduction", "temperature", "separate_bn", "budget_range", "open_start"):
+            ours = {"open_start": self.open_start, **self.backbone_kwargs}.get(key)
+            if kwargs.get(key) not in (None, ours):
+                source = "target_budget" if key == "budget_range" else key
+                raise InputError(
+                    f"backbone.kwargs.{key}: found {shown(kwargs[key])} where the group gating says "
+                    f"{ours}; accepted is gating.{source} alone"
+                )
 
     @property
     def budget_range(self) -> Range | None:
@@ -205,6 +227,16 @@ _UNPUBLISHED = (
     "shuffle_views",
 )
 _KEYS = ", ".join(item.name for item in fields(GatingConfig))
+
+
+def as_it_was(group: Mapping[str, Any], weight_decay: float) -> dict[str, Any]:
+    """A recorded group `gating` with what its absent keys meant when it was written.
+
+    Args:
+        group: of an `args.json`; until 0.1.0 without the keys `bound_gradient` and `weight_decay`.
+        weight_decay: the optimiser's, which was then the gates', too.
+    """
+    return {"bound_gradient": "all", "weight_decay": weight_decay, **group}
 
 
 def check_key(key: str) -> None:

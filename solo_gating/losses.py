@@ -31,6 +31,7 @@ def bound_loss(
 
     Args:
         channel_shares: s_l, the batch's mean share of selected channels in each block, length L.
+            The published gradient is that of `flops.selected_channels(masks, "selected")`.
         bound_target: s*, in (0, 1]. The authors take √t_d: in DGNet the budget is the product of
             two gates, spatial and channel. Only the channel gate remains here, so that t_d
             itself would be the consistent choice.

@@ -34,15 +34,17 @@ flip (with --random that is of random gates, and says nothing of trained ones). 
 benchmark.png.
 """
 
+if not __package__:  # started as a file
+    import as_module  # noqa: F401
+
 import argparse
-from pathlib import Path
 from typing import Any
 
 from .backbones import GATED_BACKBONES
 from .backbones.resnet import STEMS
 from .benchmark.machine import check_effort, cores, cpu_name, versions
 from .checks import at_least, is_share, one_of, require
-from .cli import one_sentence_errors
+from .cli import check_overrides, one_sentence_errors, user_path
 from .deploy.benchmark.cases import LEAST_WIDTH
 from .deploy.benchmark.chart import draw_chart
 from .deploy.benchmark.engines import ENGINES, OURS
@@ -53,7 +55,17 @@ from .deploy.benchmark.table import format_case
 from .deploy.engine.library import chosen_engine
 from .errors import InputError
 from .files import make_folder, write_json
+from .schema import SEED
 
+# The options that decide what overrides would, too.
+_DECIDED_BY = {
+    "pretrained_feature_extractor": "--checkpoint",
+    "threshold": "--densities",
+    "crop_size": "--resolution",
+    "batch_size": "--batch",
+    "seed": "--seed",
+    "output": "--output",
+}
 _DENSITIES = [0.1, 0.3, 0.5]
 
 
@@ -91,9 +103,9 @@ def benchmark(options: argparse.Namespace) -> dict[str, Any]:
             for threads in options.threads:
                 rows = measure(Case(dense, gated, threads), engines, options.seconds, say)
                 report["rows"] += rows
-                print("\n" + format_case(rows), flush=True)
                 write_json(options.output / "benchmark.json", report)
                 draw_chart(report["rows"], options.output / "benchmark.png", report["cpu"])
+                print("\n" + format_case(rows), flush=True)
     return report
 
 
@@ -127,6 +139,8 @@ def _check(options: argparse.Namespace) -> None:
     if options.random == (options.checkpoint is not None):
         found = "both" if options.random else "neither"
         raise InputError(f"checkpoint, random: found {found}, accepted is one of them")
+    check_overrides(options.overrides, _DECIDED_BY)
+    SEED.check("seed", options.seed)
     for name in options.engines:
         one_of("engines", name, ENGINES)
     if not set(_engines(options)) - {OURS}:
@@ -180,7 +194,7 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--checkpoint", type=Path)
+    parser.add_argument("--checkpoint", type=user_path)
     parser.add_argument("--random", action="store_true")
     parser.add_argument("--densities", type=float, nargs="+", help="random: default 0.1 0.3 0.5")
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
@@ -195,7 +209,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, help="default 64")
     parser.add_argument("--stem")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output", type=user_path, required=True)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     with one_sentence_errors():
         options = parser.parse_args()

@@ -14,9 +14,11 @@ benchmark_data.json: for each pipeline the median over rounds of milliseconds pe
 all its views), and the ratio, the median over rounds of workers' time / own time.
 """
 
+if not __package__:  # started as a file
+    import as_module  # noqa: F401
+
 import argparse
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 from .benchmark.machine import check_effort, cores, cpu_name, torch_threads, versions
 from .benchmark.timing import interleaved, is_noisy, paired_ratio
 from .checks import one_of
-from .cli import composed, config_names, one_sentence_errors
+from .cli import check_overrides, composed, config_names, one_sentence_errors, user_path
 from .config import prepare_config
 from .data import Place, training_loader
 from .files import make_folder, write_json
@@ -63,13 +65,13 @@ def benchmark_data(options: argparse.Namespace) -> dict[str, Any]:
         "augmentations": OmegaConf.to_container(cfg.augmentations),
         "rows": [_row(name, times, batch) for name in calls],
     }
+    write_json(options.output / "benchmark_data.json", report)
     for row in report["rows"]:
         noisy = "  (noisy)" if row["noisy"] else ""
         print(
             f"{row['pipeline']:12} {row['milliseconds']:9.2f} ms  "
             f"{row['images_per_second']:9.0f} images/s  {row['ratio']:6.2f}×{noisy}"
         )
-    write_json(options.output / "benchmark_data.json", report)
     return report
 
 
@@ -89,6 +91,7 @@ def _row(name: str, times: dict[str, list[float]], batch: int) -> dict[str, Any]
 def _config(options: argparse.Namespace) -> DictConfig:
     check_effort(options.threads, options.seconds)
     one_of("config-name", options.config_name, config_names())
+    check_overrides(options.overrides, {"data.pipeline": "none: both are timed"})
     cfg = composed(options.config_name, options.overrides)
     cfg.data.pipeline, cfg.data.num_workers = "device", 0
     return prepare_config(cfg)
@@ -132,7 +135,7 @@ def main() -> None:
     parser.add_argument("--config-name", required=True)
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output", type=user_path, required=True)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     with one_sentence_errors():
         # Overrides may stand between the options.

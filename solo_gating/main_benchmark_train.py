@@ -25,10 +25,12 @@ parts of each method that vicreg has not are timed alone, and a large matrix pro
 second are given as a share of its. Writes benchmark_train.json.
 """
 
+if not __package__:  # started as a file
+    import as_module  # noqa: F401
+
 import argparse
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,8 +43,9 @@ from .benchmark.peak import matrix_flops_per_second, step_flops
 from .benchmark.step import OPTIMIZATIONS, PRECISIONS, RECIPES, Setup, TrainingStep
 from .benchmark.timing import interleaved, is_noisy, noisy_note, paired_ratio
 from .checks import at_least, one_of, require
-from .cli import one_sentence_errors
+from .cli import one_sentence_errors, user_path
 from .files import make_folder, write_json
+from .schema import SEED
 
 BASELINE = "vicreg"
 _FORMATS = ("contiguous", "channels_last")
@@ -109,8 +112,8 @@ def benchmark_train(options: argparse.Namespace) -> dict[str, Any]:
             )
         ],
     }
-    print(format_report(report), flush=True)
     write_json(options.output / "benchmark_train.json", report)
+    print(format_report(report), flush=True)
     return report
 
 
@@ -207,6 +210,7 @@ def _setup(options: argparse.Namespace) -> Setup:
     at_least("batch", options.batch, 2)
     for key in ("resolution", "backbone_width", "projector_width"):
         at_least(key, getattr(options, key), 1)
+    SEED.check("seed", options.seed)
     check_effort(options.threads, options.seconds)
     one_of("optimization", options.optimization, OPTIMIZATIONS)
     one_of("precision", options.precision, PRECISIONS)
@@ -258,7 +262,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output", type=user_path, required=True)
     with one_sentence_errors():
         options = parser.parse_args()
         benchmark_train(options)

@@ -30,16 +30,19 @@ With --evaluate, or with key=value (data.train_path=..., data.val_path=..., data
 accuracy before and after is measured on the validation images. export.json says what was made.
 """
 
+if not __package__:  # started as a file
+    import as_module  # noqa: F401
+
 import argparse
 import io
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .backbones import TwoPathResNet
-from .cli import one_sentence_errors
+from .checks import at_least
+from .cli import check_overrides, one_sentence_errors, user_path
 from .deploy.dense import dense_network, dense_state_dict, solo_learn_args, solo_learn_checkpoint
 from .deploy.onnx import run_onnx, to_onnx, to_openvino
 from .deploy.static import kept_channels, slice_encoder, static_flops
@@ -48,14 +51,27 @@ from .evaluate.dial import Setting
 from .evaluate.encoder import Encoder, load_encoder
 from .evaluate.evaluation import Evaluation, evaluation_of
 from .evaluate.features import extract
+from .evaluate.final_table import figure
 from .evaluate.knn import knn_top1
 from .evaluate.policy import Policy, read_policy
-from .files import write_bytes, write_json
+from .files import make_folder, write_bytes, write_json
 from .flops import count_flops
+from .process_state import process_state_kept
+from .schema import CROP
 
+# The options that decide what overrides would, too.
+_DECIDED_BY = {
+    "pretrained_feature_extractor": "--checkpoint",
+    "path": "--path",
+    "threshold": "the policy's alone",
+    "budget": "the policy's alone",
+    "crop_size": "--resolution",
+    "output": "--output",
+}
 FORMATS = ("torch", "onnx", "openvino-via-onnx", "solo-learn")
 
 
+@process_state_kept()
 def export(options: argparse.Namespace) -> dict[str, Any]:
     """Write the files and measure what was asked for.
 
@@ -68,12 +84,18 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
     Raises:
         InputError: before anything is written, for what cannot be used or does not fit.
     """
+    check_overrides(options.overrides, _DECIDED_BY)
     encoder = load_encoder(options.checkpoint, key="--checkpoint")
     _check(options, encoder)
-    size = options.resolution or encoder.args.augmentations[0].crop_size
+    make_folder(options.output)
+    overrides = options.overrides
+    size = encoder.crop_size
+    if options.resolution is not None:
+        size = options.resolution
+        overrides = [f"crop_size={size}", *overrides]
     evaluation = None
     if options.evaluate or options.overrides:
-        evaluation = evaluation_of(options.checkpoint, options.overrides, ("train", "val"))
+        evaluation = evaluation_of(options.checkpoint, overrides, ("train", "val"))
     if options.path == "dense":
         dense = dense_network(encoder)
         net: nn.Module = dense
@@ -94,6 +116,9 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _check(options: argparse.Namespace, encoder: Encoder) -> None:
+    at_least("multiple", options.multiple, 1)
+    if options.resolution is not None:
+        CROP.check("--resolution", options.resolution)
     if options.path is None:
         options.path = "dense" if options.policy is None else "gated"
     encoder.paths(options.path)
@@ -104,6 +129,14 @@ def _check(options: argparse.Namespace, encoder: Encoder) -> None:
     if options.path == "gated" and options.format == "solo-learn":
         raise InputError(
             "format: found solo-learn, which has no gated path; accepted is --path dense"
+        )
+    if (
+        options.format == "solo-learn"
+        and options.output.resolve() == encoder.checkpoint.resolve().parent
+    ):
+        raise InputError(
+            "output: found the checkpoint's own folder, whose last.ckpt and args.json would be "
+            "replaced; accepted is another"
         )
 
 
@@ -204,8 +237,8 @@ def format_export(report: dict[str, Any]) -> str:
         lines.append(f"channels inside the blocks: {', '.join(map(str, report['hidden']))}")
     if "knn_top1_before" in report:
         lines.append(
-            f"1-NN accuracy: {report['knn_top1_before']:.2f} % before, "
-            f"{report['knn_top1_after']:.2f} % after"
+            f"1-NN accuracy: {figure(report['knn_top1_before'], '.2f')} % before, "
+            f"{figure(report['knn_top1_after'], '.2f')} % after"
         )
     if "onnx_relative_difference" in report:
         lines.append(
@@ -222,15 +255,15 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--checkpoint", type=user_path, required=True)
     parser.add_argument("--path", choices=("dense", "gated"))
-    parser.add_argument("--policy", type=Path)
+    parser.add_argument("--policy", type=user_path)
     parser.add_argument("--keep", default="dynamic")
     parser.add_argument("--gates", choices=("keep", "drop"), default="keep")
     parser.add_argument("--multiple", type=int, default=8)
     parser.add_argument("--format", choices=FORMATS, default="torch")
     parser.add_argument("--resolution", type=int, help="default: pre-training's crop size")
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output", type=user_path, required=True)
     parser.add_argument("--evaluate", action="store_true")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     with one_sentence_errors():

@@ -13,6 +13,9 @@ it is measured on the first validation images (data.val_path). Writes metrics.js
 flops.output (default: outputs/flops/<name>).
 """
 
+if not __package__:  # started as a file
+    import as_module  # noqa: F401
+
 from pathlib import Path
 from typing import Any
 
@@ -21,28 +24,34 @@ from omegaconf import DictConfig
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from . import METHODS, InputError
+from . import InputError
 from .backbones import ResNet, TwoPathResNet
 from .budgets import checked_budget, is_range, middle
 from .cli import run
 from .config import prepare_config
 from .data import evaluation_loader
 from .evaluate.features import extract
-from .files import write_json
+from .files import make_folder, write_json
 from .flops import BackboneFlops, count_flops, count_parameters
-from .training.checkpoints import check_architecture, read_checkpoint
+from .process_state import process_state_kept
+from .reading import check_architecture, read_checkpoint
+from .schema import own_copy
+from .training.model import build_method
 
 
+@process_state_kept()
 def report_flops(cfg: DictConfig) -> dict[str, Any]:
     """Count, print and write; what `metrics.json` then holds is returned.
 
     Args:
-        cfg: a pre-training config; completed in place.
+        cfg: a pre-training config; left as it is.
 
     Raises:
         InputError: for a config, checkpoint or data that cannot be used.
     """
-    prepare_config(cfg)
+    cfg = prepare_config(own_copy(cfg))
+    folder = Path(cfg.flops.output or f"outputs/flops/{cfg.name}")
+    make_folder(folder)
     backbone = _backbone(cfg)
     if cfg.flops.budget is not None:
         checked_budget(cfg.flops.budget, getattr(backbone, "budget_range", None), "flops.budget")
@@ -69,9 +78,8 @@ def report_flops(cfg: DictConfig) -> dict[str, Any]:
     if getattr(backbone, "budget", None) is not None:
         metrics["budget"] = backbone.budget
     metrics["resolution"] = [size, size]
-    print(format_report(metrics, source))
-    folder = Path(cfg.flops.output or f"outputs/flops/{cfg.name}")
     write_json(folder / "metrics.json", metrics)
+    print(format_report(metrics, source))
     print(folder / "metrics.json")
     return metrics
 
@@ -172,7 +180,7 @@ def format_report(metrics: dict[str, Any], source: str) -> str:
 
 
 def _backbone(cfg: DictConfig) -> ResNet:
-    model = METHODS[cfg.method](cfg)
+    model = build_method(cfg)
     if not isinstance(model.backbone, ResNet):
         raise InputError(
             f"backbone.name: found {cfg.backbone.name!r}, main_flops counts solo-gating's own "

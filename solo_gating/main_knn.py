@@ -15,25 +15,31 @@
 Writes metrics.json into a folder beside the checkpoint (output=...).
 """
 
+if not __package__:  # started as a file
+    import as_module  # noqa: F401
+
 from dataclasses import replace
 from itertools import product
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig
 
-from .checks import is_int, is_positive, require, true_or_false
+from .checks import is_int, is_positive, require
 from .cli import run
 from .evaluate.evaluation import flops_row, prepare_evaluation
 from .evaluate.knn import DISTANCES, knn_top1
+from .process_state import process_state_kept
+from .schema import EVALUATIONS, own_copy
 
 _SETTINGS = ("k", "distance", "temperature", "normalise")
 
 
+@process_state_kept()
 def evaluate_knn(cfg: DictConfig) -> dict[str, Any]:
     """Classify the validation images by their nearest training images.
 
     Args:
-        cfg: a kNN config; completed in place.
+        cfg: a kNN config; left as it is.
 
     Returns:
         What `metrics.json` holds: for each path `knn_top1` of the first combination of settings,
@@ -42,11 +48,14 @@ def evaluate_knn(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         InputError: before any long work, for a config, checkpoint or data that cannot be used.
     """
+    cfg = own_copy(cfg, EVALUATIONS["knn"])
     combinations = _combinations(cfg)
     evaluation = prepare_evaluation(cfg, "knn", _SETTINGS, ("train", "val"))
+    _check_neighbours(combinations, len(evaluation.loaders["train"].dataset))  # type: ignore[arg-type]
     rows: dict[str, dict[str, Any]] = {}
     for path in evaluation.paths:
         train = evaluation.extract_labelled("train", path)
+        _check_neighbours(combinations, int((train.targets >= 0).sum()))
         val = evaluation.extract_labelled("val", path)
         results = []
         for settings in combinations:
@@ -70,6 +79,11 @@ def evaluate_knn(cfg: DictConfig) -> dict[str, Any]:
     return first.write(rows, len(train.targets))
 
 
+def _check_neighbours(combinations: list[dict[str, Any]], images: int) -> None:
+    for settings in combinations:
+        require("k", settings["k"], lambda k: k <= images, f"at most {images}, the training images")
+
+
 def _combinations(cfg: DictConfig) -> list[dict[str, Any]]:
     """Every combination of settings, checked; the temperature only where it has an effect."""
     values = {key: _listed(cfg[key]) for key in ("k", "distance", "temperature")}
@@ -81,7 +95,6 @@ def _combinations(cfg: DictConfig) -> list[dict[str, Any]]:
         require("distance", distance, lambda v: v in DISTANCES, " or ".join(DISTANCES))
     for temperature in values["temperature"]:
         require("temperature", temperature, is_positive, "a number > 0")
-    true_or_false("normalise", cfg.normalise)
     found = []
     for k, distance, temperature in product(*values.values()):
         settings = {"k": k, "distance": distance}

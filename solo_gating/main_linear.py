@@ -17,13 +17,17 @@ classifier into a folder beside the checkpoint (output=...); the same command ag
 missing ones.
 """
 
+if not __package__:  # started as a file
+    import as_module  # noqa: F401
+
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from .checks import at_least, true_or_false
+from .checks import is_not_negative, require
 from .cli import run
 from .config import check_optimizer
 from .data import classification_loader
@@ -31,15 +35,18 @@ from .evaluate.evaluation import Evaluation, flops_row, prepare_evaluation
 from .evaluate.features import Extraction
 from .evaluate.linear import train_on_features, train_on_images
 from .files import read_json, write_json
+from .process_state import process_state_kept
+from .schema import EVALUATIONS, SEED, own_copy
 
 _SETTINGS = ("max_epochs", "augment", "optimizer", "scheduler")
 
 
+@process_state_kept()
 def evaluate_linear(cfg: DictConfig) -> dict[str, Any]:
     """Train the missing classifiers and write the figures of all.
 
     Args:
-        cfg: a linear-evaluation config; completed in place.
+        cfg: a linear-evaluation config; left as it is.
 
     Returns:
         What `metrics.json` holds.
@@ -47,34 +54,68 @@ def evaluate_linear(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         InputError: before training, for a config, checkpoint or data that cannot be used.
     """
-    OmegaConf.set_struct(cfg, False)  # for the optimiser's defaults
-    at_least("seeds", cfg.seeds, 1)
-    at_least("max_epochs", cfg.max_epochs, 1)
-    true_or_false("augment", cfg.augment)
+    cfg = own_copy(cfg, EVALUATIONS["linear"])
+    SEED.check("seed + seeds", cfg.seed + cfg.seeds)
     check_optimizer(cfg.optimizer)
+    cfg.optimizer.setdefault("scale_lr", False)
     splits = ("val",) if cfg.augment else ("train", "val")
     evaluation = prepare_evaluation(cfg, "linear", _SETTINGS, splits)
     augmented = classification_loader(cfg) if cfg.augment else None
+    finished = {path: _finished(evaluation, path) for path in evaluation.paths}
     rows = {}
     for path in evaluation.paths:
         val = evaluation.extract_labelled("val", path)
-        results = _train_missing(evaluation, path, augmented, val)
+        results = _train_missing(evaluation, path, augmented, val, finished[path])
         rows[path] = summarise(results) | flops_row(val, evaluation.encoder)
-    train: Any = (augmented or evaluation.loaders["train"]).dataset
+    train: Any = augmented or evaluation.loaders["train"]
+    metrics = evaluation.write(rows, len(train.dataset), train)
     evaluation.say("\n" + format_rows(rows) + "\n")
-    return evaluation.write(rows, len(train))
+    return metrics
+
+
+def _seeds(evaluation: Evaluation, path: str) -> dict[int, Path]:
+    """Each seed, and the file of its result."""
+    cfg = evaluation.cfg
+    return {
+        seed: evaluation.folder / f"{path}-seed{seed}.json"
+        for seed in range(cfg.seed, cfg.seed + cfg.seeds)
+    }
+
+
+def _finished(evaluation: Evaluation, path: str) -> dict[int, dict[str, Any]]:
+    """The results of seeds that have one in the same settings.
+
+    Raises:
+        InputError: for a file that cannot be one.
+    """
+    found = {}
+    for seed, file in _seeds(evaluation, path).items():
+        result = read_json(file) if file.exists() else {}
+        if result.get("settings") == evaluation.identity:
+            for key in ("top1", "top5"):
+                require(
+                    f"{str(file)!r}: {key}",
+                    result.get(key),
+                    lambda v: is_not_negative(v) and v <= 100,
+                    "a number from 0 to 100; without the file the classifier is trained again",
+                )
+            found[seed] = result
+    return found
 
 
 def _train_missing(
-    evaluation: Evaluation, path: str, augmented: Any, val: Extraction
+    evaluation: Evaluation,
+    path: str,
+    augmented: Any,
+    val: Extraction,
+    finished: dict[int, dict[str, Any]],
 ) -> list[dict[str, Any]]:
-    """Each seed's result: from its file, or from a training whose result then gets one."""
+    """Each seed's result: one that is finished, or from a training whose result then gets a file."""
     cfg, train = evaluation.cfg, None
     results: list[dict[str, Any]] = []
-    for seed in range(cfg.seed, cfg.seed + cfg.seeds):
-        file = evaluation.folder / f"{path}-seed{seed}.json"
-        result = read_json(file) if file.is_file() else {}
-        if result.get("settings") != evaluation.identity:
+    for seed, file in _seeds(evaluation, path).items():
+        result = finished.get(seed, {})
+        if not result:
             start = time.perf_counter()
             if augmented is not None:
                 accuracies = train_on_images(evaluation, path, augmented, val, seed)

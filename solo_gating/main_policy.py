@@ -16,6 +16,9 @@ solo_gating/evaluate/policy.py), policy.csv, policy.png and metrics.json, and fo
 and sweep.png, into a folder beside the checkpoint (output=...).
 """
 
+if not __package__:  # started as a file
+    import as_module  # noqa: F401
+
 from typing import Any
 
 import torch
@@ -24,23 +27,27 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from .backbones import TwoPathResNet
-from .checks import at_least, is_number, is_share, require, true_or_false
+from .checks import is_number, is_share, require
 from .cli import run
+from .errors import InputError
 from .evaluate.dial import calibrate, draw_sweep, lowest_share, sweep
 from .evaluate.evaluation import Evaluation, flops_row, prepare_evaluation
 from .evaluate.knn import knn_top1
 from .evaluate.policy import Policy, draw_policy, policy_of
 from .files import write_csv, write_json
+from .process_state import process_state_kept
+from .schema import EVALUATIONS, own_copy
 from .training.checkpoints import plain
 
 _SETTINGS = ("calibrate", "calibration_images")
 
 
+@process_state_kept()
 def evaluate_policy(cfg: DictConfig) -> dict[str, Any]:
     """Count, draw and write the policy; calibrate and sweep on demand.
 
     Args:
-        cfg: a policy config; completed in place.
+        cfg: a policy config; left as it is.
 
     Returns:
         What `metrics.json` holds.
@@ -48,12 +55,16 @@ def evaluate_policy(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         InputError: before any long work, for a config, checkpoint or data that cannot be used.
     """
+    cfg = own_copy(cfg, EVALUATIONS["policy"])
     require("path", cfg.path, lambda v: v == "gated", "gated")
     require(
         "calibrate", cfg.calibrate, lambda v: v is None or is_share(v), "a number in (0, 1] or null"
     )
-    true_or_false("sweep", cfg.sweep)
-    at_least("calibration_images", cfg.calibration_images, 1)
+    if cfg.calibrate is not None and cfg.threshold != 0:
+        raise InputError(
+            f"threshold: found {cfg.threshold} with calibrate={cfg.calibrate}, which finds it; "
+            "accepted is one of them"
+        )
     shares: Any = plain(cfg)["shares"]
     require(
         "shares",
@@ -65,7 +76,8 @@ def evaluate_policy(cfg: DictConfig) -> dict[str, Any]:
     evaluation = prepare_evaluation(
         cfg, "policy", _SETTINGS, ("train", "val") if turned else ("val",)
     )
-    backbone: Any = evaluation.encoder.backbone
+    encoder = evaluation.encoder
+    backbone: Any = encoder.backbone
     images = _calibration_images(evaluation) if turned else torch.empty(0)
     row: dict[str, Any] = {}
     if cfg.calibrate is not None:
@@ -80,16 +92,16 @@ def evaluate_policy(cfg: DictConfig) -> dict[str, Any]:
     policy = policy_of(
         backbone,
         found,
-        evaluation.encoder.args.backbone.name,
-        OmegaConf.to_container(evaluation.encoder.args.backbone.kwargs),  # type: ignore[arg-type]
+        encoder.args.backbone.name,
+        OmegaConf.to_container(encoder.args.backbone.kwargs, resolve=True),  # type: ignore[arg-type]
         evaluation.encoder.description()["target_budget"],
     )
-    evaluation.say(format_policy(policy))
     row |= flops_row(found, evaluation.encoder)
     row |= {"threshold": policy.threshold, "share": policy.share, "share_std": policy.share_std}
     if policy.budget is not None:
         row["budget"] = policy.budget
     _write_policy(evaluation, policy)
+    evaluation.say(format_policy(policy))
     rows = {"gated": row}
     if cfg.sweep:
         rows["dense"], row["sweep"] = _sweep(evaluation, images, shares, policy.target_budget)

@@ -12,73 +12,118 @@ The config is solo-learn's, plus the group `gating`, and any Lightning Trainer a
     auto_resume.enabled=true        continue an interrupted run with the same config
 
 Writes into <checkpoint.dir>/<method>/<run>/: args.json and last.ckpt (solo-learn's layout),
-logs/, metrics.json and training.png. `--help` beside a --config-name prints that config.
+logs/, metrics.json and training.png; run.lock keeps a second process out of it. `--help` beside a
+--config-name prints that config.
 """
 
+if not __package__:  # started as a file
+    import as_module  # noqa: F401
+
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
 
 from .cli import run
 from .config import prepare_config, scale_learning_rates
-from .data import evaluation_loader, place_of, training_loader
+from .data import evaluation_loader, has_labels, place_of, skipped_images, training_loader
+from .errors import InputError
 from .evaluate.curves import draw_curves
 from .evaluate.encoder import describe_pretraining
 from .evaluate.final_table import final_table, format_table
-from .files import write_json
-from .training.checkpoints import (
-    check_architecture,
+from .files import make_folder, read_json, remove_leftovers, write_json
+from .process_state import process_state_kept
+from .reading import read_checkpoint
+from .schema import own_copy
+from .training.checkpoints import new_run_folder, read_args
+from .training.continuation import (
+    Continuation,
+    changes,
+    check_continuable,
     find_checkpoint,
-    new_run_folder,
-    read_checkpoint,
+    locked,
+    refuse_if_running,
+    whole_epochs,
 )
 from .training.model import build_model
 from .training.processes import announce_dead_processes
-from .training.trainer import attach_outputs, build_trainer
+from .training.trainer import attach_outputs, build_trainer, refusals
 
 
+@process_state_kept()
 def pretrain(cfg: DictConfig) -> dict[str, Any]:
     """Run one pre-training from start, or from a checkpoint, to end.
 
     Args:
-        cfg: solo-learn's schema plus `gating`; completed in place.
+        cfg: solo-learn's schema plus `gating`; left as it is.
 
     Returns:
         What `metrics.json` holds: the last logged figures, and the final table's rows.
 
     Raises:
         InputError: before training, for a config, checkpoint or data that cannot be used.
-        NonFiniteLossError: for a loss that becomes infinite or NaN.
+        NonFiniteLossError: for a loss or a weight that becomes infinite or NaN.
     """
-    prepare_config(cfg)
+    with ExitStack() as run:
+        return _pretrain(cfg, run)
+
+
+def _pretrain(cfg: DictConfig, run: ExitStack) -> dict[str, Any]:
+    cfg = prepare_config(own_copy(cfg))
     trainer = build_trainer(cfg)
     train = training_loader(cfg, place_of(trainer))
     val = None if cfg.data.val_path is None else evaluation_loader(cfg, "val")
+    if cfg.final_knn.enabled:
+        for split, loader in (("train", train), ("val", val)):
+            if not has_labels(loader):
+                raise InputError(
+                    f"data.{split}_path: no image has a label, final_knn.enabled=true needs some"
+                )
     scale_learning_rates(cfg, trainer.world_size)
     model = build_model(cfg)  # completes the config, with which checkpoints are compared
-    checkpoint = _checkpoint_to_continue(cfg)
+    checkpoint = _checkpoint_to_continue(cfg, trainer.is_global_zero)
     folder = checkpoint.parent if checkpoint else new_run_folder(cfg)
     if checkpoint is not None:
-        check_architecture(model, read_checkpoint(checkpoint, "resume_from_checkpoint"), checkpoint)
+        content = read_checkpoint(checkpoint, "resume_from_checkpoint")
+        check_continuable(model, content, cfg, checkpoint)
+    if trainer.is_global_zero:
+        remove_leftovers(folder.parent)  # of a run that never came to its first checkpoint, too
+        weights = sum(value.nbytes for value in model.state_dict().values())
+        make_folder(folder, weights if cfg.checkpoint.enabled else 0)
+        run.enter_context(locked(folder))
+    continuation = Continuation(changes(read_args(folder), cfg) if checkpoint else {})
+    trainer.callbacks.append(continuation)  # type: ignore[attr-defined]
     attach_outputs(trainer, cfg, folder)
 
     if trainer.is_global_zero:
         print(f"{'continuing' if checkpoint else 'writing to'} {folder}", flush=True)
     announce_dead_processes()
-    trainer.fit(model, train, val, ckpt_path=checkpoint)
+    with refusals():
+        trainer.fit(model, train, val, ckpt_path=checkpoint)
+    epochs, file = whole_epochs(trainer), folder / "metrics.json"
+    if not continuation.trained and file.is_file():
+        before = read_json(file)
+        if before.get("steps") == trainer.global_step:
+            if trainer.is_global_zero:
+                print(f"nothing left to train after {epochs} epochs: {file} stays as it is")
+            return before
     metrics: dict[str, Any] = {
-        "pretraining": describe_pretraining(cfg, trainer.current_epoch, folder / "last.ckpt"),
+        "pretraining": describe_pretraining(cfg, epochs, _saved(trainer, folder)),
         "data": {
             "dataset": cfg.data.dataset,
             "train_images": len(train.dataset),
             "val_images": len(val.dataset) if val else 0,  # type: ignore[arg-type]
             "resolution": [cfg.augmentations[0].crop_size] * 2,
+            **skipped_images(cfg, train=train, val=val),
         },
-        "epochs": trainer.current_epoch,
+        "epochs": epochs,
+        "finished": epochs >= cfg.max_epochs,  # not if a limit of the Trainer stopped it
         "steps": trainer.global_step,
-        "logged": {name: float(value) for name, value in trainer.callback_metrics.items()},
+        "continued": continuation.sessions,
+        "logged": continuation.logged(trainer),
     }
     if cfg.final_knn.enabled:  # on every process: each computes its share of the features
         table = _final_table(cfg, model, trainer.strategy.root_device)
@@ -86,18 +131,35 @@ def pretrain(cfg: DictConfig) -> dict[str, Any]:
     if not trainer.is_global_zero:
         return metrics
 
-    if cfg.final_knn.enabled:
-        print(f"\n{format_table(table)}\n")
     write_json(folder / "metrics.json", metrics)
     picture = draw_curves(folder, (cfg.get("gating") or {}).get("target_budget"), cfg.name)
+    if cfg.final_knn.enabled:
+        print(f"\n{format_table(table)}\n")
     print("\n".join(str(file) for file in (folder / "metrics.json", picture) if file))
     return metrics
 
 
-def _checkpoint_to_continue(cfg: DictConfig) -> Path | None:
+def _checkpoint_to_continue(cfg: DictConfig, is_first: bool) -> Path | None:
     if cfg.resume_from_checkpoint is not None:
         return Path(cfg.resume_from_checkpoint)
-    return find_checkpoint(cfg) if cfg.auto_resume.enabled else None
+    if not cfg.auto_resume.enabled:
+        return None
+    checkpoint, why = find_checkpoint(cfg)
+    if is_first:
+        refuse_if_running(cfg)
+        if why:
+            print(f"auto_resume starts from zero: {why}", flush=True)
+    return checkpoint
+
+
+def _saved(trainer: pl.Trainer, folder: Path) -> Path | None:
+    """`last.ckpt`, if it holds what the Trainer has trained."""
+    file = folder / "last.ckpt"
+    try:
+        content = read_checkpoint(file, "last.ckpt")
+    except InputError:  # with checkpoint.enabled=false: there is none, or a damaged one
+        return None
+    return file if content.get("global_step") == trainer.global_step else None
 
 
 def _final_table(cfg: DictConfig, model: Any, device: torch.device) -> dict[str, Any]:

@@ -8,12 +8,15 @@ networks of other widths. Writes report.md, report.html (one file, pictures insi
 accuracy_flops.png and sweeps.png into DIR (default: outputs/report).
 """
 
+if not __package__:  # started as a file
+    import as_module  # noqa: F401
+
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from .cli import one_sentence_errors
-from .files import write_bytes
+from .cli import one_sentence_errors, user_path
+from .files import make_folder, write_bytes
 from .report.cells import measured_cells, published_tables
 from .report.plot import draw_accuracy_flops
 from .report.records import Record, Skipped, Sweep, read_records
@@ -37,7 +40,9 @@ def write_report(folders: Sequence[Path], output: Path) -> list[Path]:
     Raises:
         InputError: for folders without a usable file, or an output that cannot be written.
     """
-    sections = compose(*read_records(folders))
+    records = read_records(folders)
+    make_folder(output)
+    sections = compose(*records)
     files: dict[str, bytes] = {
         "report.md": to_markdown(sections).encode(),
         "report.html": to_html(sections).encode(),
@@ -130,17 +135,21 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "folders", nargs="+", type=Path, metavar="RUN_DIR", help="folder with metrics.json files"
+        "folders",
+        nargs="+",
+        type=user_path,
+        metavar="RUN_DIR",
+        help="folder with metrics.json files",
     )
     parser.add_argument(
         "--output",
-        type=Path,
+        type=user_path,
         default=Path("outputs/report"),
         metavar="DIR",
         help="default: %(default)s",
     )
-    arguments = parser.parse_args()
     with one_sentence_errors():
+        arguments = parser.parse_args()
         print("\n".join(map(str, write_report(arguments.folders, arguments.output))))
 
 

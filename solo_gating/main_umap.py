@@ -11,26 +11,34 @@ Needs `pip install umap-learn` (the extra `umap`). Writes umap.png, umap.csv and
 folder beside the checkpoint (output=...).
 """
 
+if not __package__:  # started as a file
+    import as_module  # noqa: F401
+
 from typing import Any
 
 import numpy as np
 from omegaconf import DictConfig
 from torch import Tensor
 
-from .checks import at_least, is_not_negative, require
+from .checks import at_least, require
 from .cli import run
 from .evaluate.embedding import MOST_CLASSES, draw_embeddings, embed, load_umap
 from .evaluate.evaluation import flops_row, prepare_evaluation
 from .files import write_csv
+from .process_state import process_state_kept
+from .schema import EVALUATIONS, own_copy
+
+_FEWEST_IMAGES = 10
 
 _SETTINGS = ("classes", "images", "neighbours", "min_dist", "seed")
 
 
+@process_state_kept()
 def evaluate_umap(cfg: DictConfig) -> dict[str, Any]:
     """Embed the validation images' features and draw them.
 
     Args:
-        cfg: a UMAP config; completed in place.
+        cfg: a UMAP config; left as it is.
 
     Returns:
         What `metrics.json` holds.
@@ -39,17 +47,19 @@ def evaluate_umap(cfg: DictConfig) -> dict[str, Any]:
         InputError: before any long work, for a config, checkpoint or data that cannot be used, or
             if umap-learn is missing.
     """
+    cfg = own_copy(cfg, EVALUATIONS["umap"])
     require("classes", cfg.classes, lambda v: v in range(1, MOST_CLASSES + 1), "1 to 10")
-    at_least("images", cfg.images, 10)
+    at_least("images", cfg.images, _FEWEST_IMAGES)
     at_least("neighbours", cfg.neighbours, 2)
-    require("min_dist", cfg.min_dist, is_not_negative, "a number ≥ 0")
     load_umap()
     evaluation = prepare_evaluation(cfg, "umap", _SETTINGS, ("val",))
+    _check_number(len(evaluation.loaders["val"].dataset))  # type: ignore[arg-type]
     rows, embeddings, chosen = {}, {}, np.empty(0)
     for path in evaluation.paths:
         found = evaluation.extract("val", path)
         rows[path] = flops_row(found, evaluation.encoder)
         chosen, targets = choose(found.targets, cfg.classes, cfg.images)
+        _check_number(len(chosen))
         heading = f"{path} path"
         if "flops_cut" in rows[path]:
             heading += f", {1 - rows[path]['flops_cut']:.0%} of the FLOPs"
@@ -84,6 +94,15 @@ def evaluate_umap(cfg: DictConfig) -> dict[str, Any]:
         )
         evaluation.say(str(evaluation.folder / "umap.png"))
     return evaluation.write(rows, 0)
+
+
+def _check_number(images: int) -> None:
+    require(
+        "data.val_path",
+        images,
+        lambda v: v >= _FEWEST_IMAGES,
+        f"at least {_FEWEST_IMAGES} images of the first classes",
+    )
 
 
 def choose(targets: Tensor, classes: int, images: int) -> tuple[np.ndarray, np.ndarray]:

@@ -38,7 +38,10 @@ def package_environment(**more: str) -> dict[str, str]:
 
 
 def of_two_processes(function: Callable[[int], Any], folder: Path) -> list[Any]:
-    """What a module's function of the rank returns in each of two gloo processes."""
+    """What a module's function of the rank returns in each of two gloo processes.
+
+    They find the folder as SHARED_FOLDER in their environment.
+    """
     method = "forkserver"  # what is imported is imported once, and not beside running threads
     torch.multiprocessing.get_context(method).set_forkserver_preload([function.__module__])
     torch.multiprocessing.start_processes(
@@ -49,7 +52,7 @@ def of_two_processes(function: Callable[[int], Any], folder: Path) -> list[Any]:
 
 def _in_group(rank: int, function: Callable[[int], Any], folder: str) -> None:
     torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "SHARED_FOLDER": folder}
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     torch.save(function(rank), f"{folder}/{rank}.pt")
     dist.destroy_process_group()

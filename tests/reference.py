@@ -1,6 +1,6 @@
 """A gated ResNet written from the formulas: loops over images and blocks, weights by name.
 
-Nothing here calls the package. Evaluation really computes only the selected channels and counts
+And what trains it: the losses of three methods, and SGD with LARS. Nothing here calls the package. Evaluation really computes only the selected channels and counts
 the multiply-accumulates of the convolutions it does.
 """
 
@@ -30,6 +30,20 @@ class StraightThrough(torch.autograd.Function):
     def backward(ctx, gradient):
         (soft,) = ctx.saved_tensors
         return gradient * soft * (1 - soft) / TEMPERATURE, None
+
+
+class NumberSelected(torch.autograd.Function):
+    """Forward: Σ mask; backward: 1 for what is selected, 0 for the rest, as of an L1 norm at 0."""
+
+    @staticmethod
+    def forward(ctx, mask):
+        ctx.save_for_backward(mask)
+        return mask.sum()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (mask,) = ctx.saved_tensors
+        return gradient * (mask > 0.5).to(mask.dtype)
 
 
 class Counter:
@@ -169,11 +183,18 @@ def budget(share: Tensor, target: float, weight: float) -> Tensor:
     return weight * (share - target) ** 2
 
 
-def bound(masks: list[Tensor], target: float, epoch: int, decay: float = 0.02) -> Tensor:
+def bound(
+    masks: list[Tensor],
+    target: float,
+    epoch: int,
+    decay: float = 0.02,
+    gradient: str = "selected",
+) -> Tensor:
     p = math.exp(-decay * epoch)
     lower = upper = 0.0
     for mask in masks:
-        share = mask.mean()
+        selected = NumberSelected.apply(mask) if gradient == "selected" else mask.sum()
+        share = selected / mask.numel()
         lower = lower + torch.clamp(p * target - share, min=0) ** 2
         upper = upper + torch.clamp(share - (1 - p + p * target), min=0) ** 2
     return (lower + upper) / len(masks)
@@ -183,3 +204,66 @@ def noise_table(masks_shape: list[tuple[int, int]], seed: int) -> list[Tensor]:
     """The draws that `helpers.fixed_noise(seed)` gives to successive gates."""
     rng = np.random.RandomState(seed)
     return [torch.from_numpy(rng.logistic(size=shape)) for shape in masks_shape]
+
+
+def mlp(weights: Weights, name: str, x: Tensor) -> Tensor:
+    """A projector or predictor: linear layers, and BatchNorms of a batch; ReLU after affine ones."""
+    number = 1 + max(int(key.split(".")[1]) for key in weights if key.startswith(f"{name}."))
+    for layer in (f"{name}.{i}" for i in range(number)):
+        weight, shift = weights.get(f"{layer}.weight"), weights.get(f"{layer}.bias", 0)
+        if f"{layer}.running_mean" in weights:
+            x = (x - x.mean(0)) / torch.sqrt(x.var(0, unbiased=False) + EPS)
+            x = x if weight is None else F.relu(x * weight + shift)
+        elif weight is not None:
+            x = x @ weight.T + shift
+    return x
+
+
+def vicreg(z1: Tensor, z2: Tensor) -> Tensor:
+    """25 · invariance + 25 · variance + 1 · covariance."""
+    loss = 25 * ((z1 - z2) ** 2).mean()
+    for z in (z1, z2):
+        covariance = (z - z.mean(0)).T @ (z - z.mean(0)) / (len(z) - 1)
+        deviation = torch.sqrt(covariance.diagonal() + 1e-4)
+        loss = loss + 25 * torch.clamp(1 - deviation, min=0).mean()
+        loss = loss + (covariance.triu(1) ** 2 + covariance.tril(-1) ** 2).sum() / z.shape[1]
+    return loss
+
+
+def barlow(z1: Tensor, z2: Tensor, lamb: float, scale: float) -> Tensor:
+    one, other = ((z - z.mean(0)) / torch.sqrt(z.var(0, unbiased=False) + EPS) for z in (z1, z2))
+    c = one.T @ other / len(one)
+    off_diagonal = (c.triu(1) ** 2 + c.tril(-1) ** 2).sum()
+    return scale * (((1 - c.diagonal()) ** 2).sum() + lamb * off_diagonal)
+
+
+def simsiam(z1: Tensor, z2: Tensor, p1: Tensor, p2: Tensor) -> Tensor:
+    def cosine(p: Tensor, z: Tensor) -> Tensor:
+        return ((p * z).sum(1) / (p.norm(dim=1) * z.norm(dim=1))).mean()
+
+    return -(cosine(p1, z2.detach()) + cosine(p2, z1.detach())) / 2
+
+
+def descend(
+    weights: Weights,
+    velocity: Weights,
+    lr: float,
+    decay: float,
+    momentum: float,
+    eta: float | None,
+) -> None:
+    """A step of SGD in place; with η by LARS, clipped, biases and norms excluded.
+
+    The gates have no weight decay.
+    """
+    for name, weight in weights.items():
+        gradient, own_decay = weight.grad, 0.0 if ".gate." in name else decay
+        if eta is None:
+            gradient = gradient + own_decay * weight.detach()
+        elif weight.ndim > 1:
+            size, slope = weight.detach().norm(), gradient.norm()
+            rate = eta * size / (slope + own_decay * size + 1e-8)
+            gradient = min(rate / lr, 1) * (gradient + own_decay * weight.detach())
+        velocity[name] = momentum * velocity[name] + gradient if name in velocity else gradient
+        weight.data -= lr * velocity[name]
+        weight.grad = None

@@ -1,6 +1,9 @@
 """The whole config: the shipped ones are complete and as published, mistakes are refused."""
 
 import json
+import os
+import re
+import zipfile
 
 import numpy as np
 import pytest
@@ -11,8 +14,9 @@ from omegaconf import OmegaConf
 from solo_gating import METHODS, InputError
 from solo_gating.cli import config_names, configs_folder
 from solo_gating.config import prepare_config, scale_learning_rates
+from solo_gating.data.arrays import read_arrays
 from solo_gating.main_pretrain import pretrain
-from solo_gating.training.checkpoints import check_architecture, read_checkpoint
+from solo_gating.reading import check_architecture, read_checkpoint
 
 from .helpers import tiny_config, write_images
 
@@ -81,6 +85,8 @@ PUBLISHED = {
         "method_kwargs.proj_hidden_dim": 2048,
         "method_kwargs.proj_output_dim": 2048,
         "gating.sparsity_weight": 5,
+        "gating.bound_gradient": "selected",
+        "gating.weight_decay": 0,
         "gating.separate_bn": True,
         "augmentations[0].rrc.crop_min_scale": 0.2,
         "augmentations[0].gaussian_blur.prob": 0,
@@ -104,7 +110,14 @@ PUBLISHED = {
         "backbone.kwargs.zero_init_residual": True,
         "method_kwargs.pred_hidden_dim": 512,
         "gating.views": ["gated", "gated"],
+        "gating.weight_decay": 0,
+        "augmentations[0].gaussian_blur.prob": 0,
+        "augmentations[0].num_crops": 2,
     },
+    "simsiam_gated_cifar10": {"augmentations[0].gaussian_blur.prob": 0},
+    "simsiam_cifar100": {"augmentations[0].gaussian_blur.prob": 0},
+    "simsiam_gated_imagenet100": {"augmentations[0].gaussian_blur.prob": 0.5},
+    "vicreg_any_cifar100": {"gating.bound_gradient": "selected", "gating.weight_decay": 0},
     "barlow_dual_cifar10": {"method_kwargs.lamb": 0.0051, "gating.views": ["gated", "dense"]},
 }
 
@@ -145,6 +158,18 @@ def test_learning_rates_are_per_256_images():
             ],
         ),
         ({"gating": {"foo": 1}}, ["gating.foo: no such key", "target_budget"]),
+        *(
+            (
+                {"checkpoint": {"frequency": value}},
+                [f"checkpoint.frequency: found {value!r}", "an integer ≥ 0"],
+            )
+            for value in (float("inf"), float("nan"), -1, "a b", True, None, 1.5, [1])
+        ),
+        (
+            {"checkpoint": {"keep_prev": "no"}},
+            ["checkpoint.keep_prev: found 'no'", "true or false"],
+        ),
+        ({"checkpoint": {"enabled": 1}}, ["checkpoint.enabled: found 1", "true or false"]),
         ({"data": {"dataset": "mnist"}}, ["data.dataset: found 'mnist'", "cifar10", "custom"]),
         ({"data": {"format": "csv"}}, ["data.format: found 'csv'", "npz"]),
         ({"data": {"train_path": None}}, ["data.train_path: missing"]),
@@ -218,6 +243,43 @@ def single_array(file):
         np.save(out, IMAGES)
 
 
+def members(**contents):
+    """A zip with files of these contents, and `.npy` behind their names."""
+
+    def write(file):
+        with zipfile.ZipFile(file, "w") as out:
+            for name, content in contents.items():
+                out.writestr(f"{name}.npy", content)
+
+    return write
+
+
+def array(shape, data=b"", dtype="|u1", padding=0):
+    """A .npy file whose header may say anything."""
+    header = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape}, }}"
+    header = (header + " " * padding + "\n").encode()
+    return b"\x93NUMPY\x02\x00" + len(header).to_bytes(4, "little") + header + data
+
+
+def patched(offset, value):
+    """An archive with two bytes changed in the headers of all members, local and central."""
+
+    def write(file):
+        np.savez(file, images=IMAGES)
+        content = bytearray(file.read_bytes())
+        for signature, shift in ((b"PK\x03\x04", 0), (b"PK\x01\x02", 2)):
+            place = content.index(signature) + offset + shift
+            content[place : place + 2] = value.to_bytes(2, "little")
+        file.write_bytes(content)
+
+    return write
+
+
+def bare(file):
+    with zipfile.ZipFile(file, "w") as out:
+        out.writestr("images", b"no array")
+
+
 BAD_FILES = {
     "floats": (archive(images=IMAGES.astype(float)), ["float64", "uint8 N×H×W×3"]),
     "grey": (archive(images=IMAGES[..., 0]), ["(20, 16, 16)", "uint8 N×H×W×3"]),
@@ -239,6 +301,44 @@ BAD_FILES = {
         archive(images=np.array([None, {}], dtype=object)),
         ["cannot read"],
     ),
+    "labels of objects": (
+        archive(images=IMAGES, labels=np.array([None] * 20)),
+        ["cannot read", "labels.npy holds Python objects"],
+    ),
+    "labels of times": (
+        archive(images=IMAGES, labels=LABELS.astype("m8[s]")),
+        ["labels of", "20 integers"],
+    ),
+    "label beyond int64": (
+        archive(images=IMAGES, labels=np.full(20, 2**64 - 1, np.uint64)),
+        ["18446744073709551615 to 18446744073709551615", "are 0 to 2"],
+    ),
+    "more bytes than exist": (
+        members(images=array((10**12, 16, 16, 3))),
+        ["cannot read", "images.npy has", "bytes, but by its header uint8 (1000000000000, 16"],
+    ),
+    "fewer bytes than exist": (
+        members(images=array((1, 1, 1, 3), bytes(4))),
+        ["cannot read", "bytes, but by its header uint8 (1, 1, 1, 3)"],
+    ),
+    "labels cut short": (
+        members(images=array((2, 1, 1, 3), bytes(6)), labels=array((2,), bytes(8), "<i8")),
+        ["cannot read", "labels.npy has", "bytes, but by its header int64 (2,)"],
+    ),
+    "negative shape": (members(images=array((-1, -1, 1, 3), bytes(3))), ["-1"]),
+    "many dimensions": (members(images=array((1,) * 40, bytes(1))), ["uint8 of 40 dimensions"]),
+    "records": (members(images=array((1, 1, 1, 3), bytes(6), "u1,u1")), ["are records"]),
+    "long header": (members(images=array((1, 1, 1, 3), bytes(3), padding=20_000)), ["cannot read"]),
+    "no shape": (members(images=array("[{}]")), ["cannot read"]),
+    "no array inside": (members(images=b"no array"), ["cannot read", "NumPy did not write it"]),
+    "empty inside": (members(images=b""), ["cannot read", "NumPy did not write it"]),
+    "not named .npy": (bare, ["holds ['images'], accepted is `images`", "as np.savez writes"]),
+    "no member": (members(), ["holds [], accepted is `images`"]),
+    "encrypted": (patched(6, 1), ["cannot read", "it is encrypted"]),
+    "unknown compression": (patched(8, 99), ["cannot read"]),
+    "folder": (lambda file: file.mkdir(), ["is a folder, a broken link or no regular file"]),
+    "broken link": (lambda file: file.symlink_to("nowhere"), ["is a folder, a broken link or"]),
+    "pipe": (lambda file: os.mkfifo(file), ["is a folder, a broken link or no regular file"]),
     "single array": (single_array, ["is a single array"]),
     "too few images": (
         archive(images=IMAGES[:7], labels=LABELS[:7]),
@@ -259,6 +359,35 @@ def test_arrays_that_cannot_be_used_are_refused_before_training(kind, tmp_path):
     if kind != "too few images":
         assert message.startswith("data.train_path: ")
         assert str(file) in message
+    assert not re.search("pickle|trust|unsafe|weights_only|\n", message), message
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"images": IMAGES.astype(np.float32)},
+        {"images": IMAGES, "labels": LABELS[:5]},
+        {"images": IMAGES, "labels": LABELS + 0.5},
+    ],
+)
+def test_headers_are_checked_before_anything_is_unpacked(content, tmp_path, monkeypatch):
+    np.savez(tmp_path / "bad.npz", **content)
+    monkeypatch.setattr("solo_gating.data.arrays._array", lambda *_: pytest.fail("unpacked"))
+    with pytest.raises(InputError, match="accepted is"):
+        read_arrays(str(tmp_path / "bad.npz"), "data.train_path", 3)
+
+
+def test_arrays_larger_than_the_memory_are_refused(tmp_path, monkeypatch):
+    np.savez_compressed(tmp_path / "big.npz", images=IMAGES)
+    monkeypatch.setattr("solo_gating.data.arrays._memory", lambda: IMAGES.nbytes)
+    with pytest.raises(InputError, match=r"images.npy unpacks to 15,488 bytes, this machine has"):
+        read_arrays(str(tmp_path / "big.npz"), "data.train_path", 3)
+
+
+@pytest.mark.parametrize("paths", [3, True, None, {"a": "b"}, [1, 2], ["a", None]])
+def test_what_is_no_path_of_arrays_is_refused(paths):
+    with pytest.raises(InputError, match=r"^data.train_path: found .*, accepted is a path or glob"):
+        read_arrays(paths, "data.train_path", 3)
 
 
 @pytest.mark.parametrize("split", ["train", "val"])

@@ -1,5 +1,8 @@
-"""Two processes with a batch of B each give the gradients of one process with 2·B."""
+"""Two processes with a batch of B each give the gradients of one process with 2·B, and go on alike."""
 
+import os
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -10,15 +13,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from solo_gating import InputError
 from solo_gating.methods import gated
+from solo_gating.training.checkpoints import Checkpointer
 
 from .helpers import default_dtype, of_two_processes, random_batch, tiny_config, tiny_model
+from .test_randomness import assert_same, last_checkpoint, logged_by, small_config, write_data
 
 RANGE = "vicreg_dual over a range of budgets"
 PER_IMAGE = "vicreg_dual with a budget for each image"
 METHODS = ("vicreg_dual", "simsiam_gated", RANGE, PER_IMAGE)
 LOCAL = "vicreg_dual with shares of each process"
 BATCH = 4  # per process
+PIPELINES = ("workers", "device")
 
 
 class SumOverProcesses(torch.autograd.Function):
@@ -108,13 +115,66 @@ def process(rank: int) -> dict[str, Any]:
         results = {method: gradients(method, rows, parallel=True) for method in METHODS}
         with mock.patch.object(gated, "global_mean", lambda values: values):
             results[LOCAL] = gradients("vicreg_dual", rows, parallel=True)
-    return results
+    results["full disk"] = a_full_disk(rank)
+    return results | {pipeline: runs(rank, pipeline) for pipeline in PIPELINES}
+
+
+def a_full_disk(rank: int) -> str:
+    """What each process raises if the first one cannot write a checkpoint."""
+
+    def save(file: Any, weights_only: bool) -> None:  # as Lightning's Trainer
+        if rank == 0:
+            raise InputError("the disk is full")
+        dist.barrier()
+
+    def broadcast(what: Any) -> Any:
+        box = [what]
+        dist.broadcast_object_list(box)
+        return box[0]
+
+    strategy = SimpleNamespace(barrier=dist.barrier, broadcast=broadcast)
+    trainer: Any = SimpleNamespace(
+        save_checkpoint=save,
+        strategy=strategy,
+        is_global_zero=rank == 0,
+        current_epoch=0,
+        max_epochs=1,
+        should_stop=False,
+        fast_dev_run=False,
+    )
+    cfg = tiny_config(checkpoint={"frequency": 1, "keep_prev": True})
+    try:
+        Checkpointer(cfg, Path("absent")).on_train_epoch_end(trainer, None)  # type: ignore[arg-type]
+    except InputError as error:
+        return str(error)
+    return "nothing"
+
+
+def runs(rank: int, pipeline: str) -> list[Any]:
+    """Of both processes together: a whole run, and one that is killed and continued."""
+    os.environ |= {"LOCAL_RANK": str(rank), "MASTER_PORT": "0"}  # Lightning starts none then
+    found = []
+    for kills in ((), ((1, 0),)):
+        folder = Path(os.environ["SHARED_FOLDER"])
+        cfg = small_config(
+            folder,
+            devices=2,
+            strategy="ddp",
+            data={"pipeline": pipeline},
+            checkpoint={"dir": str(folder / f"{pipeline}-{len(kills)}")},
+        )
+        logged = logged_by(cfg, *kills)
+        dist.barrier()  # the first one writes
+        found.append((last_checkpoint(cfg), logged))
+    return found
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """What both processes found."""
-    return of_two_processes(process, tmp_path_factory.mktemp("processes"))
+    folder = tmp_path_factory.mktemp("processes")
+    write_data(folder, processes=2)
+    return of_two_processes(process, folder)
 
 
 def one(method):
@@ -147,3 +207,14 @@ def test_a_budget_of_each_process_s_own_share_would_differ(two):
     expected, _ = one("vicreg_dual")
     assert distance(two[0][LOCAL][0], expected) > 1e-3
     assert abs(two[0][LOCAL][1] - two[1][LOCAL][1]) > 1e-3
+
+
+def test_no_process_waits_for_one_that_cannot_write(two):
+    assert [found["full disk"] for found in two] == ["the disk is full"] * 2
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_two_processes_go_on_like_two_that_were_not_killed(pipeline, two):
+    for found in two:
+        whole, continued = found[pipeline]
+        assert_same(continued, whole)

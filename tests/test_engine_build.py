@@ -1,10 +1,12 @@
 """How the kernel is built, cached and replaced: every file here is written to a folder of its own."""
 
-import ctypes
 import multiprocessing
 import os
 import stat
+import subprocess
+import time
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -119,19 +121,33 @@ def test_a_damaged_file_is_built_anew(cache, damage):
 
 
 def test_two_processes_at_once(cache):
-    def build():
-        library._build([], cache, "kernel.so")
-        ctypes.CDLL(str(cache / "kernel.so"))
+    context = multiprocessing.get_context("fork")
+    both, compile_kernel = context.Barrier(2), library._compile
 
-    processes = [multiprocessing.get_context("fork").Process(target=build) for _ in range(2)]
+    def build():
+        library._compile = lambda *arguments: (both.wait(60), compile_kernel(*arguments))
+        library._cached([], cache, "kernel.so")
+
+    processes = [context.Process(target=build) for _ in range(2)]
     for process in processes:
         process.start()
     for process in processes:
         process.join(timeout=60)
     assert [process.exitcode for process in processes] == [0, 0]
     assert [file.name for file in cache.iterdir()] == ["kernel.so"]
-    assert library._is_whole(cache / "kernel.so")
+    assert library._is_whole((cache / "kernel.so").read_bytes())
     assert len(runs(cache)) == 2
+
+
+def test_a_forked_process_does_not_wait_for_a_thread_that_builds(cache):
+    def build():
+        assert deploy.compile(encoder()).engine == "portable"
+
+    child = multiprocessing.get_context("fork").Process(target=build)
+    with library._lock:  # as another thread holds it while it builds
+        child.start()
+        child.join(timeout=60)
+    assert child.exitcode == 0
 
 
 def test_without_a_compiler(cache, monkeypatch):
@@ -151,6 +167,25 @@ def test_a_compiler_that_fails(cache, monkeypatch):
     compiler.write_text("#!/bin/sh\nexit 0\n")  # and makes nothing
     library._load.cache_clear()
     compiled_with_warning(r"failed: no message \(exit status 0\)")
+
+
+@pytest.mark.parametrize("command", ["c++ 'half", "''"])
+def test_a_compiler_that_is_no_command(cache, monkeypatch, command):
+    monkeypatch.setenv("CXX", command)
+    compiled_with_warning("instead of its own kernel")
+
+
+def test_a_compiler_that_speaks_another_encoding(cache, monkeypatch):
+    (cache.parent / "compiler").write_text("#!/bin/sh\nprintf 'error: \\351\\n' >&2\nexit 1\n")
+    compiled_with_warning("failed: error: .")
+
+
+def test_a_blank_name_of_a_compiler_is_none(cache, monkeypatch):
+    compiler = os.environ["CXX"]
+    (cache.parent / "c++").symlink_to(compiler)
+    monkeypatch.setenv("CXX", " ")
+    monkeypatch.setenv("PATH", f"{cache.parent}:{os.environ['PATH']}")
+    compiled_without_warning()
 
 
 def test_a_compiler_that_makes_no_library(cache):
@@ -199,6 +234,166 @@ def test_a_full_cache_folder_that_is_read_only_serves(cache, monkeypatch):
     next(cache.iterdir()).unlink()
     library._load.cache_clear()
     compiled_with_warning("the cache folder .* cannot be written \\(Permission denied\\)")
+
+
+@pytest.mark.parametrize("name", [".", "sub/folder", "~/folder"])
+def test_a_folder_of_any_spelling(cache, monkeypatch, tmp_path, name):
+    monkeypatch.setenv("SOLO_GATING_CACHE", name)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "work").mkdir(mode=0o700)
+    monkeypatch.chdir(tmp_path / "work")
+    compiled_without_warning()
+    parent = tmp_path / ("home" if name.startswith("~") else "work")
+    assert len(list(parent.glob("**/kernel-*.so"))) == 1
+    library._load.cache_clear()
+    monkeypatch.chdir("/")  # what is loaded stays loaded, and another folder is another one
+    monkeypatch.setenv("SOLO_GATING_CACHE", str(parent / name.removeprefix("~/")))
+    compiled_without_warning()
+    assert len(runs(cache)) == 1
+
+
+@pytest.mark.parametrize("home", [None, "/dev/null/home"])
+def test_without_a_home_it_is_built_in_a_folder_for_temporary_files(
+    cache, monkeypatch, tmp_path, home
+):
+    monkeypatch.delenv("SOLO_GATING_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "not/absolute")
+    monkeypatch.setenv("HOME", home or "")
+    if home is None:
+        monkeypatch.delenv("HOME")
+        monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)  # a user without an entry
+    monkeypatch.setattr(library.tempfile, "tempdir", str(tmp_path))
+    for _ in range(2):
+        compiled_without_warning()
+        library._load.cache_clear()
+    folder = tmp_path / f"solo-gating-{os.geteuid()}"
+    assert len(list(folder.iterdir())) == len(runs(cache)) == 1
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+def test_a_current_folder_that_was_deleted(cache, monkeypatch, tmp_path):
+    monkeypatch.setenv("SOLO_GATING_CACHE", ".")
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    compiled_with_warning("there is no cache folder")
+
+
+@pytest.fixture
+def planted(cache, tmp_path):
+    """A whole library under the kernel's name; its constructor leaves a file when it runs."""
+    compiled_without_warning()
+    library._load.cache_clear()
+    (file,) = cache.iterdir()
+    source, ran = tmp_path / "planted.c", tmp_path / "ran"
+    source.write_text(
+        "#include <stdio.h>\n__attribute__((constructor)) static void f(void)"
+        f'{{ fclose(fopen("{ran}", "w")); }}\n'
+    )
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", file, source], check=True)
+    content = file.read_bytes()
+    file.write_bytes(content + library.hashlib.sha256(content).digest())
+    file.chmod(0o755)
+    yield file
+    assert not ran.exists()
+
+
+def give_away(path, monkeypatch):
+    """Make a file or folder somebody else's."""
+    if os.geteuid() == 0:
+        os.chown(path, 12345, -1, follow_symlinks=False)
+    else:  # then it is us who are somebody else
+        monkeypatch.setattr(library.os, "geteuid", lambda: 12345)
+
+
+@pytest.mark.parametrize("what", ["file", "folder", "link"])
+def test_a_library_of_somebody_else_is_not_loaded(planted, monkeypatch, what):
+    path = planted if what == "file" else planted.parent
+    if what == "link":
+        path = planted.parent.parent / "link"
+        path.symlink_to(planted.parent)
+        monkeypatch.setenv("SOLO_GATING_CACHE", str(path))
+    give_away(path, monkeypatch)
+    compiled_with_warning("belongs to another user, .*; accepted is one that only you or root")
+
+
+@pytest.mark.parametrize("spelling", [".", "../cache"])
+def test_nor_from_a_relative_folder(planted, monkeypatch, spelling):
+    monkeypatch.chdir(planted.parent)
+    monkeypatch.setenv("SOLO_GATING_CACHE", spelling)
+    give_away(planted, monkeypatch)
+    compiled_with_warning("belongs to another user")
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o1777, 0o775, 0o722])
+@pytest.mark.parametrize("what", ["file", "folder"])
+def test_a_library_that_others_may_write_to_is_not_loaded(planted, what, mode):
+    (planted if what == "file" else planted.parent).chmod(mode)
+    compiled_with_warning(f"may be written by other users \\(mode {mode:o}\\)")
+    assert len(list(planted.parent.iterdir())) == 1  # and nothing is built there
+
+
+def test_a_link_to_a_library_is_replaced_and_a_pipe_is_not_waited_for(planted):
+    elsewhere = planted.parent.parent / "elsewhere.so"
+    planted.rename(elsewhere)
+    planted.symlink_to(elsewhere)
+    compiled_without_warning()
+    assert not planted.is_symlink()
+    planted.unlink()
+    os.mkfifo(planted)
+    library._load.cache_clear()
+    compiled_without_warning()
+    assert planted.is_file()
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="folders cannot be held")
+def test_what_was_checked_is_what_is_loaded(planted, monkeypatch):
+    whole = library._is_whole
+    mine = planted.parent.with_name("mine")
+
+    def swap(content):  # at the last moment
+        if not mine.exists():
+            planted.parent.rename(mine)
+            planted.parent.mkdir()
+            (mine / planted.name).rename(planted)
+            return False
+        return whole(content)
+
+    monkeypatch.setattr(library, "_is_whole", swap)
+    compiled_without_warning()
+    assert len(list(mine.iterdir())) == 1
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o002, 0o077])
+def test_any_umask(cache, umask):
+    before = os.umask(umask)
+    try:
+        for _ in range(2):
+            compiled_without_warning()
+            library._load.cache_clear()
+    finally:
+        os.umask(before)
+    assert len(runs(cache)) == 1
+
+
+def test_a_folder_that_is_mended_serves_at_once(cache):
+    cache.mkdir()
+    cache.chmod(0o777)
+    compiled_with_warning("may be written by other users")
+    cache.chmod(0o755)
+    compiled_without_warning()
+
+
+def test_what_a_killed_build_left_is_removed(cache):
+    cache.mkdir(mode=0o700)
+    for age in (0, 7200):
+        folder = cache / f"build-{age}"
+        folder.mkdir()
+        (folder / "kernel.so").write_text("half")
+        os.utime(folder, (time.time() - age,) * 2)
+    compiled_without_warning()
+    assert (cache / "build-0").exists()  # of a build that may be running
+    assert not (cache / "build-7200").exists()
 
 
 def test_the_default_folder(monkeypatch, tmp_path):

@@ -167,7 +167,8 @@ def test_with_a_number_the_network_and_its_config_are_the_papers():
     assert not [n for n in model.state_dict() if "embedding" in n or n.endswith("expand.bias")]
     assert list(cfg.gating) == [
         *("target_budget", "sparsity_weight", "bound_weight", "bound_decay", "bound_target"),
-        *("reduction", "temperature", "separate_bn", "warmup_epochs", "views"),
+        *("bound_gradient", "reduction", "temperature", "weight_decay", "separate_bn"),
+        *("warmup_epochs", "views"),
     ]
     assert set(cfg.backbone.kwargs) == {"width", "stem", "reduction", "temperature", "separate_bn"}
     assert model.backbone.budget is None

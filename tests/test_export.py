@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from omegaconf import OmegaConf
 from torchvision.models import resnet18
 
-from solo_gating import METHODS, InputError
+from solo_gating import METHODS, InputError, main_export
 from solo_gating.backbones import BACKBONES, SlicedResNet
 from solo_gating.deploy.dense import dense_network, dense_state_dict
 from solo_gating.deploy.static import kept_channels, slice_encoder, static_flops
@@ -258,7 +259,19 @@ def test_a_mistake_is_one_sentence(run, tmp_path, monkeypatch, capsys, arguments
     error = capsys.readouterr().err
     assert words in error
     assert error.count("\n") == 1
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob("out/*"))
+
+
+@pytest.mark.parametrize("resolution", ["0", "-1", "100000"])
+def test_a_senseless_resolution_is_refused(resolution, run, call):
+    options = ("--path", "dense", "--resolution", resolution, "--output", "out")
+    code, _, stderr = call(main_export, "--checkpoint", str(run.checkpoint), *options)
+    assert code == 2
+    assert (
+        stderr
+        == f"error: --resolution: found {resolution}, accepted is an integer from 1 to 4096\n"
+    )
+    assert not Path("out").exists()
 
 
 def test_a_mistyped_override_is_one_sentence(run, tmp_path, monkeypatch, capsys):
@@ -269,5 +282,5 @@ def test_a_mistyped_override_is_one_sentence(run, tmp_path, monkeypatch, capsys)
             "no_such_key=1",
         )
     assert stop.value.code == 2
-    assert capsys.readouterr().err.strip() == "error: Could not override 'no_such_key'."
-    assert not (tmp_path / "out").exists()
+    assert capsys.readouterr().err.strip() == "error: no_such_key: no such key"
+    assert not list(tmp_path.glob("out/*"))

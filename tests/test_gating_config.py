@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 
 from solo_gating import InputError
 from solo_gating.config import prepare_config
-from solo_gating.gating_config import GatingConfig
+from solo_gating.gating_config import GatingConfig, as_it_was
 
 from .helpers import tiny_config
 
@@ -30,6 +30,8 @@ BUDGET = "a number in (0, 1] or a range like [0.05, 0.9]"
         *(("sparsity_weight", value, "a number ≥ 0") for value in [-1, math.nan, "5", False]),
         ("bound_weight", -0.1, "a number ≥ 0"),
         ("bound_decay", math.inf, "a number ≥ 0"),
+        *(("weight_decay", value, "a number ≥ 0") for value in [-1e-4, math.nan, "0", True]),
+        *(("bound_gradient", value, "one of all, selected") for value in ["on", True, 1]),
         ("temperature", 0, "a number > 0"),
         ("reduction", 0, "an integer ≥ 1"),
         ("reduction", 4.0, "an integer ≥ 1"),
@@ -56,9 +58,9 @@ def test_a_value_is_refused_in_one_sentence(key, value, accepted):
         (
             {"budget": 0.3},
             "gating.budget: no such key, accepted are target_budget, sparsity_weight, bound_weight, "
-            "bound_decay, bound_target, reduction, temperature, separate_bn, warmup_epochs, views, "
-            "budget_sampling, budget_anneal, budget_per_image, budget_embedding, open_start, "
-            "shuffle_views",
+            "bound_decay, bound_target, bound_gradient, reduction, temperature, weight_decay, "
+            "separate_bn, warmup_epochs, views, budget_sampling, budget_anneal, budget_per_image, "
+            "budget_embedding, open_start, shuffle_views",
         ),
         (
             {"views": ["gated", "sparse"]},
@@ -120,8 +122,10 @@ def test_the_config_then_holds_the_complete_group():
         "bound_weight": 1.0,
         "bound_decay": 0.02,
         "bound_target": "sqrt",
+        "bound_gradient": "selected",
         "reduction": 4,
         "temperature": 2 / 3,
+        "weight_decay": 0.0,
         "separate_bn": False,
         "warmup_epochs": 0,
         "views": ["gated", "gated"],
@@ -135,3 +139,12 @@ def test_small_crops_are_views_too():
         prepare_config(cfg)
     cfg = tiny_config(augmentations=crops, gating={"views": ["gated", "dense", "gated"]})
     assert prepare_config(cfg).data.num_small_crops == 1
+
+
+def test_absent_keys_of_an_older_record_mean_what_they_meant():
+    """A run with the gates' decay of the optimiser is none without; new records say which."""
+    new = read({})._written()
+    old = {key: new[key] for key in new if key not in ("bound_gradient", "weight_decay")}
+    assert as_it_was(new, 1e-4) == new
+    assert as_it_was(old, 1e-4) == {**old, "bound_gradient": "all", "weight_decay": 1e-4}
+    assert as_it_was(old, 0.0) == read({"bound_gradient": "all"})._written()

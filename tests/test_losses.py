@@ -6,6 +6,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from solo_gating.flops import selected_channels
 from solo_gating.gating_config import GatingConfig
 from solo_gating.losses import bound_loss, budget_loss
 
@@ -44,6 +45,18 @@ def test_bound_loss_pulls_each_block_to_its_own_bound():
     bound_loss(shares, 0.5, 1, decay=math.log(2)).backward()
     expected = [-2 * 0.05 / 3, 2 * 0.15 / 3, 0.0]
     assert shares.grad.tolist() == pytest.approx(expected, abs=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("gradient", "expected"),
+    [("all", [[1, 1, 1], [1, 1, 1]]), ("selected", [[1, 0, 1], [0, 0, 1]])],
+)
+def test_the_gradient_of_the_number_of_channels(gradient, expected):
+    mask = torch.tensor([[1.0, 0, 1], [0, 0, 1]], requires_grad=True)
+    channels = selected_channels((mask, mask.detach()), gradient)
+    assert channels.tolist() == [[2, 2], [1, 1]]
+    channels.sum().backward()
+    assert mask.grad.tolist() == expected
 
 
 @pytest.mark.parametrize(

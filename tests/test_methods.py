@@ -1,6 +1,8 @@
 """The methods: which path a view takes, and that their losses add up."""
 
 import copy
+from contextlib import nullcontext
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +13,9 @@ from solo.losses.vicreg import vicreg_loss_func
 from solo.losses.wmse import wmse_loss_func
 
 from solo_gating import GATED_METHODS, METHODS, InputError
+from solo_gating.config import prepare_config
+from solo_gating.methods import GatedMethod
+from solo_gating.solo_learn import fixes
 
 from .helpers import (
     METHOD_KWARGS,
@@ -22,6 +27,7 @@ from .helpers import (
     tiny_model,
 )
 from .reference import Reference, bound, budget
+from .reference import vicreg as vicreg_by_hand
 
 GATING = {"target_budget": 0.3, "sparsity_weight": 50.0, "bound_weight": 2.0}
 
@@ -290,6 +296,7 @@ def test_validation_measures_every_trained_path():
     _, (images, _), targets = random_batch()
     with torch.no_grad():
         model.validation_step([images, targets], 0)
+        model.on_validation_epoch_end()
         for path in ("dense", "gated"):
             with model.backbone.path(path) as passes:
                 correct = model.classifier(model.backbone(images)).argmax(dim=1) == targets
@@ -297,3 +304,255 @@ def test_validation_measures_every_trained_path():
             assert float(model.logged[f"val_{path}_acc1"]) == pytest.approx(accuracy)
     share = Reference(model.backbone.state_dict(), "cifar").flops_share(passes[-1].masks, images)
     assert model.logged["val_flops_share"].item() == pytest.approx(share.item(), rel=1e-10)
+
+
+@pytest.mark.parametrize("method", ["vicreg_dual", "vicreg"])
+def test_validation_figures_are_those_of_the_labelled_images(method):
+    """Batches with 3, 0 and 6 labels: every labelled image counts once."""
+    knn = {"enabled": True, "k": 1, "distance_func": "euclidean"}
+    model = tiny_model(tiny_config(method, knn_eval=knn)).eval()
+    paths = ("dense", "gated") if method == "vicreg_dual" else (None,)
+    batches = []
+    for seed, labelled in enumerate((3, 0, 6)):
+        _, (images, _), targets = random_batch(seed=seed)
+        targets[labelled:] = -1
+        batches.append((images, targets))
+    images, targets = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    bank = random_batch(size=6, seed=9)
+    labels = bank[2].clone()
+    labels[0] = -1
+    expected = {}
+    with torch.no_grad():
+        for path in paths:
+            with model.backbone.path(path) if path else nullcontext():
+                features = model.backbone(images)[targets >= 0]
+                train = model.backbone(bank[1][0])
+            knn = model.path_knn[path] if path else model.knn
+            knn(train_features=train, train_targets=labels)
+            logits, truth = model.classifier(features), targets[targets >= 0]
+            accuracy = 100 * (logits.argmax(dim=1) == truth).double().mean().item()
+            expected[f"val_{path}_acc1" if path else "val_acc1"] = accuracy
+            nearest = labels[1:][torch.cdist(features, train[1:]).argmin(dim=1)]
+            accuracy = 100 * (nearest == truth).double().mean().item()
+            expected[f"val_{path}_knn_acc1" if path else "val_knn_acc1"] = accuracy
+            if path != "gated":
+                expected["val_loss"] = F.cross_entropy(logits, truth).item()
+        for index, batch in enumerate(batches):
+            model.validation_step(list(batch), index)
+        model.on_validation_epoch_end()
+    logged = {name: float(model.logged[name]) for name in expected}
+    assert logged == pytest.approx(expected)
+    assert float(model.logged["val_acc5"]) == 100  # of three classes
+
+
+@pytest.mark.parametrize("method", ["vicreg_dual", "vicreg"])
+def test_without_a_label_there_is_no_validation_figure(method):
+    model = tiny_model(tiny_config(method, knn_eval={"enabled": True, "k": 1})).eval()
+    _, (images, _), targets = random_batch()
+    with torch.no_grad():
+        model.validation_step([images, torch.full_like(targets, -1)], 0)
+        model.on_validation_epoch_end()
+    assert set(model.logged) == ({"val_flops_share"} if method == "vicreg_dual" else set())
+
+
+def test_validation_means_are_those_of_all_processes(monkeypatch):
+    """The other process has 6 labelled images, this one 2 and 1."""
+    monkeypatch.setattr(fixes, "rank_and_processes", lambda: (0, 2))
+    other = torch.tensor([6.0, 6 * 50.0, 6 * 2.0])
+    monkeypatch.setattr(fixes.dist, "all_reduce", lambda tensor: tensor.add_(other))
+    outputs = [
+        {"batch_size": torch.tensor(n), "val_acc1": torch.tensor([a]), "val_loss": torch.tensor(b)}
+        for n, a, b in ((2, 100.0, 1.0), (1, 0.0, 4.0))
+    ]
+    found = {name: float(value) for name, value in fixes.labelled_means(outputs).items()}
+    assert found == pytest.approx({"val_acc1": (200 + 300) / 9, "val_loss": (2 + 4 + 12) / 9})
+
+
+def test_training_accuracy_is_that_of_the_labelled_images():
+    model = tiny_model(tiny_config("vicreg"))
+    batch = random_batch()
+    batch[2][3:] = -1
+    copied = copy_of(model)
+    model.training_step(batch, 0)
+    with torch.no_grad():
+        hits = [
+            copied.classifier(copied.backbone(view))[:3].argmax(dim=1) == batch[2][:3]
+            for view in batch[1]
+        ]
+    accuracy = 100 * torch.cat(hits).double().mean().item()
+    assert float(model.logged["train_acc1"]) == pytest.approx(accuracy)
+
+
+# VICReg's statistics
+
+
+@pytest.mark.parametrize(
+    ("method", "images", "parts"),
+    [
+        ("vicreg_dual", 4, 2),
+        ("vicreg", 4, 2),
+        ("vicreg", 2, 4),
+        ("vicreg_dual", 16, 1),
+        ("vicreg", None, 1),
+    ],
+)
+def test_statistics_of_so_many_images(method, images, parts):
+    """Of 4 of 8 images: what two processes with 4 each, and statistics of their own, average."""
+    model = tiny_model(tiny_config(method, method_kwargs={"statistics_images": images}))
+    copied, batch = copy_of(model), random_batch()
+    step(model, batch).backward()
+    with fixed_noise(11), torch.no_grad():
+        z = []
+        for image, path in zip(batch[1], ("gated", "dense"), strict=True):
+            if method == "vicreg":
+                features = copied.backbone(image)
+            else:
+                with copied.backbone.path(path):
+                    features = copied.backbone(image)
+            z.append(copied.projector(features))
+    losses = [
+        vicreg_by_hand(*part) for part in zip(*(each.chunk(parts) for each in z), strict=True)
+    ]
+    assert model.logged["train_vicreg_loss"].item() == pytest.approx(
+        sum(losses).item() / parts, rel=1e-10
+    )
+    assert abs(losses[0] - losses[-1]) > 1e-3 or parts == 1
+
+
+@pytest.mark.parametrize(
+    ("method", "images", "message"),
+    [
+        (
+            "vicreg_dual",
+            3,
+            "found 3, accepted is a divisor or a multiple of optimizer.batch_size=8",
+        ),
+        ("vicreg_dual", 1, "found 1, accepted is an integer ≥ 2"),
+        ("vicreg", "half", "found 'half', accepted is an integer ≥ 2"),
+        ("barlow_dual", 4, "found 4, method 'barlow_dual' is no VICReg; accepted is null"),
+    ],
+)
+def test_statistics_that_cannot_be_are_refused(method, images, message):
+    with pytest.raises(InputError) as error:
+        prepare_config(tiny_config(method, method_kwargs={"statistics_images": images}))
+    assert str(error.value) == f"method_kwargs.statistics_images: {message}"
+
+
+@pytest.mark.parametrize("images", [2, 4, 8, 16])
+def test_statistics_of_parts_or_of_several_processes_are_accepted(images):
+    cfg = prepare_config(tiny_config("vicreg", method_kwargs={"statistics_images": images}))
+    assert cfg.method_kwargs.statistics_images == images
+
+
+def test_statistics_of_all_images_are_recorded_as_ever():
+    cfg = prepare_config(tiny_config(method_kwargs={"statistics_images": None}))
+    assert cfg == prepare_config(tiny_config())
+
+
+# The optimiser's groups
+
+OPTIMIZERS = {
+    "sgd": {"name": "sgd"},
+    "lars": {"name": "lars", "kwargs": {"exclude_bias_n_norm": True}},
+    "adamw": {"name": "adamw", "kwargs": {"betas": [0.9, 0.999], "momentum": None}},
+}
+TOLD = {"target_budget": [0.05, 0.9], "open_start": True}
+
+
+def with_optimizer(name, method="vicreg_dual", **overrides):
+    cfg = tiny_config(method, optimizer=OPTIMIZERS[name], scheduler={"name": "none"}, **overrides)
+    if name == "adamw":
+        del cfg.optimizer.kwargs.momentum
+    return cfg
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "method", "overrides", "kinds"),
+    [
+        ("lars", "vicreg_dual", {}, 4),
+        ("lars", "vicreg_dual", {"backbone": {"name": "resnet18_two_encoders"}}, 4),
+        ("adamw", "barlow_gated", {"gating": TOLD}, 8),
+        ("sgd", "simsiam_gated", {}, 4),
+        ("lars", "vicreg_gated", {"gating": {"weight_decay": 0.02}}, 4),
+        ("adamw", "simclr_dual", {"gating": {"weight_decay": 0.02}}, 4),
+    ],
+)
+def test_gates_have_the_weight_decay_that_the_config_gives_them(
+    optimizer, method, overrides, kinds
+):
+    cfg = with_optimizer(optimizer, method, **overrides)
+    decay = cfg.get("gating", {}).get("weight_decay", 0)
+    model = tiny_model(cfg)
+    groups = model.configure_optimizers().param_groups
+    of = {p: group for group in groups for p in group["params"]}
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    gates = {n: p for n, p in model.named_parameters() if ".gate." in n}
+    assert len(gates) == 8 * kinds
+    for name, p in model.named_parameters():
+        expected = 1e-4
+        if name in gates:
+            expected = decay
+        elif name.startswith("classifier"):
+            expected = 0
+        assert of[p]["weight_decay"] == expected, name
+        assert of[p]["lr"] == 0.1
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_step_without_gradients_shrinks_all_but_the_gates(optimizer):
+    model = tiny_model(with_optimizer(optimizer))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    model.configure_optimizers().step()
+    for name, p in model.named_parameters():
+        rests = ".gate." in name or name.startswith("classifier") or not before[name].any()
+        assert torch.equal(p, before[name]) == rests, name
+
+
+@pytest.mark.parametrize(("method", "exclude"), [("vicreg_dual", True), ("simsiam_gated", False)])
+def test_an_optimiser_from_before_the_gates_had_a_group_goes_on(method, exclude):
+    cfg = tiny_config(method, optimizer={"exclude_bias_n_norm_wd": exclude}, max_epochs=4)
+
+    def run(steps, model, optimizer, scheduler):
+        rates = []
+        for number in range(steps):
+            torch.manual_seed(number)
+            for p in model.parameters():
+                p.grad = torch.randn_like(p)
+            rates.append(
+                {p: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+            )
+            optimizer.step()
+            scheduler.step()
+        return [{name: at[p] for name, p in model.named_parameters()} for at in rates]
+
+    def started(model):
+        (optimizer,), (scheduler,) = model.configure_optimizers()
+        return model, optimizer, scheduler["scheduler"]
+
+    one_group = property(lambda self: super(GatedMethod, self).learnable_params)
+    with mock.patch.object(GatedMethod, "learnable_params", one_group):
+        old, optimizer, scheduler = started(tiny_model(cfg))
+    run(4, old, optimizer, scheduler)
+    states = {
+        "optimizer_states": [optimizer.state_dict()],
+        "lr_schedulers": [scheduler.state_dict()],
+    }
+    old.on_save_checkpoint(states)
+
+    new, resumed, schedule = started(tiny_model(cfg))
+    states = copy.deepcopy(states)
+    for _ in range(2):  # the second time there is nothing to do
+        new.on_load_checkpoint(states)
+    resumed.load_state_dict(states["optimizer_states"][0])
+    schedule.load_state_dict(states["lr_schedulers"][0])
+    for (name, p), q in zip(new.named_parameters(), old.parameters(), strict=True):
+        ours, theirs = resumed.state[p]["momentum_buffer"], optimizer.state[q]["momentum_buffer"]
+        assert torch.equal(ours, theirs), name
+    _, whole, _ = fresh = started(tiny_model(cfg))
+    decays, expected = ([g["weight_decay"] for g in o.param_groups] for o in (resumed, whole))
+    assert decays == expected
+    rates = run(8, *fresh)[4:]
+    for ours, theirs in zip(run(4, new, resumed, schedule), rates, strict=True):
+        assert ours == pytest.approx(theirs)

@@ -169,8 +169,11 @@ def test_batches_of_images_on_the_device_or_the_host(fits):
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode, mock.patch.object(device_loader, "fits", return_value=fits):
         loader._move()  # once in a run
-    loader.sampler = range(20)  # a drawn order has values, too
-    with gpu_without_values(mode), mock.patch.object(loader, "_generator"):
+    order = mock.MagicMock()  # a drawn one has values, too
+    order.__iter__.return_value = range(20)
+    order.__len__.return_value = 20
+    loader.sampler = order
+    with gpu_without_values(mode), mock.patch.object(device_loader, "batch_generator"):
         batches = list(loader)
     assert len(batches) == 2
     for indices, views, labels in batches:

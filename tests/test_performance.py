@@ -203,9 +203,8 @@ def test_validation_runs_the_backbone_once_for_each_path(monkeypatch):
     calls.clear()
     with torch.no_grad():
         model.validation_step([images, targets], 0)
-    # The gated path goes through layer4's blocks, not through layer4 itself.
     assert calls.count("conv1") == 2
-    assert calls.count("layer4") == 1
+    assert calls.count("layer4") == 2
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 from solo_gating import InputError, main_policy
-from solo_gating.cli import _flags_to_overrides
+from solo_gating.arguments import flags_to_overrides
 from solo_gating.evaluate import dial
 from solo_gating.evaluate.dial import Setting, calibrate, lowest_share, mean_share, sweep
 from solo_gating.evaluate.features import extract
@@ -181,6 +181,18 @@ def without(*keys):
     return change
 
 
+def with_(**values):
+    return lambda content: json.dumps(content | values)
+
+
+def block_with(**values):
+    def change(content):
+        content["blocks"][0] |= values
+        return json.dumps(content)
+
+    return change
+
+
 BAD_POLICIES = {
     "absent": (None, ["cannot read"]),
     "truncated": (lambda content: json.dumps(content)[:-40], ["cannot read"]),
@@ -195,6 +207,23 @@ BAD_POLICIES = {
     "without a share": (without("share"), ["is incomplete", "share"]),
     "block without channels": (without("blocks", 0, "channels"), ["is incomplete", "channels"]),
     "with more": (lambda content: json.dumps(content | {"x": 1}), ["'x'"]),
+    "fewer counts than channels": (block_with(selected=[0, 0, 0]), ["selected: found [0, 0, 0]"]),
+    "a count of more images": (block_with(selected=[4] * 4), ["selected: found [4,", "0 to 3"]),
+    "a count below 0": (block_with(selected=[-1] * 4), ["selected: found [-1"]),
+    "counts that are texts": (block_with(selected=["1"] * 4), ["selected: found ['1'"]),
+    "a count and a half": (block_with(selected=[1.5] * 4), ["selected: found [1.5"]),
+    "truths for counts": (block_with(selected=[True] * 4), ["selected: found [True"]),
+    "a text for channels": (block_with(channels="4"), ["channels: found '4'"]),
+    "other sums": (
+        block_with(selected=[3] * 4, always_on=1),
+        ["always_on: found 1, accepted is 4"],
+    ),
+    "a threshold that is NaN": (with_(threshold=float("nan")), ["threshold: found nan"]),
+    "a text for the threshold": (with_(threshold="0"), ["threshold: found '0'"]),
+    "a budget of 2": (with_(budget=2), ["budget: found 2"]),
+    "no images": (with_(images=0), ["images: found 0"]),
+    "one side": (with_(resolution=[16]), ["resolution: found [16]"]),
+    "no blocks": (with_(blocks=[]), ["blocks: found none"]),
     "blocks are numbers": (lambda content: json.dumps(content | {"blocks": [1]}), ["incomplete"]),
 }
 
@@ -488,7 +517,7 @@ FLAGS = {"calibrate": None, "sweep": "true"}
     ],
 )
 def test_flags_become_overrides(arguments, overrides):
-    assert _flags_to_overrides(arguments, FLAGS) == overrides
+    assert flags_to_overrides(arguments, FLAGS) == overrides
 
 
 @pytest.mark.parametrize(
@@ -500,11 +529,9 @@ def test_flags_become_overrides(arguments, overrides):
         ["--calibrate=", "0.3"],
     ],
 )
-def test_a_flag_without_its_value_is_refused(arguments, capsys):
-    with pytest.raises(SystemExit) as stop:
-        _flags_to_overrides(arguments, FLAGS)
-    assert stop.value.code == 2
-    assert capsys.readouterr().err == "error: --calibrate: needs a value\n"
+def test_a_flag_without_its_value_is_refused(arguments):
+    with pytest.raises(InputError, match=r"^--calibrate: needs a value$"):
+        flags_to_overrides(arguments, FLAGS)
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,13 @@
 
 import csv
 import json
+import resource
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 from omegaconf import OmegaConf
 from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
@@ -14,11 +16,15 @@ from sklearn.neighbors import KNeighborsClassifier
 from solo_gating import METHODS, BaseMethod, InputError
 from solo_gating.config import prepare_config
 from solo_gating.data import evaluation_loader
+from solo_gating.evaluate.final_table import format_table
+from solo_gating.evaluate.knn import knn_top1, knn_top1_few_labels
 from solo_gating.flops import count_flops
 from solo_gating.main_flops import report_flops
 from solo_gating.main_pretrain import pretrain
 from solo_gating.methods import gated
 from solo_gating.training.callbacks import NonFiniteLossError
+from solo_gating.training.checkpoints import WholeFiles
+from solo_gating.training.trainer import attach_outputs
 
 from .helpers import tiny_config, write_images
 from .reference import Reference
@@ -62,6 +68,7 @@ def dual(tmp_path_factory):
     )
     given = cfg.copy()
     metrics = pretrain(cfg)
+    cfg = prepare_config(cfg)
     return SimpleNamespace(cfg=cfg, given=given, metrics=metrics, folder=run_folder(folder))
 
 
@@ -252,8 +259,7 @@ def killed_config(folder, **overrides):
         max_epochs=4,
         optimizer={"name": "adamw", "lr": 0.03, "kwargs": {"betas": [0.9, 0.999]}},
         scheduler={"warmup_epochs": 1},
-        gating={"bound_decay": 0.3},
-        **{"auto_resume": {"enabled": True}, **overrides},
+        **{"gating": {"bound_decay": 0.3}, "auto_resume": {"enabled": True}, **overrides},
     )
     del cfg.optimizer.kwargs.momentum
     return cfg
@@ -315,6 +321,27 @@ def test_a_run_from_before_a_key_came_is_continued(killed, steps, tmp_path):
     assert steps.rates[seen][:2] == (2 * STEPS, 2)
 
 
+def test_a_run_from_before_the_gates_had_a_group_is_continued_as_it_was(
+    steps, tmp_path, monkeypatch
+):
+    """Its record lacks their weight decay and the bound's gradient; now a config must name them."""
+    as_it_was = {"bound_decay": 0.3, "bound_gradient": "all", "weight_decay": 1e-4}
+    one_group = property(lambda self: super(gated.GatedMethod, self).learnable_params)
+    steps.kill_at = 2 * STEPS + 1
+    with monkeypatch.context() as before:
+        before.setattr(gated.GatedMethod, "learnable_params", one_group)
+        with pytest.raises(Killed):
+            pretrain(killed_config(tmp_path, gating=as_it_was))
+    args = json.loads((run_folder(tmp_path) / "args.json").read_text())
+    del args["gating"]["bound_gradient"], args["gating"]["weight_decay"]
+    (run_folder(tmp_path) / "args.json").write_text(json.dumps(args))
+    steps.kill_at, seen = None, len(steps.rates)
+    pretrain(killed_config(tmp_path, gating=as_it_was))
+    assert steps.rates[seen][:2] == (2 * STEPS, 2)
+    groups = load(run_folder(tmp_path) / "last.ckpt")["optimizer_states"][0]["param_groups"]
+    assert [group["name"] for group in groups[:2]] == ["backbone", "gates"]
+
+
 def test_old_runs_are_not_continued(killed, steps, tmp_path):
     seen = len(steps.rates)
     steps.kill_at = 1
@@ -364,17 +391,183 @@ def test_the_part_that_is_not_finite_is_named(steps, tmp_path, monkeypatch):
         pretrain(run_config(tmp_path))
 
 
-def test_every_checkpoint_is_kept_if_so_configured(tmp_path):
-    cfg = run_config(tmp_path, "vicreg", max_epochs=2, checkpoint={"keep_prev": True})
-    pretrain(cfg)
+@pytest.fixture
+def spoil_gradient_of(monkeypatch):
+    """Makes one gradient of a step infinite, after its loss."""
+
+    def spoil(step):
+        def on_after_backward(self):
+            if self.trainer.global_step == step - 1:
+                next(self.backbone.parameters()).grad[0, 0] = torch.inf
+
+        monkeypatch.setattr(METHODS["vicreg"], "on_after_backward", on_after_backward)
+
+    return spoil
+
+
+def short_config(folder, **overrides):
+    """A run of a network without gates and without validation."""
+    return run_config(folder, "vicreg", **{"data": {"val_path": None}, **overrides})
+
+
+def test_a_gradient_that_is_not_finite_in_an_epoch_s_last_step_spoils_no_checkpoint(
+    spoil_gradient_of, tmp_path
+):
+    spoil_gradient_of(2 * STEPS)
+    with pytest.raises(
+        NonFiniteLossError, match=rf"in epoch 1: backbone.conv1.weight .* at step {2 * STEPS};"
+    ):
+        pretrain(short_config(tmp_path, max_epochs=2))
     folder = run_folder(tmp_path)
-    assert sorted(file.name for file in folder.glob("*.ckpt")) == [
-        "last.ckpt",
-        "tiny-ep=0.ckpt",
-        "tiny-ep=1.ckpt",
+    checkpoint = load(folder / "last.ckpt")
+    assert checkpoint["epoch"] == 0
+    assert is_finite(checkpoint)
+    assert sorted(file.name for file in folder.iterdir()) == [
+        *("args.json", "last.ckpt", "logs", "run.lock")
     ]
-    assert [load(folder / f"tiny-ep={epoch}.ckpt")["epoch"] for epoch in range(2)] == [0, 1]
-    assert load(folder / "last.ckpt")["epoch"] == 1
+
+
+def test_a_run_whose_last_gradient_is_not_finite_has_no_results(spoil_gradient_of, tmp_path):
+    spoil_gradient_of(STEPS)
+    with pytest.raises(NonFiniteLossError, match=r"in epoch 0: backbone.conv1.weight is not"):
+        pretrain(short_config(tmp_path, max_epochs=1, checkpoint={"enabled": False}))
+    assert {file.name for file in run_folder(tmp_path).iterdir()} == {"logs", "run.lock"}
+
+
+@pytest.mark.parametrize("where", ["weight", "buffer", "optimizer", None])
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_everything_that_is_saved_is_checked(where, value, tmp_path):
+    model = torch.nn.BatchNorm1d(2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(3, 2)).sum().backward()
+    optimizer.step()
+    checkpoint = {
+        "epoch": 3,
+        "global_step": 7,
+        "state_dict": model.state_dict(),
+        "optimizer_states": [optimizer.state_dict()],
+    }
+    file = tmp_path / "last.ckpt"
+    WholeFiles().save_checkpoint(checkpoint, file)
+    before = file.read_bytes()
+    named = {
+        "weight": (model.bias.data, "bias"),
+        "buffer": (model.running_var, "running_var"),
+        "optimizer": (optimizer.state[model.bias]["exp_avg"], "the optimizer's exp_avg"),
+    }
+    if where is None:
+        WholeFiles().save_checkpoint(checkpoint, file)
+    else:
+        tensor, name = named[where]
+        tensor[1] = value
+        with pytest.raises(NonFiniteLossError, match=f"in epoch 3: {name} .*at step 7;"):
+            WholeFiles().save_checkpoint(checkpoint, file)
+        assert file.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+# What is saved, and when
+
+
+class Stop(Callback):
+    def on_train_batch_end(self, trainer, *args):
+        trainer.should_stop = trainer.global_step == STEPS + 1
+
+
+@pytest.mark.parametrize(
+    ("frequency", "limit", "saved"),
+    [
+        (2, {"max_epochs": 3}, {1: 2 * STEPS, 2: 3 * STEPS}),
+        (0, {"max_epochs": 2}, {1: 2 * STEPS}),
+        (10, {"max_steps": STEPS + 1}, {1: STEPS + 1}),
+        (1, {"callback": Stop()}, {0: STEPS, 1: STEPS + 1}),
+    ],
+)
+def test_the_end_of_a_run_is_saved(frequency, limit, saved, tmp_path, monkeypatch):
+    """Whatever the frequency is, and whatever ends the run."""
+    if "callback" in limit:
+
+        def attach(trainer, *args):
+            attach_outputs(trainer, *args)
+            trainer.callbacks.append(limit["callback"])
+
+        monkeypatch.setattr("solo_gating.main_pretrain.attach_outputs", attach)
+    cfg = short_config(tmp_path, checkpoint={"frequency": frequency, "keep_prev": True})
+    cfg.merge_with({key: value for key, value in limit.items() if key != "callback"})
+    metrics = pretrain(cfg)
+    folder = run_folder(tmp_path)
+    last = folder / "last.ckpt"
+    assert metrics["pretraining"]["checkpoint"] == str(last)
+    assert load(last)["global_step"] == metrics["steps"] == max(saved.values())
+    files = {file.name: load(file) for file in folder.glob("*.ckpt") if file != last}
+    assert {name: content["global_step"] for name, content in files.items()} == {
+        f"tiny-ep={epoch}.ckpt": step for epoch, step in saved.items()
+    }
+    assert all(name == f"tiny-ep={content['epoch']}.ckpt" for name, content in files.items())
+    assert last.stat().st_nlink == 2  # the space of one
+
+
+def test_a_full_disk_stops_a_run_with_one_sentence_and_the_checkpoint_before(tmp_path, monkeypatch):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = {}
+
+    def fill(self):
+        if self.current_epoch == 1:
+            before["bytes"] = (run_folder(tmp_path) / "last.ckpt").read_bytes()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (len(before["bytes"]) // 2, limits[1]))
+
+    monkeypatch.setattr(METHODS["vicreg"], "on_train_epoch_start", fill)
+    try:
+        with pytest.raises(InputError, match=r"^cannot write '.*tiny-ep=1.ckpt' \(File too large"):
+            pretrain(short_config(tmp_path, checkpoint={"keep_prev": True}))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    folder = run_folder(tmp_path)
+    assert sorted(file.name for file in folder.iterdir()) == [
+        "args.json",
+        "last.ckpt",
+        "logs",
+        "run.lock",
+        "tiny-ep=0.ckpt",
+    ]
+    assert (folder / "last.ckpt").read_bytes() == before["bytes"]
+    assert load(folder / "last.ckpt")["epoch"] == 0
+
+
+def test_results_name_no_checkpoint_that_holds_something_else(tmp_path):
+    """Neither one that was never written nor that of an earlier session."""
+    cfg = short_config(tmp_path, max_epochs=2)
+    pretrain(cfg.copy())
+    last = run_folder(tmp_path) / "last.ckpt"
+    cfg.merge_with(
+        {
+            "max_epochs": 3,
+            "checkpoint": {"enabled": False},
+            "resume_from_checkpoint": str(last),
+        }
+    )
+    assert pretrain(cfg)["pretraining"]["checkpoint"] is None
+    assert load(last)["epoch"] == 1
+
+
+@pytest.mark.parametrize("unlabelled", ["train", "val"])
+@pytest.mark.parametrize("data", [{}, {"pipeline": "device"}, {"fraction": 0.8}])
+def test_a_final_table_without_labels_is_refused_before_the_run(unlabelled, data, tmp_path):
+    cfg = run_config(tmp_path, "vicreg", data=data, final_knn={"enabled": True})
+    write_images(tmp_path / f"{unlabelled}.npz", 50, labels=False)
+    with pytest.raises(InputError, match=f"data.{unlabelled}_path: no image has a label"):
+        pretrain(cfg)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_figure_that_does_not_exist_is_a_dash():
+    unlabelled = torch.randn(4, 2), torch.full((4,), -1)
+    labelled = torch.randn(4, 2), torch.arange(4)
+    for train, test in ((labelled, unlabelled), (unlabelled, labelled)):
+        assert np.isnan(knn_top1(train, test))
+        assert np.isnan(knn_top1_few_labels(train, test, 2, 2))
+    row = {"knn_top1": np.nan, "knn_top1_2_per_class": np.nan}
+    assert format_table({"raw": row}).splitlines()[1].split() == ["raw", "–", "–", "–", "–"]
 
 
 def test_a_run_without_checkpoints_still_writes_its_figures(tmp_path):

@@ -1,5 +1,6 @@
 """The report: published figures as printed, measured ones in their places."""
 
+import copy
 import html
 import json
 import re
@@ -490,6 +491,74 @@ def test_unusable_files_are_skipped_and_named(store, report):
         assert reason is None or reason in lines[0].replace("\\", "")
 
 
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (place, value)
+        for place, values in {
+            ("dense", "linear_top1"): (1e9, -1, "60", True, 10**400, [60], {}),
+            ("dense", "linear_top1_std"): (-1, 1e9, "x"),
+            ("dense", "flops"): (0, -5, "x", 10**400),
+            ("gated", "flops_cut"): (5, float("inf"), "x"),
+            ("pretraining", "epochs"): (-1, 1.5, "x", 10**400),
+            ("pretraining", "width"): (True, -1),
+            ("pretraining", "name"): (True, ["x"]),
+            ("pretraining", "target_budget"): (7, "x", [1], {}),
+            ("pretraining", "method_kwargs"): ("x", [1]),
+            ("settings", "threshold"): ("x", None, float("nan")),
+            ("settings", "budget"): ("x", 3),
+            ("data", "train_images"): (-1, "x", 10**400),
+        }.items()
+        for value in values
+    ],
+    ids=lambda part: str(part)[:30],
+)
+def test_a_planted_figure_is_skipped(place, value, store):
+    content = copy.deepcopy(metrics())
+    content.setdefault(place[0], {})[place[1]] = value
+    found = read_records([store(metrics(name="whole"), content)])
+    assert {record.pretraining["name"] for record in found.records} == {"whole"}
+    (skipped,) = found.skipped
+    assert f"`{place[0]}.{place[1]}` is " in skipped.reason
+    assert len(skipped.reason) < 400
+
+
+def test_a_figure_that_does_not_exist_does_not_cost_the_other_ones(store):
+    content = metrics(None)
+    content["dense"]["knn_top1"] = None
+    found = read_records([store(content)])
+    assert [record.path for record in found.records] == ["gated"]
+    assert not found.skipped
+
+
+ODD_NAMES = (
+    *("<script>alert(1)</script>", "&lt;b&gt;", "a|b", "_hidden", "x" * 5000),
+    *("# x", "1. x", "- x", "_x_ *y* ~~z~~ `c`", "[a](javascript:b)", "![a](b)"),
+    *(2024, "$x_{$", r"\frac{1$", "$$", "a$b$c"),
+    *("\ud800\x00\x1b[31m\u202e", "a\r\nb\u2028c"),
+)
+
+
+def test_names_are_text_in_every_file(report):
+    files = report(
+        *(metrics(name=n) for n in ODD_NAMES), *(sweep({0.5: 20.0}, name=n) for n in ODD_NAMES)
+    )
+    markdown, page = files["report.md"].decode(), _Page(files["report.html"].decode())
+    assert "<" not in markdown
+    assert not {"script", "b"} & set(page.tags)
+    for sign in ("\x00", "\x1b", "\u202e", "\u2028"):
+        assert sign not in markdown + page.text
+    assert files["sweeps.png"].startswith(b"\x89PNG")
+    # As CommonMark reads it.
+    shown = html.unescape(re.sub(r"\\([!-/:-@\[-`{-~])", r"\1", markdown))
+    for name in ODD_NAMES:
+        if str(name).isascii() and str(name).isprintable():
+            assert str(name) in page.text
+            assert str(name) in shown
+    rows = [line for line in markdown.splitlines() if line.startswith("| ")]
+    assert not any(re.match(r"\| (#|1\.|-|_|\$) ?x", row) for row in rows)
+
+
 def test_bad_folders_end_with_one_sentence(call, store, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()
@@ -502,7 +571,7 @@ def test_bad_folders_end_with_one_sentence(call, store, tmp_path):
         (["empty"], "no metrics.json below 'empty'"),
         (["useless"], "is not JSON"),
         ([good, "absent"], "'absent' is absent"),
-        ([good, "--output", "file"], "cannot write 'file/report.md'"),
+        ([good, "--output", "file"], "cannot write 'file'"),
     ):
         code, stdout, stderr = call(*arguments)
         assert code == 2

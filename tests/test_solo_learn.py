@@ -12,7 +12,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from solo.methods import METHODS as SOLO_METHODS
 from torch import nn
 
-from solo_gating import BACKBONES
+from solo_gating import BACKBONES, GATED_METHODS, METHODS, methods
 from solo_gating.solo_learn import LARS, LINE, LinearModel, WeightedKNNClassifier, installed_line
 
 from .helpers import tiny_config, tiny_model
@@ -146,7 +146,7 @@ def test_lars_waits_for_no_device():
 # The schedule
 
 
-BACKBONE, CLASSIFIER, PROJECTOR, PREDICTOR = range(4)
+BACKBONE, GATES, CLASSIFIER, PROJECTOR, PREDICTOR = range(5)
 
 
 def scheduled_rates(method, steps=40, **scheduler):
@@ -185,9 +185,9 @@ def test_warm_up_is_linear_and_the_rest_a_cosine(options, kwargs):
     rates = scheduled_rates("vicreg_dual", **options)
     for step, rate in enumerate(rates):
         assert rate[BACKBONE] == pytest.approx(warmup_cosine(step, 0.5, **kwargs), abs=1e-12)
-        assert rate[PROJECTOR] == rate[BACKBONE]
+        assert rate[PROJECTOR] == rate[GATES] == rate[BACKBONE]
         assert rate[CLASSIFIER] == pytest.approx(warmup_cosine(step, 0.2, **kwargs), abs=1e-12)
-    assert [max(group) for group in zip(*rates, strict=True)] == pytest.approx([0.5, 0.2, 0.5])
+    assert [max(group) for group in zip(*rates, strict=True)] == pytest.approx([0.5, 0.5, 0.2, 0.5])
 
 
 def test_without_warm_up_the_cosine_starts_at_once():
@@ -225,7 +225,7 @@ def test_biases_and_norms_can_be_spared_weight_decay():
     groups = model.configure_optimizers().param_groups
     decay = {p: group["weight_decay"] for group in groups for p in group["params"]}
     for name, p in model.named_parameters():
-        spared = p.ndim == 1 or name.startswith("classifier")
+        spared = p.ndim == 1 or name.startswith("classifier") or ".gate." in name
         assert decay[p] == (0 if spared else 1e-4), name
 
 
@@ -330,6 +330,30 @@ def test_the_linear_classifier_learns_on_a_frozen_backbone():
     assert losses[-1] < 0.6 * losses[0]
     for name, value in model.backbone.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+# The registries
+
+
+def test_solo_learn_s_own_registries_know_the_plugin_s_names():
+    import solo
+
+    assert solo.methods.METHODS is SOLO_METHODS
+    for name, method in GATED_METHODS.items():
+        assert SOLO_METHODS[name] is METHODS[name] is method
+    assert isinstance(SOLO_METHODS["vicreg_dual"](tiny_config()), SOLO_METHODS["base"])
+    assert solo.methods.base.BaseMethod._BACKBONES.items() >= BACKBONES.items()
+    assert solo.methods.BaseMethod._BACKBONES is solo.methods.base.BaseMethod._BACKBONES
+
+
+def test_a_method_that_is_registered_later_is_in_all_registries(monkeypatch):
+    for registry in (SOLO_METHODS, METHODS, GATED_METHODS):
+        for name in ("mine_dual", "mine_gated"):  # taken out again afterwards
+            monkeypatch.setitem(registry, name, None)
+    methods.register_gated("mine", METHODS["vicreg"])
+    for name in ("mine_dual", "mine_gated"):
+        assert SOLO_METHODS[name] is METHODS[name] is GATED_METHODS[name]
+        assert issubclass(SOLO_METHODS[name], METHODS["vicreg"])
 
 
 # Which line

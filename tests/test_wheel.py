@@ -49,6 +49,10 @@ def test_configs_are_found_in_an_installed_wheel(tmp_path):
     assert "solo_gating/report/published.json" in names
     sources = (ROOT / "solo_gating/deploy/engine/kernel").iterdir()
     assert {str(file.relative_to(ROOT)) for file in sources} <= names
+    # Older ones run the code of a checkpoint in solo-learn's scripts.
+    metadata = next(name for name in names if name.endswith("METADATA"))
+    requirements = (site / metadata).read_text(encoding="utf-8").splitlines()
+    assert {"Requires-Dist: torch>=2.6", "Requires-Dist: torchvision>=0.21"} <= set(requirements)
     tops = {name.split("/")[0] for name in names}
     assert tops == {"solo_gating", wheel.name.removesuffix("-py3-none-any.whl") + ".dist-info"}
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from solo_gating import GATED_METHODS, METHODS
 from solo_gating.backbones import ForwardPass
+from solo_gating.backbones.paths import scope_of
 from solo_gating.main_pretrain import main
 from solo_gating.methods import GatedMethod, VICRegDual
 
@@ -48,7 +49,8 @@ class DetachedDense(VICRegDual):
 
 def _detached_beside_gated(backbone: Any, args: Any, features: Tensor) -> Tensor:
     """Nothing of the epochs in which all views are dense."""
-    paths = [view.path for view in backbone._scope.passes] if backbone.training else []
+    scope = scope_of(backbone)
+    paths = [view.path for view in scope.passes] if scope and backbone.training else []
     return features.detach() if paths == ["gated", "dense"] else features
 
 

@@ -18,6 +18,7 @@ read -r -a seeds <<<"${SEEDS:-0 1 2}"
 read -r -a shares <<<"${SHARES:-0.1 0.3 0.5 0.8}"
 width=${WIDTH:-16} pixels=${PIXELS:-16}
 source bash_scripts/environment.sh
+source bash_scripts/cells.sh
 
 common=(precision=32-true final_knn.enabled=true knn_eval.enabled=false enable_progress_bar=false)
 case $data in
@@ -47,7 +48,8 @@ esac
 out=${OUT:-trained_models/study_$data}
 common+=(max_epochs="$epochs" check_val_every_n_epoch="$epochs")
 
-gated="gating.sparsity_weight=100 gating.warmup_epochs=$((epochs / 10))"
+# The last two as in the runs of docs/every_budget.md.
+gated="gating.sparsity_weight=100 gating.warmup_epochs=$((epochs / 10)) gating.bound_gradient=all gating.weight_decay=1e-4"
 range="gating.target_budget=[0.05,0.9]"
 annealed="$range gating.open_start=true gating.budget_anneal=0.5"
 declare -A overrides=(
@@ -77,7 +79,7 @@ for variant in "${variants[@]}"; do
 done
 
 study() { # variant, seed, overrides
-    local variant=$1 seed=$2 folder words run_width=$width; shift 2
+    local variant=$1 seed=$2 folder words checkpoint run_width=$width; shift 2
     folder="$out/$variant/seed_$seed"
     local run=(name="$variant" seed="$seed" checkpoint.dir="$folder" auto_resume.enabled=true "${common[@]}")
     if [[ $variant == dense* ]]; then
@@ -88,11 +90,12 @@ study() { # variant, seed, overrides
         read -r -a words <<<"$gated ${overrides[$variant]}"
         run=("$dual" "${run[@]}" "${words[@]}")
     fi
-    compgen -G "$folder/*/*/metrics.json" >/dev/null ||
-        "$python" bash_scripts/every_budget/ablations.py --config-name "${run[@]}" backbone.kwargs.width="$run_width" "$@"
-    [ -e "$folder/accuracies.json" ] ||
-        "$python" bash_scripts/every_budget/study.py evaluate "$(compgen -G "$folder/*/*/last.ckpt")" \
-            "$folder/accuracies.json" "${shares[@]}"
+    finished "$folder" >/dev/null ||
+        "$python" bash_scripts/every_budget/ablations.py --config-name "${run[@]}" backbone.kwargs.width="$run_width" "$@" ||
+        return # `set -e` is off where a failure is waited for
+    checkpoint=$(finished "$folder")/last.ckpt || { unfinished "$folder"; return 1; }
+    evaluated "$folder/accuracies.json" "$checkpoint" ||
+        "$python" bash_scripts/every_budget/study.py evaluate "$checkpoint" "$folder/accuracies.json" "${shares[@]}"
 }
 
 mkdir -p "$out"
@@ -104,3 +107,10 @@ for seed in "${seeds[@]}"; do
 done
 wait
 "$python" bash_scripts/every_budget/study.py table "$out" "${shares[@]}" | tee "$out/table.md"
+for seed in "${seeds[@]}"; do
+    for variant in "${variants[@]}"; do
+        folder="$out/$variant/seed_$seed"
+        run=$(finished "$folder") && evaluated "$folder/accuracies.json" "$run/last.ckpt" ||
+            { echo "error: $folder is not finished; the same command continues" >&2; exit 1; }
+    done
+done

@@ -24,6 +24,7 @@ read -r -a runs <<<"${RUNS:-vicreg 0.3 0.1 0.5}"
 read -r -a linear <<<"${LINEAR:-augment=false seeds=3}"
 read -r -a benchmark <<<"${BENCHMARK:---accelerator gpu --batch 512 --precision bf16-mixed --compile --methods vicreg_dual --seconds 20}"
 source bash_scripts/environment.sh
+source bash_scripts/cells.sh
 mkdir -p "$out"
 
 if compgen -G "$data/train*.npz" >/dev/null; then
@@ -51,16 +52,16 @@ for run in "${runs[@]}"; do
         config=vicreg_dual name=vicreg_dual-$run gates=("gating.target_budget=$run")
     fi
     folder=$out/$name
-    compgen -G "$folder/*/*/metrics.json" >/dev/null ||
+    finished "$folder" >/dev/null ||
         within "$python" -m solo_gating.main_pretrain --config-name "${config}_cifar100" \
             name="$name" checkpoint.dir="$folder" auto_resume.enabled=true max_epochs="$epochs" \
             "${images[@]}" data.pipeline=device performance.compile=true precision=bf16-mixed \
             check_val_every_n_epoch="$epochs" ${gates[@]+"${gates[@]}"} "$@"
-    checkpoint=$(compgen -G "$folder/*/*/last.ckpt")
+    checkpoint=$(finished "$folder")/last.ckpt || { unfinished "$folder"; exit 1; }
     for kind in knn linear; do
         settings=()
         [ "$kind" = knn ] || settings=("${linear[@]}")
-        [ -e "$folder/$kind/metrics.json" ] ||
+        evaluated "$folder/$kind/metrics.json" "$checkpoint" ||
             within "$python" -m "solo_gating.main_$kind" pretrained_feature_extractor="$checkpoint" \
                 output="$folder/$kind" ${settings[@]+"${settings[@]}"}
     done

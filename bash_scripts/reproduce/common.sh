@@ -1,7 +1,8 @@
 # Sourced by the scripts of this folder: their options, and one cell of a table at a time.
 #
-# A cell is finished once its metrics.json is there; it is not run again. Runs that several tables
-# share (--out) are trained once. Each script ends with a report on everything below --out.
+# A cell is finished once its metrics.json is there and says no other; it is not run again. Runs that
+# several tables share (--out) are trained once. What fails or is stopped ends the script: no network is
+# evaluated before its last epoch. Each script ends with a report on everything below --out.
 
 usage() {
     sed -n '2,/^[^#]/{/^#/!d;s/^# \{0,1\}//;p}' "$0"
@@ -61,6 +62,7 @@ while [ $# -gt 0 ]; do
     shift
 done
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+source bash_scripts/cells.sh
 if $dry_run; then python=${PYTHON:-python}; else source bash_scripts/environment.sh; fi
 
 # The published ones, or those that were asked for.
@@ -85,27 +87,31 @@ images() { # data set -> overrides that name its images, one a line
 pretrain() { # run's name, config, data set, overrides
     local name=$1 config=$2 dataset=$3
     shift 3
-    if compgen -G "$out/$name/*/*/metrics.json" >/dev/null; then echo "$name: done before"; return; fi
+    if finished "$out/$name" >/dev/null; then echo "$name: done before"; return; fi
     echo "== $name: pre-training"
     mapfile -t where < <(images "$dataset")
     case "$*" in *gating.*) set -- "$@" ${gating[@]+"${gating[@]/#/gating.}"} ;; esac
     run "$python" -m solo_gating.main_pretrain --config-name "${config}_$dataset" name="$name" \
         checkpoint.dir="$out/$name" auto_resume.enabled=true "${where[@]}" "$@" \
         ${scale[@]+"${scale[@]}"} ${fraction[@]+"${fraction[@]}"} ${extra[@]+"${extra[@]}"}
+    $dry_run || finished "$out/$name" >/dev/null || { unfinished "$out/$name"; exit 1; }
 }
 
-checkpoint() { # run's name -> its checkpoint
-    compgen -G "$out/$1/*/*/last.ckpt" || echo "$out/$1/METHOD/RUN/last.ckpt"
+run_of() { # name -> folder of its finished run
+    if finished "$out/$1"; then return; fi
+    $dry_run || { unfinished "$out/$1"; return 1; }
+    echo "$out/$1/METHOD/RUN"
 }
 
 evaluate() { # linear or knn, run's name, data set of evaluation, overrides
-    local kind=$1 name=$2 dataset=$3 folder="$out/$2/$1-$3"
+    local kind=$1 name=$2 dataset=$3 folder="$out/$2/$1-$3" of
     shift 3
-    if [ -e "$folder/metrics.json" ]; then echo "$name, $kind on $dataset: done before"; return; fi
+    of=$(run_of "$name")/last.ckpt
+    if evaluated "$folder/metrics.json" "$of"; then echo "$name, $kind on $dataset: done before"; return; fi
     echo "== $name: $kind on $dataset"
     mapfile -t where < <(images "$dataset")
     run "$python" -m "solo_gating.main_$kind" dataset="$dataset" \
-        pretrained_feature_extractor="$(checkpoint "$name")" output="$folder" "${where[@]}" \
+        pretrained_feature_extractor="$of" output="$folder" "${where[@]}" \
         ${fraction[@]+"${fraction[@]}"} "$@"
 }
 

@@ -13,15 +13,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from .gated_resnet import (
-    PATHS,
-    ForwardPass,
-    GatedBasicBlock,
-    GatedResNet,
-    TwoEncoderResNet,
-    TwoPathResNet,
-    checked_path,
-)
+from .gated_resnet import GatedBasicBlock, GatedResNet, TwoEncoderResNet, TwoPathResNet
+from .paths import PATHS, ForwardPass, checked_path
 from .resnet import ResNet
 from .sliced_resnet import SlicedResNet
 

@@ -1,12 +1,10 @@
 """ResNets with two paths through one set of weights: dense and gated."""
 
 import copy
-import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,35 +14,22 @@ from ..budgets import RANGE, Range, checked_budget, is_range, middle
 from ..checks import checked_threshold, require
 from ..errors import InputError
 from ..gates import BudgetEmbedding, ChannelGate
+from .paths import (
+    Choice,
+    ForwardPass,
+    Remembered,
+    Scope,
+    being_traced,
+    checked_path,
+    in_backward,
+    open_scope,
+    refuse_in_scope,
+    scope_of,
+)
 from .resnet import ResNet
-
-PATHS = ("gated", "dense")
 
 # With it sigmoid(4) = 98 % of the channels are sampled.
 _OPEN = 4.0
-
-
-@dataclass(frozen=True)
-class ForwardPass:
-    """What one forward pass did: its path, input size (height, width), features and decisions.
-
-    Attributes:
-        features: B × C.
-        masks: a B × C_out tensor of zeros and ones for each block; empty on the dense path.
-    """
-
-    path: str
-    resolution: tuple[int, int]
-    features: Tensor
-    masks: tuple[Tensor, ...] = ()
-
-
-class _Scope(NamedTuple):
-    """What `TwoPathResNet.path` chose: successive paths, where the passes go, and the budget."""
-
-    paths: Iterator[str]
-    passes: deque[ForwardPass]
-    budget: Tensor | None
 
 
 class GatedBasicBlock(BasicBlock):
@@ -54,7 +39,13 @@ class GatedBasicBlock(BasicBlock):
     gated: relu(bn2'(conv2(m · relu(bn1'(conv1 x)))) + shortcut(x)) with the mask m = gate(x) over
     conv1's output channels, and bn1', bn2' the gated path's own BatchNorms (`gated_bn1`,
     `gated_bn2`) or, if they are shared, bn1 and bn2 (unification paper, Figure 1).
+
+    Attributes:
+        path: the way that it goes when it is called by itself, outside of its backbone.
     """
+
+    gate: ChannelGate
+    path = "dense"
 
     def add_gate(
         self, reduction: int, temperature: float, separate_bn: bool, told: bool, open_start: bool
@@ -79,8 +70,29 @@ class GatedBasicBlock(BasicBlock):
             self.gated_bn1.load_state_dict(self.bn1.state_dict())
             self.gated_bn2.load_state_dict(self.bn2.state_dict())
 
+    def forward(self, x: Tensor, choice: Choice | None = None) -> Tensor:
+        """B × C_in × H × W → B × C_out × H' × W', on the chosen path or its own.
+
+        Raises:
+            RuntimeError: for the gated path of a block without a gate; or without a choice, while
+                a scope of its backbone is open.
+        """
+        if choice is None:
+            refuse_in_scope(self)
+            choice = Choice(self.path)
+        if choice.path == "dense":
+            return super().forward(x)
+        out, mask = self.forward_gated(x, choice.budget)
+        choice.masks.append(mask)
+        return out
+
     def forward_gated(self, x: Tensor, budget: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """B × C_in × H × W, and the gate's budget → (B × C_out × H' × W', the mask B × C_out)."""
+        if getattr(self, "gate", None) is None:
+            raise RuntimeError(
+                "this block is the dense encoder's and has no gate; those of the gated one are in "
+                "backbone.gated_net"
+            )
         bn1, bn2 = (self.bn1, self.bn2)
         if self.separate_bn:
             bn1, bn2 = (self.gated_bn1, self.gated_bn2)
@@ -103,10 +115,10 @@ def _kept_as(hidden: Tensor, mask: Tensor, masked: Tensor) -> Iterator[None]:
     """What autograd keeps of `masked` inside the block is what it is the product of.
 
     `hidden` is kept for the ReLU in any case, so that the gated path needs hardly more memory than
-    the dense one; the product is computed again in the backward pass. A compiler decides such
-    things by itself.
+    the dense one; the product is computed again in the backward pass. Compilers decide such
+    things by themselves.
     """
-    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and masked.requires_grad):
+    if being_traced(masked) or not (torch.is_grad_enabled() and masked.requires_grad):
         yield
         return
     kept = (hidden.detach(), mask.detach())
@@ -122,6 +134,16 @@ def _kept_as(hidden: Tensor, mask: Tensor, masked: Tensor) -> Iterator[None]:
         yield
 
 
+class Stage(nn.Sequential):
+    """A stage's blocks, which are handed what was chosen for the pass."""
+
+    def forward(self, x: Tensor, choice: Choice | None = None) -> Tensor:
+        """B × C_in × H × W → B × C_out × H' × W'; without a choice each block goes its own way."""
+        for block in self:
+            x = block(x, choice)
+        return x
+
+
 class TwoPathResNet(ResNet):
     """A ResNet whose forward takes one of two paths, chosen for a scope.
 
@@ -130,11 +152,13 @@ class TwoPathResNet(ResNet):
             features = backbone(images)
             masks = passes[-1].masks                 # one tensor B × C_out for each block
 
-    The dense path is torchvision's `forward`, and its parameters have torchvision's names.
+    The dense path is torchvision's `forward`, and its parameters have torchvision's names. Stages
+    and blocks are called as modules on both paths, so that hooks see them; called by themselves
+    they take the default path.
 
     Args:
         layers: number of blocks of the four stages.
-        path: the path taken outside of every scope.
+        path: the path taken outside of every scope; `backbone.path = "gated"` changes it.
         budget_range: the lowest and the highest budget that the gates can be told, shares of the
             dense FLOPs; None for gates that are told none, as in the papers.
         budget: the budget outside of every scope; None for the middle of the range.
@@ -154,17 +178,42 @@ class TwoPathResNet(ResNet):
         budget: float | None = None,
         **kwargs: Any,
     ):
-        super().__init__(layers, **kwargs)
+        super().__init__(layers, block=GatedBasicBlock, **kwargs)
         self.default_path = checked_path(path, "backbone.kwargs.path")
-        self._scope: _Scope | None = None
         self._compiled: dict[str, Callable[..., Any]] = {}
+        self._remembered = Remembered()
         self.budget_range: Range | None = None
-        # A buffer, so that it follows the weights and a compiled network takes it as an input.
-        self.register_buffer("_budget", None, persistent=False)
         if budget_range is not None:
             require("backbone.kwargs.budget_range", budget_range, is_range, RANGE)
             self.budget_range = (float(budget_range[0]), float(budget_range[1]))
-        self.budget = budget
+
+    def _make_layer(self, *args: Any, **kwargs: Any) -> Stage:
+        return Stage(*super()._make_layer(*args, **kwargs))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "path":  # what one would expect of the argument's name
+            name = "default_path"
+        super().__setattr__(name, value)
+
+    @property
+    def default_path(self) -> str:
+        """The path taken outside of every scope, by stages and blocks called by themselves, too."""
+        return self.layer1[0].path  # type: ignore[return-value]
+
+    @default_path.setter
+    def default_path(self, path: str) -> None:
+        for block in self.blocks:
+            block.path = checked_path(path, "path")
+
+    @property
+    def blocks(self) -> list[GatedBasicBlock]:
+        """Every block of the four stages."""
+        return [*self.layer1, *self.layer2, *self.layer3, *self.layer4]
+
+    @property
+    def gated_blocks(self) -> list[GatedBasicBlock]:
+        """The blocks that have a gate, in the order in which masks are returned."""
+        raise NotImplementedError
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile both paths, each by itself; the choice between them stays Python.
@@ -177,7 +226,7 @@ class TwoPathResNet(ResNet):
             kwargs: those of `torch.compile`.
         """
         self._compiled = {
-            "dense": torch.compile(super().forward, *args, **kwargs),
+            "dense": torch.compile(self.forward_dense, *args, **kwargs),
             "gated": torch.compile(self.forward_gated, *args, **kwargs),
         }
 
@@ -185,16 +234,19 @@ class TwoPathResNet(ResNet):
         # Compiled functions hold on to the network that they were made of.
         return {**super().__getstate__(), "_compiled": {}}
 
-    @property
-    def gated_blocks(self) -> list[GatedBasicBlock]:
-        """The blocks that have a gate, in the order in which masks are returned."""
-        raise NotImplementedError
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise RuntimeError(
+            "torch.jit.script: a network that chooses its path cannot be scripted; torch.jit.trace "
+            "and torch.export take it on its default path"
+        )
 
-    def forward_gated(
-        self, x: Tensor, budget: Tensor | None = None
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """B × 3 × H × W, and the gates' budget → (features B × C, one mask B × C_out per block)."""
-        raise NotImplementedError
+    def _replicate_for_data_parallel(self) -> Any:
+        if scope_of(self) is not None:
+            raise RuntimeError(
+                "nn.DataParallel: its replicas run in threads of their own and know of no scope; "
+                'set backbone.path = "gated", or use DistributedDataParallel'
+            )
+        return super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
 
     @property
     def threshold(self) -> float:
@@ -220,7 +272,7 @@ class TwoPathResNet(ResNet):
         checkpoint, like `threshold`. What is then used comes near it (`evaluate.dial.calibrate`
         makes it exact). None for a network that was trained for no range: it cannot be set there.
         """
-        return self._budget_set
+        return self.gated_blocks[0].gate.budget
 
     @budget.setter
     def budget(self, value: float | None) -> None:
@@ -228,67 +280,120 @@ class TwoPathResNet(ResNet):
             value = middle(self.budget_range)
         if value is not None:
             value = checked_budget(value, self.budget_range)
-        self._budget_set = value
-        self._budget = None if value is None else self._as_tensor(value)
+        for block in self.gated_blocks:
+            block.gate.budget = value
 
     @property
     def budget_told(self) -> Tensor | None:
         """`budget` as the gates are told it outside of every scope."""
-        return self._budget
+        return None if self.budget is None else self._as_tensor(self.budget)
 
     def _as_tensor(self, budget: float) -> Tensor:
-        weight = self.bn1.weight
-        return torch.full((), budget, dtype=weight.dtype, device=weight.device)
+        return self.bn1.weight.new_full((), budget)
 
-    @contextmanager
     def path(
         self, *paths: str, budget: float | Tensor | None = None
-    ) -> Iterator[deque[ForwardPass]]:
+    ) -> AbstractContextManager[deque[ForwardPass]]:
         """Choose the path of every forward pass inside a `with` block, and the gates' budget.
 
         Several names are the paths of successive forward passes, over and over: with
         `path("gated", "dense")` the first view of a training step is gated, the second dense.
+        A scope holds in the thread that opened it. A pass that is recomputed in the backward pass
+        (activation checkpointing) takes the path it had, wherever that is.
 
         Args:
             paths: "gated" or "dense"; none for the default path.
             budget: of the gates inside the block; or one for each image, B, which are taken as they
                 are; None for `budget`.
 
-        Yields:
-            The latest forward passes, oldest first; as many as there are names.
+        Returns:
+            A context that gives the latest forward passes, oldest first; as many as there are names.
 
         Raises:
             InputError: for a path that is neither "gated" nor "dense", or a budget outside of
                 `budget_range`.
         """
         names = [checked_path(path, "path") for path in paths or (self.default_path,)]
-        passes: deque[ForwardPass] = deque(maxlen=len(names))
-        told = None
         if isinstance(budget, Tensor):
-            told = budget.to(self.bn1.weight)
+            budget = budget.to(self.bn1.weight)
         elif budget is not None:
-            told = self._as_tensor(checked_budget(budget, self.budget_range))
-        outer, self._scope = self._scope, _Scope(itertools.cycle(names), passes, told)
-        try:
-            yield passes
-        finally:
-            self._scope = outer
+            budget = self._as_tensor(checked_budget(budget, self.budget_range))
+        return open_scope(self, names, budget)
 
     def forward(self, x: Tensor) -> Tensor:
         """B × 3 × H × W → features B × C (or logits, while the network has its `fc`)."""
-        path, budget = self.default_path, self.budget_told
-        if self._scope is not None:
-            path = next(self._scope.paths)
-            budget = budget if self._scope.budget is None else self._scope.budget
+        path, budget, scope = self._choose(x)
         masks: tuple[Tensor, ...] = ()
         if path == "dense":
-            features = self._compiled.get("dense", super().forward)(x)  # type: ignore[misc]
+            features = self._compiled.get("dense", self.forward_dense)(x)
         else:
             features, masks = self._compiled.get("gated", self.forward_gated)(x, budget)
-        if self._scope is not None:
+            self._check_gradients(features, masks)
+        if scope is not None:
             height, width = x.shape[-2:]
-            self._scope.passes.append(ForwardPass(path, (height, width), features, masks))
+            scope.passes.append(ForwardPass(path, (height, width), features, masks))
         return features
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """B × 3 × H × W → the last stage's maps, B × C × H' × W', before they are pooled.
+
+        The path is chosen as for `forward`; a pass in a scope holds the maps as its features.
+        """
+        path, budget, scope = self._choose(x)
+        choice = Choice(path, budget)
+        maps = self._maps(x, choice)
+        if scope is not None:
+            height, width = x.shape[-2:]
+            scope.passes.append(ForwardPass(path, (height, width), maps, tuple(choice.masks)))
+        return maps
+
+    def forward_dense(self, x: Tensor) -> Tensor:
+        """B × 3 × H × W → features B × C, on the dense path."""
+        return self._pooled(self._maps(x, Choice("dense")))
+
+    def forward_gated(
+        self, x: Tensor, budget: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """B × 3 × H × W, and the gates' budget → (features B × C, one mask B × C_out per block)."""
+        choice = Choice("gated", budget)
+        features = self._pooled(self._maps(x, choice))
+        return features, tuple(choice.masks)
+
+    def _choose(self, x: Tensor) -> tuple[str, Tensor | None, Scope | None]:
+        """A pass's path, what its gates are told, and the scope that notes it."""
+        if in_backward():
+            return (*self._remembered.recall(x), None)
+        scope = scope_of(self)
+        path, budget = self.default_path, None
+        if scope is not None:
+            path, budget = next(scope.paths), scope.budget
+        if budget is not None and budget.ndim and len(budget) != len(x):
+            raise InputError(
+                f"budget: found {len(budget)} budgets for {len(x)} images, accepted is one for each"
+            )
+        if (self.training or torch.is_grad_enabled()) and not being_traced(x):
+            self._remembered.note(x, path, budget)
+        # A tensor, so that what was compiled is not compiled again for another budget.
+        return path, self.budget_told if budget is None else budget, scope
+
+    def _check_gradients(self, features: Tensor, masks: tuple[Tensor, ...]) -> None:
+        gate = self.gated_blocks[-1].gate
+        if being_traced(features) or not (gate.training and gate.expand.weight.requires_grad):
+            return
+        if features.requires_grad and not masks[-1].requires_grad:
+            raise RuntimeError(
+                "activation checkpointing: masks made with use_reentrant=True have no gradient, so "
+                "that the budget would teach the gates nothing; use use_reentrant=False"
+            )
+
+    def _maps(self, x: Tensor, choice: Choice) -> Tensor:
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = stage(x, choice)
+        return x
+
+    def _pooled(self, maps: Tensor) -> Tensor:
+        return self.fc(torch.flatten(self.avgpool(maps), 1))
 
 
 class GatedResNet(TwoPathResNet):
@@ -302,6 +407,7 @@ class GatedResNet(TwoPathResNet):
         temperature: the gates' sampling temperature τ.
         threshold: of the gates' logits in evaluation.
         open_start: whether the gates start open, with a bias of +4 that they learn.
+        budget: as in `TwoPathResNet`.
         kwargs: those of `TwoPathResNet`.
 
     Raises:
@@ -317,29 +423,20 @@ class GatedResNet(TwoPathResNet):
         temperature: float = 2 / 3,
         threshold: float = 0.0,
         open_start: bool = False,
+        budget: float | None = None,
         **kwargs: Any,
     ):
-        super().__init__(layers, block=GatedBasicBlock, **kwargs)
+        super().__init__(layers, **kwargs)
         told = self.budget_range is not None
         for block in self.gated_blocks:
             block.add_gate(reduction, temperature, separate_bn, told, open_start)
         self.threshold = threshold
+        self.budget = budget
 
     @property
     def gated_blocks(self) -> list[GatedBasicBlock]:
         """Every block of the four stages."""
-        return [*self.layer1, *self.layer2, *self.layer3, *self.layer4]
-
-    def forward_gated(
-        self, x: Tensor, budget: Tensor | None = None
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """B × 3 × H × W, and the gates' budget → (features B × C, one mask B × C_out per block)."""
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        masks = []
-        for block in self.gated_blocks:
-            x, mask = block.forward_gated(x, budget)
-            masks.append(mask)
-        return self.fc(torch.flatten(self.avgpool(x), 1)), tuple(masks)
+        return self.blocks
 
 
 class TwoEncoderResNet(TwoPathResNet):
@@ -375,7 +472,7 @@ class TwoEncoderResNet(TwoPathResNet):
         budget: float | None = None,
         **kwargs: Any,
     ):
-        super().__init__(layers, path=path, budget_range=budget_range, budget=budget, **kwargs)
+        super().__init__(layers, path=path, budget_range=budget_range, **kwargs)
         self.gated_net = GatedResNet(
             layers,
             separate_bn=False,
@@ -383,39 +480,28 @@ class TwoEncoderResNet(TwoPathResNet):
             temperature=temperature,
             open_start=open_start,
             budget_range=budget_range,
+            path="gated",
             **kwargs,
         )
         self.gated_net.fc = nn.Identity()
         self.threshold = threshold
+        self.budget = budget
 
     @property
     def gated_blocks(self) -> list[GatedBasicBlock]:
         """Every block of the gated encoder."""
         return self.gated_net.gated_blocks
 
-    def forward_gated(
-        self, x: Tensor, budget: Tensor | None = None
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """B × 3 × H × W, and the gates' budget → (features B × C, one mask B × C_out per block)."""
-        features, masks = self.gated_net.forward_gated(x, budget)
-        return self.fc(features), masks
+    def _maps(self, x: Tensor, choice: Choice) -> Tensor:
+        return (
+            self.gated_net._maps(x, choice) if choice.path == "gated" else super()._maps(x, choice)
+        )
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         # A stem that solo-learn puts in is meant for both encoders; each has its own weights.
         if name in ("conv1", "maxpool") and "gated_net" in self._modules:
             setattr(self.gated_net, name, _reinitialised_copy(value))
-
-
-def checked_path(path: str, key: str) -> str:
-    """The path itself if it is one.
-
-    Raises:
-        InputError: naming `key`, for anything but "gated" or "dense".
-    """
-    if path not in PATHS:
-        raise InputError(f"{key}: found {path!r}, accepted are {PATHS}")
-    return path
 
 
 def _reinitialised_copy(module: nn.Module) -> nn.Module:

@@ -2,9 +2,10 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from omegaconf import DictConfig
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Subset
 
 from ..errors import InputError
 from .augmentations import (
@@ -13,23 +14,19 @@ from .augmentations import (
     evaluation_transform,
     training_transform,
 )
-from .datasets import DATASETS, FORMATS, NUM_CLASSES, count_class_folders, fraction_of, open_dataset
+from .datasets import (
+    DATASETS,
+    FORMATS,
+    NUM_CLASSES,
+    check_data,
+    count_class_folders,
+    fraction_of,
+    open_dataset,
+)
 from .device import Place, check_device_pipeline, device_loader, place_of
+from .workers import LazyLoader, SeededImages, SeededSampler, end_with_parent
 
 PIPELINES = ("workers", "device")
-
-
-class Indexed(Dataset):
-    """A data set whose items begin with their index, as solo-learn's methods expect."""
-
-    def __init__(self, dataset: Any):
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> tuple[Any, ...]:
-        return (index, *self.dataset[index])
 
 
 def training_loader(cfg: DictConfig, place: Place | None = None) -> Any:
@@ -58,7 +55,12 @@ def training_loader(cfg: DictConfig, place: Place | None = None) -> Any:
         )
     if on_device:
         return device_loader(cfg, dataset, place or Place())
-    return _loader(Indexed(dataset), cfg, cfg.optimizer.batch_size, shuffle=True, drop_last=True)
+    return LazyLoader(
+        SeededImages(dataset),
+        sampler=SeededSampler(len(dataset), cfg.seed),
+        drop_last=True,
+        **_options(cfg, cfg.optimizer.batch_size),
+    )
 
 
 def evaluation_loader(cfg: DictConfig, split: str, batch_size: int | None = None) -> DataLoader:
@@ -74,7 +76,28 @@ def evaluation_loader(cfg: DictConfig, split: str, batch_size: int | None = None
     """
     transform = evaluation_transform(cfg.data.dataset, cfg.augmentations)
     dataset = _images(cfg, split, transform)
-    return _loader(dataset, cfg, batch_size or cfg.optimizer.batch_size)
+    return DataLoader(dataset, **_options(cfg, batch_size or cfg.optimizer.batch_size))
+
+
+def has_labels(images: Any) -> bool:
+    """Whether at least one image has a label.
+
+    Args:
+        images: a data set or a loader of this package; of another data set it is believed.
+    """
+    if hasattr(images, "has_labels"):
+        return images.has_labels
+    if isinstance(images, (DataLoader, SeededImages)):
+        return has_labels(images.dataset)
+    if isinstance(images, Subset):
+        targets = _targets(images.dataset)
+        return targets is None or bool((np.asarray(targets)[images.indices] >= 0).any())
+    targets = _targets(images)
+    return targets is None or max(targets) >= 0
+
+
+def _targets(dataset: Any) -> Any:
+    return getattr(dataset, "targets", getattr(dataset, "labels", None))
 
 
 def classification_loader(cfg: DictConfig) -> DataLoader:
@@ -96,7 +119,28 @@ def classification_loader(cfg: DictConfig) -> DataLoader:
                 "images (data.no_labels=false)"
             )
         dataset = Subset(dataset, labelled)
-    return _loader(dataset, cfg, cfg.optimizer.batch_size, shuffle=True)
+    return DataLoader(dataset, shuffle=True, **_options(cfg, cfg.optimizer.batch_size))
+
+
+def skipped_images(cfg: DictConfig, **loaders: Any) -> dict[str, Any]:
+    """How many images `data.on_damaged: skip` has left out, for `metrics.json`.
+
+    Args:
+        cfg: a complete config.
+        loaders: by the names of their splits.
+
+    Returns:
+        `skipped_images`, a number for each loader; empty if damaged images stop the run.
+    """
+
+    def skipped(dataset: Any) -> int:
+        while not hasattr(dataset, "skipped") and hasattr(dataset, "dataset"):
+            dataset = dataset.dataset
+        return getattr(dataset, "skipped", 0)
+
+    if cfg.data.on_damaged != "skip":
+        return {}
+    return {"skipped_images": {split: skipped(loader) for split, loader in loaders.items()}}
 
 
 def _images(cfg: DictConfig, split: str, transform: Any) -> Any:
@@ -108,24 +152,15 @@ def _images(cfg: DictConfig, split: str, transform: Any) -> Any:
     return dataset
 
 
-def _loader(
-    dataset: Any,
-    cfg: DictConfig,
-    batch_size: int,
-    *,
-    shuffle: bool = False,
-    drop_last: bool = False,
-) -> DataLoader:
+def _options(cfg: DictConfig, batch_size: int) -> dict[str, Any]:
     workers = cfg.data.num_workers
-    return DataLoader(
-        dataset,
-        batch_size=batch_size,
-        shuffle=shuffle,
-        drop_last=drop_last,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        pin_memory=torch.cuda.is_available(),
-    )
+    return {
+        "batch_size": batch_size,
+        "num_workers": workers,
+        "persistent_workers": workers > 0,
+        "worker_init_fn": end_with_parent,
+        "pin_memory": torch.cuda.is_available(),
+    }
 
 
 __all__ = [
@@ -134,10 +169,13 @@ __all__ = [
     "NUM_CLASSES",
     "PIPELINES",
     "check_augmentations",
+    "check_data",
     "check_device_pipeline",
     "classification_loader",
     "count_class_folders",
     "evaluation_loader",
+    "has_labels",
     "place_of",
+    "skipped_images",
     "training_loader",
 ]

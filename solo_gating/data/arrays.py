@@ -1,10 +1,10 @@
 """Images from NumPy archives: `.npz` files with `images` and, if there are any, `labels`."""
 
 import glob
+import math
+import os
 import zipfile
-import zlib
 from collections.abc import Callable, Sequence
-from lzma import LZMAError
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,16 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
+from ..checks import shortened
 from ..errors import InputError
 
 UNLABELLED = -1
+_ENCRYPTED = 1  # a bit of a zip member's flags
+# The third version is for names of fields.
+_HEADERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
 
 
 class ArrayDataset(Dataset):
@@ -62,25 +69,33 @@ def read_arrays(
         images, uint8 N × H × W × 3, and labels, int64 N, or None if no file has any.
 
     Raises:
-        InputError: for a file that is missing, damaged, or of the wrong content.
+        InputError: for a file that is missing, damaged, or of the wrong content; before anything is
+            unpacked where its header says so.
     """
-    files = _expand([paths] if isinstance(paths, (str, Path)) else list(paths), key)
+    files = _expand(paths, key)
     parts = [_read(file, key, num_classes) for file in files]
     sizes = {images.shape[1:3] for images, _ in parts}
     if len(sizes) > 1:
         raise InputError(f"{key}: found images of different sizes {sorted(sizes)}, accepted is one")
     if len({labels is None for _, labels in parts}) > 1:
         raise InputError(f"{key}: found files with and without labels, accepted is one kind")
+    if len(parts) == 1:
+        return parts[0]
     images = np.concatenate([images for images, _ in parts])
     if parts[0][1] is None:
         return images, None
     return images, np.concatenate([labels for _, labels in parts])  # type: ignore[misc]
 
 
-def _expand(patterns: list[str], key: str) -> list[str]:
+def _expand(paths: Any, key: str) -> list[str]:
+    patterns = [paths] if isinstance(paths, (str, Path)) else paths
+    if not isinstance(patterns, (list, tuple)) or not all(
+        isinstance(pattern, (str, Path)) for pattern in patterns
+    ):
+        raise InputError(f"{key}: found {paths!r}, accepted is a path or glob of .npz, or a list")
     files: list[str] = []
     for pattern in map(str, patterns):
-        found = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern))
+        found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern))
         if not found:
             raise InputError(
                 f"{key}: no file matches {pattern!r}, accepted is a path or glob of .npz"
@@ -88,41 +103,118 @@ def _expand(patterns: list[str], key: str) -> list[str]:
         files += found
     if not files:
         raise InputError(f"{key}: found an empty list, accepted is at least one .npz file")
+    for file in files:
+        if not os.path.isfile(file):  # a pipe would never end
+            raise InputError(
+                f"{key}: {file!r} is a folder, a broken link or no regular file, accepted is .npz"
+            )
     return files
 
 
 def _read(file: str, key: str, num_classes: int) -> tuple[np.ndarray, np.ndarray | None]:
     try:
-        with np.load(file, allow_pickle=False) as archive:
-            names = set(archive.files)
-            images = archive["images"] if "images" in names else None
-            labels = archive["labels"] if "labels" in names else None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, LZMAError) as error:
-        raise InputError(f"{key}: cannot read {file!r} as .npz ({error})") from error
-    except (AttributeError, TypeError) as error:  # np.load gave a bare array
+        with zipfile.ZipFile(file) as archive:
+            return _read_members(archive, file, key, num_classes)
+    except InputError:
+        raise
+    except Exception as error:  # whatever a damaged file makes zipfile and NumPy say
+        reason = "it is a single array" if _is_single_array(file) else _reason(error)
+        raise InputError(f"{key}: cannot read {file!r} as .npz ({reason})") from error
+
+
+def _read_members(
+    archive: zipfile.ZipFile, file: str, key: str, num_classes: int
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Images and labels; every header is checked before anything is unpacked, labels come first."""
+    names = archive.namelist()
+    if "images.npy" not in names:
+        found = shortened([repr(name.removesuffix(".npy")) for name in sorted(names)])
         raise InputError(
-            f"{key}: {file!r} is a single array, accepted is an .npz archive"
-        ) from error
-    if images is None:
-        raise InputError(
-            f"{key}: {file!r} holds {sorted(names)}, accepted is `images` (and `labels`)"
+            f"{key}: {file!r} holds [{found}], accepted is `images` (and `labels`), as np.savez "
+            "writes them"
         )
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not images.size:
+    dtype, shape = _header(archive, "images.npy")
+    if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or min(shape) < 1:
         raise InputError(
-            f"{key}: images of {file!r} are {images.dtype} {images.shape}, "
+            f"{key}: images of {file!r} are {_described(dtype, shape)}, "
             "accepted is uint8 N×H×W×3 with N ≥ 1"
         )
-    if labels is None:
-        return images, None
-    if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
-        raise InputError(
-            f"{key}: labels of {file!r} are {labels.dtype} {labels.shape}, "
-            f"accepted is {len(images)} integers"
+    labels = None
+    if "labels.npy" in names:
+        number = shape[0]
+        dtype, shape = _header(archive, "labels.npy")
+        if shape != (number,) or dtype.kind not in "iu":
+            raise InputError(
+                f"{key}: labels of {file!r} are {_described(dtype, shape)}, "
+                f"accepted is {number} integers"
+            )
+        labels = _array(archive, "labels.npy")
+        lowest, highest = int(labels.min()), int(labels.max())
+        if lowest < UNLABELLED or highest >= num_classes:
+            raise InputError(
+                f"{key}: labels of {file!r} go from {lowest} to {highest}, "
+                f"accepted with data.num_classes={num_classes} are 0 to {num_classes - 1}"
+            )
+        labels = labels.astype(np.int64)
+    return np.ascontiguousarray(_array(archive, "images.npy")), labels
+
+
+def _header(archive: zipfile.ZipFile, name: str) -> tuple[np.dtype, tuple[int, ...]]:
+    """What the header of a member says, compared with the member's size."""
+    member = archive.getinfo(name)
+    if member.flag_bits & _ENCRYPTED:
+        raise _RefusedError("it is encrypted")
+    with archive.open(member) as content:
+        read = _HEADERS[np.lib.format.read_magic(content)]
+        shape, _, dtype = read(content)
+        size = content.tell() + math.prod(shape) * dtype.itemsize
+    if dtype.hasobject:
+        raise _RefusedError(f"{name} holds Python objects")
+    if size != member.file_size:
+        raise _RefusedError(
+            f"{name} has {member.file_size:,} bytes, but by its header {_described(dtype, shape)}"
         )
-    labels = labels.astype(np.int64)
-    if labels.min() < UNLABELLED or labels.max() >= num_classes:
-        raise InputError(
-            f"{key}: labels of {file!r} go from {labels.min()} to {labels.max()}, "
-            f"accepted with data.num_classes={num_classes} are 0 to {num_classes - 1}"
+    if size > (memory := _memory()):
+        raise _RefusedError(
+            f"{name} unpacks to {size:,} bytes, this machine has {memory:,} of memory"
         )
-    return images, labels
+    return dtype, shape
+
+
+def _array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    with archive.open(name) as content:
+        return np.lib.format.read_array(content, allow_pickle=False)
+
+
+def _is_single_array(file: str) -> bool:
+    try:
+        with open(file, "rb") as content:
+            return content.read(6) == np.lib.format.MAGIC_PREFIX
+    except OSError:
+        return False
+
+
+def _described(dtype: np.dtype, shape: tuple[int, ...]) -> str:
+    kind = dtype.name if dtype.names is None else "records"
+    return f"{kind} {shape}" if len(shape) <= 8 else f"{kind} of {len(shape)} dimensions"
+
+
+def _memory() -> float:
+    """Bytes of memory that this machine has; infinite where it does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return math.inf
+
+
+class _RefusedError(ValueError):
+    """What is wrong with a file, in words for its user."""
+
+
+def _reason(error: Exception) -> str:
+    """Never NumPy's own words, which advise to read what is in a file without its checks."""
+    if isinstance(error, (_RefusedError, zipfile.BadZipFile)):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return "there is not enough memory for it"
+    return getattr(error, "strerror", None) or "it is damaged, or NumPy did not write it"

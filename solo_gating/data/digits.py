@@ -13,6 +13,10 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from ..cli import one_sentence_errors
+from ..errors import InputError
+from ..files import make_folder
+
 TRAIN_IMAGES = 1400  # the first; the last 397 were written by other people
 
 
@@ -25,10 +29,22 @@ def write_digits(folder: Path, size: int = 16) -> None:
     Args:
         folder: where to write; left alone if it is already complete.
         size: height and width in pixels.
+
+    Raises:
+        InputError: if it cannot be written.
     """
     done = folder / ".complete"
     if done.exists():
         return
+    make_folder(folder)
+    try:
+        _write(folder, size)
+        done.touch()
+    except OSError as error:
+        raise InputError(f"cannot write {str(folder)!r} ({error.strerror})") from error
+
+
+def _write(folder: Path, size: int) -> None:
     digits = load_digits()
     for index, (image, label) in enumerate(zip(digits.images, digits.target, strict=True)):
         split = "train" if index < TRAIN_IMAGES else "test"
@@ -36,7 +52,6 @@ def write_digits(folder: Path, size: int = 16) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         pixels = Image.fromarray(np.uint8(np.rint(image * (255 / 16))))
         pixels.resize((size, size), Image.Resampling.BICUBIC).save(path)
-    done.touch()
 
 
 def main() -> None:
@@ -45,7 +60,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", nargs="?", type=Path, default=Path("datasets/digits"))
-    write_digits(parser.parse_args().folder)
+    with one_sentence_errors():
+        write_digits(parser.parse_args().folder)
 
 
 if __name__ == "__main__":

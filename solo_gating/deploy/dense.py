@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
@@ -10,6 +9,7 @@ from ..backbones import ResNet
 from ..errors import InputError
 from ..evaluate.encoder import Encoder
 from ..methods import GATED_METHODS
+from ..reading import read_checkpoint
 from ..solo_learn import METHODS
 
 _OURS = ("gated", "two_encoders", "plain")
@@ -105,7 +105,7 @@ def solo_learn_checkpoint(encoder: Encoder) -> dict[str, Any]:
     Args:
         encoder: whose checkpoint is read again.
     """
-    content = torch.load(encoder.checkpoint, map_location="cpu", weights_only=True)
+    content = read_checkpoint(encoder.checkpoint, "--checkpoint")
     state = {
         name: value
         for name, value in content["state_dict"].items()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..files import write_bytes
 
 
 def to_onnx(net: nn.Module, images: Tensor) -> bytes:
@@ -83,6 +84,6 @@ def to_openvino(model: bytes) -> dict[str, bytes]:
         ) from error
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "model.onnx", Path(folder) / "model.xml"
-        source.write_bytes(model)
+        write_bytes(source, model)
         openvino.save_model(openvino.convert_model(source), target, compress_to_fp16=False)
         return {file.name: file.read_bytes() for file in (target, target.with_suffix(".bin"))}

@@ -3,17 +3,17 @@
 import csv
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ..files import write_picture
+from ..texts import in_picture
 from ..training.callbacks import SSL_LOSSES
+from ..training.logs import version_number
 
 # Okabe and Ito's colour-blind safe palette.
 DENSE, GATED, NEUTRAL = "#0072B2", "#D55E00", "#555555"
@@ -26,13 +26,18 @@ def read_logs(folder: Path) -> dict[str, dict[int, float]]:
         folder: the run's folder, with `logs/version_*/metrics.csv`.
     """
     series: dict[str, dict[int, float]] = defaultdict(dict)
-    files = sorted(folder.glob("logs/version_*/metrics.csv"), key=lambda f: int(f.parent.name[8:]))
-    for file in files:
-        with file.open(newline="") as lines:
+    files = sorted(
+        folder.glob("logs/version_*/metrics.csv"), key=lambda f: version_number(f.parent)
+    )
+    for file in filter(Path.is_file, files):
+        with file.open(newline="", errors="replace") as lines:
             for row in csv.DictReader(lines):
-                for name, value in row.items():
-                    if name not in ("epoch", "step") and value and row.get("epoch"):
-                        series[name][int(float(row["epoch"]))] = float(value)
+                # Earlier versions could leave a line that is cut short.
+                with suppress(TypeError, ValueError, OverflowError):
+                    epoch = int(float(row.pop("epoch")))
+                    for name, value in row.items():
+                        if name != "step" and value:
+                            series[name][epoch] = float(value)
     return dict(series)
 
 
@@ -91,9 +96,8 @@ def draw_curves(
     if not shown:
         return None
     last = 1 + max(epoch for points in logs.values() for epoch in points)
-    figure, axes = plt.subplots(
-        1, len(shown), figsize=(4.2 * len(shown), 3.6), layout="constrained", squeeze=False
-    )
+    figure = Figure(figsize=(4.2 * len(shown), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(shown), squeeze=False)
     for axis, (heading, unit, lines) in zip(axes[0], shown, strict=True):
         for name, label, style in lines:
             if points := sorted(logs.get(name, {}).items()):
@@ -123,7 +127,7 @@ def draw_curves(
         axis.grid(alpha=0.3)
         if len(axis.get_lines()) > 1:
             axis.legend(fontsize="small")
-    figure.suptitle(title)
+    figure.suptitle(in_picture(str(title)))
     path = folder / "training.png"
     write_picture(path, figure)
     return path

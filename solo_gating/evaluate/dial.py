@@ -10,17 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..backbones import TwoPathResNet
 from ..errors import InputError
 from ..files import write_picture
 from ..flops import BackboneFlops, count_flops, selected_channels
+from ..texts import in_picture
 from .curves import DENSE, GATED, NEUTRAL
 
 _LARGEST = 1e6
@@ -164,14 +162,14 @@ def mean_share(backbone: TwoPathResNet, images: Tensor) -> float:
 
 @torch.no_grad()
 def _measured_share(backbone: TwoPathResNet, images: Tensor, flops: BackboneFlops) -> float:
-    device = next(backbone.parameters()).device
+    weight = next(backbone.parameters())
     was_training = backbone.training
     backbone.eval()
     try:
         channels = []
         with backbone.path("gated") as passes:
             for batch in images.split(128):
-                backbone(batch.to(device))
+                backbone(batch.to(weight.device, weight.dtype))
                 channels.append(selected_channels(passes[-1].masks).double().cpu())
     finally:
         backbone.train(was_training)
@@ -235,7 +233,8 @@ def draw_sweep(
         path: of the PNG.
         title: above the curve.
     """
-    figure, axis = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axis = figure.subplots()
     shares = [100 * point["share"] for point in points]
     accuracies = [point["knn_top1"] for point in points]
     turned = "threshold" if "budget" not in points[0] else "budget and threshold"
@@ -267,7 +266,7 @@ def draw_sweep(
         ylabel="1-NN accuracy, %",
         xlim=(0, 104),
     )
-    axis.set_title(title, fontsize="medium")
+    axis.set_title(in_picture(title), fontsize="medium")
     axis.grid(alpha=0.3)
     axis.legend(fontsize="small")
     write_picture(path, figure)

@@ -3,15 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..errors import InputError
 from ..files import write_picture
+from ..texts import in_picture
 
 # Ten classes: Okabe and Ito's colours, told apart by colour and, where colours are close, shape.
 _COLOURS = (
@@ -80,13 +78,8 @@ def draw_embeddings(
         path: of the PNG.
         title: above the panels.
     """
-    figure, axes = plt.subplots(
-        1,
-        len(embeddings),
-        figsize=(4.6 * len(embeddings), 5.2),
-        layout="constrained",
-        squeeze=False,
-    )
+    figure = Figure(figsize=(4.6 * len(embeddings), 5.2), layout="constrained")
+    axes = figure.subplots(1, len(embeddings), squeeze=False)
     size = float(np.clip(20000 / len(targets), 6, 40))
     for axis, (heading, points) in zip(axes[0], embeddings.items(), strict=True):
         order = np.random.RandomState(0).permutation(len(points))
@@ -99,7 +92,7 @@ def draw_embeddings(
                 marker=_MARKERS[index],
                 linewidths=0,
                 alpha=0.75,
-                label=name,
+                label=in_picture(name),
             )
         axis.set(xticks=[], yticks=[], xlabel="UMAP 1", ylabel="UMAP 2")
         axis.set_title(heading, fontsize="medium")
@@ -110,5 +103,5 @@ def draw_embeddings(
     for handle in legend.legend_handles:
         handle.set_sizes([40])  # type: ignore[union-attr]
         handle.set_alpha(1)  # type: ignore[union-attr]
-    figure.suptitle(title, fontsize="medium")
+    figure.suptitle(in_picture(title), fontsize="medium")
     write_picture(path, figure)

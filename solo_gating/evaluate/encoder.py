@@ -4,14 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ..backbones import PATHS, TwoPathResNet
 from ..errors import InputError
-from ..files import read_json
+from ..reading import check_architecture, read_args, read_checkpoint, weights_of
 from ..solo_learn import METHODS, BaseMethod
-from ..training.checkpoints import check_architecture, read_checkpoint
 
 KEY = "pretrained_feature_extractor"
 HEADS = ("backbone", "projector")
@@ -63,6 +63,19 @@ class Encoder:
             )
         return (wanted,)
 
+    @property
+    def crop_size(self) -> int:
+        """Side of the images of pre-training's first view, in pixels.
+
+        Raises:
+            InputError: if the args.json does not say.
+        """
+        size = OmegaConf.select(self.args, "augmentations[0].crop_size")
+        if size is None:
+            file = self.checkpoint.parent / "args.json"
+            raise InputError(f"{str(file)!r} lacks augmentations[0].crop_size")
+        return size
+
     def description(self) -> dict[str, Any]:
         """The key `pretraining` of every `metrics.json`: which pre-training this was."""
         return describe_pretraining(self.args, self.epochs, self.checkpoint)
@@ -80,7 +93,7 @@ def describe_pretraining(args: DictConfig, epochs: int, checkpoint: Path | None)
     """
 
     def group(key: str) -> Any:
-        return OmegaConf.to_container(args[key]) if args.get(key) else None
+        return OmegaConf.to_container(args[key], resolve=True) if args.get(key) else None
 
     return {
         "name": args.get("name"),
@@ -115,69 +128,47 @@ def load_encoder(checkpoint: str | Path, head: str = "backbone", key: str = KEY)
     path = Path(checkpoint)
     content = read_checkpoint(path, key)
     args = _read_args(path, key)
-    state = content["state_dict"]
+    if head != "backbone" and args.method not in METHODS:
+        raise InputError(f"features: method {args.method!r} is not known, accepted is backbone")
     if args.backbone.name in ("resnet18", "resnet34"):  # the same network, whose FLOPs are known
         args.backbone.name += "_plain"
-    if head == "backbone":
-        # The base class is the backbone with solo-learn's changes to it, whatever the method.
-        model = _build(METHODS["base"], args, path, key)
-        _load(model.backbone, _below("backbone", state), path)
-        projector: nn.Module = nn.Identity()
-    else:
-        if args.method not in METHODS:
-            raise InputError(f"features: method {args.method!r} is not known, accepted is backbone")
-        model = _build(METHODS[args.method], args, path, key)
-        if not hasattr(model, "projector"):
-            raise InputError(f"features: method {args.method!r} has no projector")
-        _load(model.backbone, _below("backbone", state), path)
-        _load(model.projector, _below("projector", state), path)
-        projector = model.projector
+    with torch.device("meta"):  # whatever sizes the files speak of, it takes no memory
+        check_architecture(_build(head, args, path, key), content, path, ("backbone", head))
+    model = _build(head, args, path, key)
+    model.load_state_dict(weights_of(content["state_dict"], ("backbone", head)), strict=False)
     model.eval().requires_grad_(False)
+    projector = nn.Identity() if head == "backbone" else model.projector
     return Encoder(model.backbone, projector, args, path, int(content.get("epoch", -1)) + 1)
 
 
 def _read_args(checkpoint: Path, key: str) -> DictConfig:
     file = checkpoint.parent / "args.json"
-    if not file.is_file():
+    if not file.exists():
         raise InputError(
             f"{key}: there is no args.json beside {str(checkpoint)!r}; solo-learn writes it there, "
             "and it says which network this is"
         )
-    args = OmegaConf.create(read_json(file, key))
-    for needed in ("method", "backbone.name", "data.dataset", "data.num_classes"):
-        if OmegaConf.select(args, needed) is None:
-            raise InputError(
-                f"{key}: {str(file)!r} lacks {needed}, accepted is solo-learn's args.json"
-            )
-    return args
+    return read_args(file, key)
 
 
-def _build(cls: Any, args: DictConfig, path: Path, key: str) -> Any:
+def _build(head: str, args: DictConfig, path: Path, key: str) -> Any:
     if args.backbone.name not in BaseMethod._BACKBONES:
         raise InputError(
             f"{key}: the backbone {args.backbone.name!r} of {str(path)!r} is not known, accepted "
             f"are {', '.join(sorted(BaseMethod._BACKBONES))}"
         )
+    args = args.copy()
+    args.data.num_classes = 2  # of solo-learn's online classifier, which is not loaded
     try:
-        return cls(args.copy())
-    except InputError:
-        raise
+        # The base class is the backbone with solo-learn's changes to it, whatever the method.
+        model = METHODS["base" if head == "backbone" else args.method](args)
+    except InputError as error:
+        raise InputError(f"{key}: the args.json beside {str(path)!r}: {error}") from error
     except Exception as error:  # whatever a foreign file makes solo-learn and torchvision say
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
             f"{key}: the args.json beside {str(path)!r} describes no network ({reason})"
         ) from error
-
-
-def _below(name: str, state: dict[str, Any]) -> dict[str, Any]:
-    """The part of a state dict that belongs to a submodule."""
-    return {
-        key.removeprefix(f"{name}."): value
-        for key, value in state.items()
-        if key.startswith(f"{name}.")
-    }
-
-
-def _load(module: nn.Module, state: dict[str, Any], path: Path) -> None:
-    check_architecture(module, {"state_dict": state}, path)
-    module.load_state_dict(state)
+    if not hasattr(model, head):
+        raise InputError(f"features: method {args.method!r} has no {head}")
+    return model

@@ -6,25 +6,42 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.fabric import Fabric
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader
 
 from ..backbones import TwoPathResNet
-from ..checks import at_least, is_number, require
+from ..checks import at_least, is_number, one_of, require, true_or_false
 from ..cli import composed
 from ..config import DEFAULTS, number_of_classes
-from ..data import check_augmentations, evaluation_loader
+from ..data import (
+    DATASETS,
+    FORMATS,
+    check_augmentations,
+    check_data,
+    evaluation_loader,
+    skipped_images,
+)
 from ..errors import InputError
-from ..files import read_json, write_json
+from ..files import make_folder, read_json, write_json
 from ..flops import count_flops
+from ..reading import as_text
 from ..training.checkpoints import plain
+from ..training.trainer import refusal
 from .encoder import Encoder, load_encoder
 from .features import Extraction, extract
 
 # The sizes at which solo-learn's main_linear.py shows the images of a data set.
 _CROP_SIZES = {"cifar10": 32, "cifar100": 32, "stl10": 96, "imagenet100": 224, "imagenet": 224}
+# Lightning's precisions in which the weights themselves are; with the others they are float32.
+_TRUE_DTYPES = {
+    "16-true": torch.float16,
+    "bf16-true": torch.bfloat16,
+    "64-true": torch.float64,
+    64: torch.float64,
+    "64": torch.float64,
+}
 
 
 @dataclass(frozen=True)
@@ -76,18 +93,22 @@ class Evaluation:
         """Tell the user, once, however many processes there are."""
         self.fabric.print(line, flush=True)
 
-    def write(self, rows: dict[str, dict[str, Any]], train_images: int) -> dict[str, Any]:
+    def write(
+        self, rows: dict[str, dict[str, Any]], train_images: int, train: Any = None
+    ) -> dict[str, Any]:
         """Write `metrics.json`, keeping what it holds of other paths in the same settings.
 
         Args:
             rows: the figures of each path.
             train_images: how many images had a part in them, besides the validation images.
+            train: their loader, if it is not among `loaders`.
 
         Returns:
             What the file then holds.
         """
         file = self.folder / "metrics.json"
-        before = read_json(file) if file.is_file() else {}
+        before = _metrics_before(file)
+        loaders = self.loaders if train is None else {**self.loaders, "train": train}
         metrics = before if before.get("identity") == self.identity else {}
         metrics |= {
             "identity": self.identity,
@@ -98,6 +119,7 @@ class Evaluation:
                 "train_images": train_images,
                 "val_images": len(self.loaders["val"].dataset),  # type: ignore[arg-type]
                 "resolution": [self.cfg.augmentations[0].crop_size] * 2,
+                **skipped_images(self.cfg, **loaders),
             },
             "settings": self.settings,
             **rows,
@@ -108,10 +130,19 @@ class Evaluation:
         return metrics
 
 
+def _metrics_before(file: Path) -> dict[str, Any]:
+    try:
+        return read_json(file)
+    except InputError:  # there is none, or it is damaged: then there is nothing in it to keep
+        return {}
+
+
 def prepare_evaluation(
     cfg: DictConfig, kind: str, settings: tuple[str, ...], splits: tuple[str, ...]
 ) -> Evaluation:
     """Check a config, start the processes, load encoder and images, before any long work.
+
+    The folder for the results is made, and that it can be written is checked.
 
     The images are those of pre-training unless `data` names others. Images of another data set
     have the size and the normalisation with which solo-learn evaluates it.
@@ -125,6 +156,14 @@ def prepare_evaluation(
     Raises:
         InputError: naming the key, what was found and what is accepted.
     """
+    evaluation = _prepare(cfg, kind, settings, splits)
+    make_folder(evaluation.folder)
+    return evaluation
+
+
+def _prepare(
+    cfg: DictConfig, kind: str, settings: tuple[str, ...], splits: tuple[str, ...]
+) -> Evaluation:
     OmegaConf.set_struct(cfg, False)
     if OmegaConf.is_missing(cfg, "pretrained_feature_extractor"):
         raise InputError("pretrained_feature_extractor: missing, accepted is a checkpoint's path")
@@ -145,8 +184,9 @@ def prepare_evaluation(
     _complete_data(cfg, encoder.args)
     loaders = {split: evaluation_loader(cfg, split, cfg.batch_size) for split in splits}
     fabric = _launch(cfg)
-    backbone.to(fabric.device)
-    encoder.head.to(fabric.device)
+    dtype = _TRUE_DTYPES.get(cfg.precision, torch.float32)
+    backbone.to(fabric.device, dtype)
+    encoder.head.to(fabric.device, dtype)
 
     config = plain(cfg)
     decisive = {
@@ -156,7 +196,7 @@ def prepare_evaluation(
     }
     if getattr(backbone, "budget", None) is not None:
         decisive["budget"] = backbone.budget
-    free = ("num_workers", "num_large_crops", "num_small_crops")
+    free = ("num_workers", "on_damaged", "num_large_crops", "num_small_crops")
     data = {key: value for key, value in config["data"].items() if key not in free}
     decides = [decisive, data, cfg.augmentations[0].crop_size, encoder.epochs]
     identity = hashlib.sha1(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:6]
@@ -176,8 +216,9 @@ def evaluation_of(checkpoint: Path, overrides: list[str], splits: tuple[str, ...
     Raises:
         InputError: as `prepare_evaluation`.
     """
-    overrides = [f"pretrained_feature_extractor='{checkpoint}'", *overrides]
-    return prepare_evaluation(composed("knn", overrides), "knn", (), splits)
+    cfg = composed("knn", overrides)
+    cfg.pretrained_feature_extractor = as_text(str(checkpoint))
+    return _prepare(cfg, "knn", (), splits)
 
 
 def flops_row(found: Extraction, encoder: Encoder) -> dict[str, float]:
@@ -196,13 +237,29 @@ def _complete_data(cfg: DictConfig, args: DictConfig) -> None:
     given = OmegaConf.create(
         {key: value for key, value in (cfg.get("data") or {}).items() if value is not None}
     )
-    base = OmegaConf.create({} if given.get("dataset") else args.data)
+    base = OmegaConf.create(
+        {}
+        if given.get("dataset")
+        else {key: value for key, value in args.data.items() if value is not None}
+    )
     cfg.data = OmegaConf.merge(DEFAULTS["data"], base, given)
     if cfg.data.dataset != args.data.dataset and not given.get("train_path"):
         raise InputError(f"data.train_path: missing for data.dataset={cfg.data.dataset}")
+    # It names the folder of the results.
+    one_of("data.dataset", cfg.data.dataset, DATASETS)
+    # solo-learn's "dali" reads folders, too.
+    require("data.format", cfg.data.format, lambda v: v in (*FORMATS, "dali"), " or ".join(FORMATS))
+    true_or_false("data.no_labels", cfg.data.no_labels)
+    check_data(cfg.data)
+    at_least("data.num_workers", cfg.data.num_workers, 0)
     cfg.data.split = "train"  # STL-10's labelled part
     cfg.data.num_classes = number_of_classes(cfg.data)
-    view = OmegaConf.create(dict((args.get("augmentations") or [{}])[0]))
+    # What else a view has is augmentation.
+    first = (args.get("augmentations") or [{}])[0]
+    view = OmegaConf.create(
+        {key: first[key] for key in ("crop_size", "mean", "std") if first.get(key) is not None}
+    )
+    view.num_crops = 1
     if cfg.data.dataset != args.data.dataset:
         view.crop_size = _CROP_SIZES.get(cfg.data.dataset, view.get("crop_size"))
     if cfg.crop_size is not None:
@@ -221,7 +278,7 @@ def _launch(cfg: DictConfig) -> Fabric:
             strategy=cfg.strategy,
             precision=cfg.precision,
         )
-    except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
-        raise InputError(f"Lightning refuses this hardware: {error}") from error
+    except Exception as error:  # whatever a value, or SLURM's variables, make Lightning say
+        raise InputError(refusal("Fabric", error)) from error
     fabric.launch()
     return fabric

@@ -15,6 +15,10 @@ from ..errors import InputError
 from ..flops import count_flops, selected_channels
 
 
+class NonFiniteFeaturesError(InputError):
+    """An encoder's weights, or its precision, give features that are infinite or NaN."""
+
+
 @dataclass(frozen=True)
 class Extraction:
     """What an encoder made of N images, in evaluation mode; everything on the CPU.
@@ -52,8 +56,13 @@ def extract(
             call this; each computes its share of the images, none twice, and gets the whole result.
         path: "gated" or "dense" for a backbone with two paths; None for its default.
         head: applied to the features.
+
+    Everything is computed in the dtype of the backbone's weights, unless autocast says otherwise.
+
+    Raises:
+        NonFiniteFeaturesError: if a feature is infinite or NaN.
     """
-    device = next(backbone.parameters()).device
+    weight = next(backbone.parameters())
     features, targets, channels = [], [], []
     selected: list[Tensor] = []
     resolution = (0, 0)
@@ -61,7 +70,7 @@ def extract(
     backbone.eval()
     try:
         for images, labels in _share_of_process(loader):
-            images = images.to(device, non_blocking=True)
+            images = images.to(weight.device, weight.dtype, non_blocking=True)
             masks: tuple[Tensor, ...] = ()
             if isinstance(backbone, TwoPathResNet):
                 with backbone.path(*([path] if path else [])) as passes:
@@ -88,8 +97,14 @@ def extract(
         flops = float(cost.dense)
         if every is not None:
             flops = cost.gated(every).double().mean().item()
+    whole = _of_all_processes(torch.cat(features))
+    if bad := len(whole) - int(whole.isfinite().all(dim=1).sum()):
+        raise NonFiniteFeaturesError(
+            f"the encoder's features of {bad} of {len(whole)} images are infinite or NaN"
+            + (f" on the {path} path" if path else "")
+        )
     return Extraction(
-        _of_all_processes(torch.cat(features)),
+        whole,
         _of_all_processes(torch.cat(targets)),
         resolution,
         every,
@@ -113,6 +128,7 @@ def _share_of_process(loader: Any) -> Iterable:
         Subset(loader.dataset, images),
         batch_size=loader.batch_size,
         num_workers=loader.num_workers,
+        worker_init_fn=loader.worker_init_fn,
         pin_memory=loader.pin_memory,
     )
 

@@ -1,5 +1,6 @@
 """The table at the end of a run: raw pixels, untrained, dense and gated encoder side by side."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,10 +9,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..backbones import TwoPathResNet
-from .features import extract
+from .features import NonFiniteFeaturesError, extract
 from .knn import knn_top1, knn_top1_few_labels
 
-Row = dict[str, float]
+Row = dict[str, float | None]
 
 
 def final_table(
@@ -39,19 +40,22 @@ def final_table(
     Returns:
         Rows "raw", "untrained", "dense" and "gated" as far as they were trained, and "gated at 0.1"
         for a budget of 0.1. Each has `knn_top1`, `knn_top1_<n>_per_class`, `flops` and, on the
-        gated path, `flops_cut` (1 − share).
+        gated path, `flops_cut` (1 − share). Accuracies are None without labels, or where features
+        are infinite or NaN.
     """
+    few = f"knn_top1_{labels_per_class}_per_class"
 
     def row(encode: Callable[[DataLoader], tuple[Tensor, Tensor, float | None]]) -> Row:
-        train_features, train_targets, _ = encode(train)
-        test_features, test_targets, flops = encode(test)
-        train_set, test_set = (train_features, train_targets), (test_features, test_targets)
-        figures: dict[str, Any] = {
-            "knn_top1": knn_top1(train_set, test_set),
-            f"knn_top1_{labels_per_class}_per_class": knn_top1_few_labels(
-                train_set, test_set, labels_per_class, draws
-            ),
-        }
+        figures: Row = {"knn_top1": None, few: None}
+        try:
+            train_set = encode(train)[:2]
+            features, targets, flops = encode(test)
+        except NonFiniteFeaturesError:
+            return figures
+        test_set = (features, targets)
+        if (train_set[1] >= 0).any() and (targets >= 0).any():
+            figures["knn_top1"] = knn_top1(train_set, test_set)
+            figures[few] = knn_top1_few_labels(train_set, test_set, labels_per_class, draws)
         if flops is not None:
             figures["flops"] = flops
         return figures
@@ -72,9 +76,11 @@ def final_table(
             backbone.budget = budget
             table[f"gated at {budget:g}"] = row(encoder(backbone, "gated"))
         backbone.budget = before
+    whole = table["untrained"].get("flops")
     for name, figures in table.items():
-        if name.startswith("gated"):
-            figures["flops_cut"] = 1 - figures["flops"] / table["untrained"]["flops"]
+        used = figures.get("flops")
+        if name.startswith("gated") and used is not None and whole:
+            figures["flops_cut"] = 1 - used / whole
     return table
 
 
@@ -93,7 +99,12 @@ def format_table(table: dict[str, Row]) -> str:
         f"{'1-NN accuracy, %':<16} {'all labels':>11} {heading:>21} {'FLOPs/image':>13} {'cut':>7}"
     ]
     for name, row in table.items():
-        flops = f"{row['flops']:.4g}" if "flops" in row else "–"
-        cut = f"{row['flops_cut']:.1%}" if "flops_cut" in row else "–"
-        lines.append(f"{name:<16} {row['knn_top1']:>11.1f} {row[few]:>21.1f} {flops:>13} {cut:>7}")
+        kinds = {"knn_top1": ".1f", few: ".1f", "flops": ".4g", "flops_cut": ".1%"}
+        cells = [figure(row.get(key), kind) for key, kind in kinds.items()]
+        lines.append("{:<16} {:>11} {:>21} {:>13} {:>7}".format(name, *cells))
     return "\n".join(lines)
+
+
+def figure(value: float | None, kind: str) -> str:
+    """A figure as text, or a dash for one that does not exist (None or NaN)."""
+    return "–" if value is None or math.isnan(value) else format(value, kind)

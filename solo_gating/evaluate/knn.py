@@ -1,5 +1,7 @@
 """Nearest-neighbour accuracy of frozen features, with solo-learn's classifier."""
 
+import math
+
 import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,9 +31,14 @@ def knn_top1(
         distance: "euclidean" or "cosine".
         temperature: of the cosine's weights; no effect on euclidean ones.
         normalise: scale every feature vector to length 1 (the cosine always does).
+
+    Returns:
+        NaN if there is nothing to compare: no labelled image in one of the sets.
     """
     knn = WeightedKNNClassifier(k=k, T=temperature, distance_fx=distance)
     (bank, labels), (queries, truth) = map(_labelled, (train, test))
+    if not len(labels) or not len(truth):
+        return math.nan
     if normalise:
         bank, queries = F.normalize(bank), F.normalize(queries)
     knn.update(train_features=bank, train_targets=labels)
@@ -60,8 +67,13 @@ def knn_top1_few_labels(
         labels_per_class: images of each class that are labelled.
         draws: number of choices; the same for every encoder.
         seed: of the choices.
+
+    Returns:
+        NaN if no image is labelled in one of the sets.
     """
     targets = train[1].numpy()
+    if not (targets >= 0).any():
+        return math.nan
     generator = np.random.RandomState(seed)
     accuracies = []
     for _ in range(draws):

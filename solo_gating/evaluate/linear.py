@@ -9,7 +9,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from omegaconf import DictConfig
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from ..backbones import TwoPathResNet
 from ..solo_learn import LinearModel
 from ..training.callbacks import RunProgress
+from ..training.logs import CSVLog
 from .evaluation import Evaluation
 from .features import Extraction
 
@@ -77,9 +77,9 @@ def classifier_accuracy(classifier: nn.Module, val: Extraction) -> tuple[float, 
     """
     labelled = val.targets >= 0
     targets = val.targets[labelled, None]
-    device = next(classifier.parameters()).device
+    weight = next(classifier.parameters())
     hits = [
-        classifier(rows.to(device)).topk(5).indices.cpu()
+        classifier(rows.to(weight.device, weight.dtype)).topk(5).indices.cpu()
         for rows in val.features[labelled].split(4096)
     ]
     correct = torch.cat(hits) == targets
@@ -152,7 +152,7 @@ def train_on_images(
         strategy=cfg.strategy,
         precision=cfg.precision,
         callbacks=callbacks,
-        logger=CSVLogger(evaluation.folder, name=f"logs-{path}", version=f"seed{seed}"),
+        logger=CSVLog(evaluation.folder / f"logs-{path}" / f"seed{seed}"),
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=cfg.enable_progress_bar,
@@ -169,8 +169,8 @@ def train_on_images(
 
 def _classifier(cfg: DictConfig, backbone: nn.Module, processes: int) -> Any:
     cfg = cfg.copy()
-    # solo-learn's rule (`solo/args/linear.py`): learning rates are given for 256 images.
-    cfg.optimizer.lr *= cfg.optimizer.batch_size * processes / 256
+    if cfg.optimizer.get("scale_lr"):  # `solo/args/linear.py` of the modern line
+        cfg.optimizer.lr *= cfg.optimizer.batch_size * processes / 256
     if cfg.scheduler.lr_decay_steps is None:
         cfg.scheduler.lr_decay_steps = [round(share * cfg.max_epochs) for share in (0.6, 0.8)]
     # solo-learn logs a top-5 accuracy, for which there must be 5 classes; spare ones stay empty.

@@ -33,17 +33,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..backbones import TwoPathResNet
+from ..budgets import RANGE, is_range
+from ..checks import at_least, checked_threshold, is_int, is_not_negative, is_share, require, shown
 from ..errors import InputError
 from ..files import read_json, write_picture
 from ..flops import BackboneFlops, count_flops
+from ..texts import in_picture
 from .features import Extraction
 
 SCHEMA = "solo-gating policy 1"
@@ -165,7 +165,7 @@ def read_policy(path: str | Path, key: str = "policy") -> Policy:
         key: the config key that names it, for messages.
 
     Raises:
-        InputError: if it is missing, damaged, or no policy.
+        InputError: if it is missing, damaged, no policy, or contradicts itself.
     """
     content = read_json(Path(path), key)
     if content.pop("schema", None) != SCHEMA:
@@ -174,9 +174,60 @@ def read_policy(path: str | Path, key: str = "policy") -> Policy:
         )
     try:
         blocks = [BlockPolicy(**block) for block in content.pop("blocks")]
-        return Policy(blocks=blocks, **content)
+        policy = Policy(blocks=blocks, **content)
     except (KeyError, TypeError) as error:
         raise InputError(f"{key}: {str(path)!r} is incomplete ({error})") from error
+    _check_policy(policy, f"{key}: {str(path)!r}")
+    return policy
+
+
+def _check_policy(policy: Policy, where: str) -> None:
+    resolution, none = "a list of two integers ≥ 1", "or null"
+    at_least(f"{where}: images", policy.images, 1)
+    require(
+        f"{where}: resolution",
+        policy.resolution,
+        lambda v: isinstance(v, list) and len(v) == 2 and all(is_int(side, 1) for side in v),
+        resolution,
+    )
+    checked_threshold(policy.threshold, f"{where}: threshold")
+    for name in ("share", "share_std"):
+        require(f"{where}: {name}", getattr(policy, name), is_not_negative, "a number ≥ 0")
+    require(
+        f"{where}: budget", policy.budget, lambda v: v is None or is_share(v), f"a share {none}"
+    )
+    require(
+        f"{where}: target_budget",
+        policy.target_budget,
+        lambda v: v is None or is_share(v) or is_range(v),
+        f"a number in (0, 1], {RANGE} {none}",
+    )
+    if not policy.blocks:
+        raise InputError(f"{where}: blocks: found none")
+    for block in policy.blocks:
+        _check_block(block, policy.images, f"{where}: block {shown(block.name)}")
+
+
+def _check_block(block: BlockPolicy, images: int, where: str) -> None:
+    at_least(f"{where}: channels", block.channels, 1)
+    require(
+        f"{where}: selected",
+        block.selected,
+        lambda v: (
+            isinstance(v, list)
+            and len(v) == block.channels
+            and all(is_int(count, 0) and count <= images for count in v)
+        ),
+        f"a list of {block.channels} integers from 0 to {images}, one for each channel",
+    )
+    on, off = (block.selected.count(count) for count in (images, 0))
+    counts = {"always_on": on, "always_off": off, "input_dependent": block.channels - on - off}
+    for name, count in counts.items():
+        require(
+            f"{where}: {name}", getattr(block, name), count.__eq__, f"{count}, as selected says"
+        )
+    for name in ("active", "active_std"):
+        require(f"{where}: {name}", getattr(block, name), is_not_negative, "a number ≥ 0")
 
 
 def draw_policy(policy: Policy, path: Path, title: str) -> None:
@@ -188,7 +239,8 @@ def draw_policy(policy: Policy, path: Path, title: str) -> None:
         title: above the bars.
     """
     width = max(6.0, 0.62 * len(policy.blocks) + 2)
-    figure, axis = plt.subplots(figsize=(width, 4.2), layout="constrained")
+    figure = Figure(figsize=(width, 4.2), layout="constrained")
+    axis = figure.subplots()
     positions = np.arange(len(policy.blocks))
     bottom = np.zeros(len(policy.blocks))
     for kind, (label, colour) in _KINDS.items():
@@ -229,5 +281,5 @@ def draw_policy(policy: Policy, path: Path, title: str) -> None:
         xlim=(-0.6, len(policy.blocks) - 0.4),
     )
     figure.legend(loc="outside lower center", ncols=4, fontsize="small", frameon=False)
-    axis.set_title(title, fontsize="medium")
+    axis.set_title(in_picture(title), fontsize="medium")
     write_picture(path, figure)

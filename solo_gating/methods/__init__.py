@@ -4,7 +4,7 @@
 `METHODS` under that name.
 """
 
-from ..solo_learn import METHODS, BarlowTwins, BaseMethod, SimCLR, SimSiam, VICReg
+from ..solo_learn import METHODS, BarlowTwins, BaseMethod, SimCLR, SimSiam, VICReg, register
 from .gated import (
     DualMethod,
     GatedMethod,
@@ -69,10 +69,12 @@ def register_gated(name: str, method: type[BaseMethod]) -> None:
     for kind, mixin in (("dual", DualMethod), ("gated", GatedViewsMethod)):
         title = f"{method.__name__}{kind.capitalize()}"
         cls = type(title, (method, mixin), {"__doc__": mixin.__doc__, "__module__": __name__})
-        GATED_METHODS[f"{name}_{kind}"] = METHODS[f"{name}_{kind}"] = cls
+        GATED_METHODS[f"{name}_{kind}"] = cls
+        register(f"{name}_{kind}", cls)
 
 
-METHODS.update(GATED_METHODS)
+for _name, _method in GATED_METHODS.items():
+    register(_name, _method)
 for _name in ("nnclr", "nnsiam", "vibcreg", "wmse"):
     if _name in METHODS:  # 1.0.2 has no VIbCReg
         register_gated(_name, METHODS[_name])

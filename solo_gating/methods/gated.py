@@ -17,6 +17,7 @@ from ..gating_config import GatingConfig
 from ..losses import bound_loss, budget_loss
 from ..solo_learn import BaseMethod, WeightedKNNClassifier
 from ..transfer import send
+from .older_checkpoints import add_gates_group
 
 
 class GatedMethod(BaseMethod):
@@ -55,6 +56,33 @@ class GatedMethod(BaseMethod):
                 self.path_knn[path] = WeightedKNNClassifier(
                     k=self.knn_k, distance_fx=cfg.knn_eval.distance_func
                 )
+
+    @property
+    def learnable_params(self) -> list[dict[str, Any]]:
+        """solo-learn's groups, the backbone's divided in two: without the gates, and the gates."""
+        backbone, *others = super().learnable_params
+        gates, parameters = self._gate_parameters, list(backbone["params"])
+        own = {
+            "name": "gates",
+            "params": [p for p in parameters if p in gates],
+            "weight_decay": self.gating.weight_decay,
+        }
+        backbone["params"] = [p for p in parameters if p not in gates]
+        return [backbone, own, *others]
+
+    @property
+    def _gate_parameters(self) -> set[nn.Parameter]:
+        return {p for block in self.backbone.gated_blocks for p in block.gate.parameters()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Fit the optimiser's state of an earlier version to today's parameter groups."""
+        super().on_load_checkpoint(checkpoint)
+        add_gates_group(
+            checkpoint,
+            list(self.backbone.parameters()),
+            self._gate_parameters,
+            self.gating.weight_decay,
+        )
 
     @property
     def trained_paths(self) -> tuple[str, ...]:
@@ -103,9 +131,13 @@ class GatedMethod(BaseMethod):
         self, passes: list[ForwardPass], epoch: int, target: float, told: float | Tensor | None
     ) -> Tensor:
         channels = [selected_channels(view.masks) for view in passes]
-        means = global_mean(torch.stack([of_images.mean(dim=0) for of_images in channels]))
+        bounded = [selected_channels(v.masks, self.gating.bound_gradient) for v in passes]
+        means = torch.stack([of_images.mean(dim=0) for of_images in (*channels, *bounded)])
+        means, bounded_means = global_mean(means).chunk(2)
         shares, budgets, bounds = [], [], []
-        for view, of_images, selected in zip(passes, channels, means, strict=True):
+        for view, of_images, selected, in_bounds in zip(
+            passes, channels, means, bounded_means, strict=True
+        ):
             flops = self.flops(view.resolution)
             shares.append(flops.share(selected))
             if isinstance(told, Tensor):
@@ -116,7 +148,7 @@ class GatedMethod(BaseMethod):
                 budgets.append(budget_loss(shares[-1], target, self.gating.sparsity_weight))
             bounds.append(
                 bound_loss(
-                    flops.channel_shares(selected),
+                    flops.channel_shares(in_bounds),
                     self.gating.bound_share(target),
                     epoch,
                     self.gating.bound_weight,
@@ -147,26 +179,27 @@ class GatedMethod(BaseMethod):
     def validation_step(
         self, batch: list[Tensor], batch_idx: int, *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
-        """solo-learn's step on the first trained path, and the same accuracies on every path."""
+        """solo-learn's step on the first trained path, and `val_<path>_acc1` of every path.
+
+        solo-learn's end of the epoch logs the means of all that this returns.
+        """
         X, targets = batch
         first, *others = self.trained_paths
         with self.backbone.path(first) as passes:
             metrics = super().validation_step(batch, batch_idx, *args, **kwargs)
-        self._log_validation(passes[-1], targets, metrics["val_acc1"])
+        metrics[f"val_{first}_acc1"] = metrics["val_acc1"]
+        self._log_validation(passes[-1], targets)
         for path in others:
             with self.backbone.path(path) as passes:
                 out = self.base_validation_step(X, targets)
-            self._log_validation(passes[-1], targets, out["acc1"])
+            metrics[f"val_{path}_acc1"] = out["acc1"]
+            self._log_validation(passes[-1], targets)
         return metrics
 
-    def _log_validation(self, view: ForwardPass, targets: Tensor, acc1: Tensor) -> None:
-        metrics = {f"val_{view.path}_acc1": acc1}
+    def _log_validation(self, view: ForwardPass, targets: Tensor) -> None:
         if view.masks:
-            flops = self.flops(view.resolution)
-            metrics["val_flops_share"] = flops.share(selected_channels(view.masks)).mean()
-        self.log_dict(
-            metrics, on_epoch=True, prog_bar=True, sync_dist=True, batch_size=targets.size(0)
-        )
+            share = self.flops(view.resolution).share(selected_channels(view.masks)).mean()
+            self.log("val_flops_share", share, sync_dist=True, batch_size=targets.size(0))
         if view.path in self.path_knn and not self.trainer.sanity_checking:
             knn: Any = self.path_knn[view.path]
             knn(test_features=view.features.detach(), test_targets=targets)

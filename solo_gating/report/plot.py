@@ -4,17 +4,15 @@ import math
 import textwrap
 from collections.abc import Iterable, Sequence
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.legend_handler import HandlerTuple
 from matplotlib.lines import Line2D
 
 from ..evaluate.curves import DENSE, GATED, NEUTRAL
 from ..files import png_of
+from ..texts import in_picture
 from .cells import Cell
 from .tables import DATASETS, transfer_name, variant_name
 
@@ -63,14 +61,8 @@ def draw_accuracy_flops(published: Iterable[Cell], measured: Iterable[Cell]) -> 
         beside = [cell for cell in known if _panel(cell) == panel and cell.variant in methods]
         panels[panel] = _curves([*found[panel], *beside])
     heights = [max(3.8, 1.2 + 0.36 * len(curves)) for curves in panels.values()]
-    figure, axes = plt.subplots(
-        len(panels),
-        1,
-        figsize=(11, sum(heights)),
-        height_ratios=heights,
-        layout=ConstrainedLayoutEngine(h_pad=0.12),
-        squeeze=False,
-    )
+    figure = Figure(figsize=(11, sum(heights)), layout=ConstrainedLayoutEngine(h_pad=0.12))
+    axes = figure.subplots(len(panels), 1, height_ratios=heights, squeeze=False)
     for axis, (panel, curves) in zip(axes.flat, panels.items(), strict=True):
         _draw_panel(axis, panel, curves)
     return png_of(figure, dpi=120)
@@ -121,7 +113,7 @@ def _draw_panel(axis: Axes, panel: _Panel, curves: Sequence[list[Cell]]) -> None
     labels = [f"{variant_name(curve[0].variant)}, {curve[0].source}" for curve in curves]
     title = transfer_name(trained_on, evaluated_on) + (f" ({images})" if images else "")
     axis.set(
-        title=f"{title}, {_METRICS[metric]}",
+        title=in_picture(f"{title}, {_METRICS[metric]}"),
         xlabel="FLOPs per image, % of the dense encoder's",
         ylabel="top-1 accuracy, %",
         xlim=(0, max(place, _STRIP + 3 * _STEP)),
@@ -140,7 +132,7 @@ def _draw_panel(axis: Axes, panel: _Panel, curves: Sequence[list[Cell]]) -> None
     axis.grid(alpha=0.3)
     axis.legend(
         handles,
-        [textwrap.fill(label, 50) for label in labels],
+        ["\n".join(map(in_picture, textwrap.wrap(label, 50))) for label in labels],
         handler_map={tuple: HandlerTuple(ndivide=None)},
         loc="upper left",
         bbox_to_anchor=(1.01, 1.0),

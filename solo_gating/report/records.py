@@ -1,17 +1,19 @@
 """The accuracies in `metrics.json` files, one record for each path of each evaluation."""
 
 import json
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from ..budgets import is_range, middle
+from ..checks import is_int, is_number, is_share, shown
 from ..errors import InputError
+from ..files import UnreadableError, json_content
 
 METRICS = ("linear", "knn")
 PATHS = ("dense", "gated")
+_LARGEST_COUNT = 10**12
 
 # What an evaluation does if its `settings` do not say otherwise; so does a pre-training's own 1-NN.
 _DEFAULT_SETTINGS = {
@@ -220,7 +222,7 @@ def _sweeps(file: Path, content: dict[str, Any]) -> list[Sweep]:
         return []
     listed, dense = gated["sweep"], _object(content, "dense")
     if not isinstance(listed, list) or not all(isinstance(point, dict) for point in listed):
-        raise _UnusableError(f"`gated.sweep` is {listed!r}, accepted is a list of objects")
+        raise _UnusableError(f"`gated.sweep` is {shown(listed)}, accepted is a list of objects")
     where = "gated.sweep"
     return [
         Sweep(
@@ -229,13 +231,13 @@ def _sweeps(file: Path, content: dict[str, Any]) -> list[Sweep]:
             data=_data(content),
             points=tuple(
                 SweepPoint(
-                    asked=_optional(point, "asked", where),
-                    flops=_number(point, "flops", where),
+                    asked=_within(point, "asked", where, 0, 1),
+                    flops=_flops(point, where) or _refuse(point, "flops", where, "a number"),
                     value=_accuracy(point, "knn_top1", where),
                 )
                 for point in listed
             ),
-            dense_flops=_number(dense, "flops", "dense"),
+            dense_flops=_flops(dense, "dense") or _refuse(dense, "flops", "dense", "a number"),
             dense_value=_accuracy(dense, "knn_top1", "dense"),
         )
     ]
@@ -257,10 +259,8 @@ def _metrics_files(folders: Sequence[Path]) -> list[Path]:
 
 def _content(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise _UnusableError(f"cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
+        content = json_content(file)
+    except UnreadableError as error:
         raise _UnusableError(f"is not JSON ({error})") from error
     if not isinstance(content, dict):
         raise _UnusableError("holds no JSON object")
@@ -290,31 +290,38 @@ def _records(file: Path, content: dict[str, Any]) -> list[Record]:
             data=data,
             path=path,
             value=value,
-            std=_optional(row, f"{metric}_top1_std", path),
-            flops=_optional(row, "flops", path),
-            flops_cut=_optional(row, "flops_cut", path),
+            std=_within(row, f"{metric}_top1_std", path, 0, 100),
+            flops=_flops(row, path),
+            flops_cut=_within(row, "flops_cut", path, -1, 1),
             own=own,
         )
         for path, row in rows.items()
         for varied, value in _accuracies(row, path, metric)
+        if value is not None
     ]
 
 
-def _accuracies(row: Any, path: str, metric: str) -> list[tuple[dict[str, Any], float]]:
+def _accuracies(row: Any, path: str, metric: str) -> list[tuple[dict[str, Any], float | None]]:
     """A row's accuracies with the settings in which they differ."""
     if not isinstance(row, dict):
-        raise _UnusableError(f"`{path}` is {row!r}, accepted is an object")
+        raise _UnusableError(f"`{path}` is {shown(row)}, accepted is an object")
     # main_knn lists every combination of its settings that it has tried.
     listed = row.get("knn") if metric == "knn" else None
     found = [
         (
-            {k: v for k, v in one.items() if k in _DEFAULT_SETTINGS["knn"]},
+            _checked_settings(
+                {k: v for k, v in one.items() if k in _DEFAULT_SETTINGS["knn"]}, path
+            ),
             _accuracy(one, "knn_top1", path),
         )
         for one in (listed if isinstance(listed, list) else [])
         if isinstance(one, dict)
     ]
-    return found or [({}, _accuracy(row, f"{metric}_top1", path))]
+    if found:
+        return [*found]
+    name = f"{metric}_top1"
+    # Null: there were no labels, or the features were not finite.
+    return [({}, None if name in row and row[name] is None else _accuracy(row, name, path))]
 
 
 def _pretraining(content: dict[str, Any]) -> dict[str, Any]:
@@ -323,14 +330,18 @@ def _pretraining(content: dict[str, Any]) -> dict[str, Any]:
     for key in ("method", "dataset", "backbone"):
         _text(found, key, where)
     for key in ("epochs", "width"):
-        _number(found, key, where)
+        _count(found, key, where)
     _optional(found, "seed", where)
-    if not is_range(found.get("target_budget")):
-        _optional(found, "target_budget", where)
-    if not isinstance(found.get("method_kwargs") or {}, dict):
-        raise _UnusableError(f"`{where}.method_kwargs` is {found['method_kwargs']!r}")
-    if not isinstance(found.get("checkpoint") or "", str):
-        raise _UnusableError(f"`{where}.checkpoint` is {found['checkpoint']!r}, accepted is a path")
+    budget = found.get("target_budget")
+    if not (budget is None or is_share(budget) or is_range(budget)):
+        _refuse(found, "target_budget", where, "a number in (0, 1] or a range of two")
+    for key in ("name", "checkpoint"):
+        value = found.get(key)
+        if not (value is None or isinstance(value, str) or (key == "name" and is_number(value))):
+            _refuse(found, key, where, "text")
+    for key in ("gating", "method_kwargs", "optimizer"):
+        if not isinstance(found.get(key) or {}, dict):
+            _refuse(found, key, where, "an object")
     return found
 
 
@@ -338,7 +349,8 @@ def _data(content: dict[str, Any]) -> dict[str, Any]:
     found = _object(content, "data")
     _text(found, "dataset", "data")
     for key in ("train_images", "val_images"):
-        _optional(found, key, "data")
+        if found.get(key) is not None:
+            _count(found, key, "data")
     return found
 
 
@@ -348,45 +360,82 @@ def _settings(content: dict[str, Any], metric: str) -> dict[str, Any]:
     given.pop("seeds", None)
     if "max_epochs" in given:
         given["epochs"] = given.pop("max_epochs")
-    settings = _DEFAULT_SETTINGS[metric] | given
+    settings = _checked_settings(_DEFAULT_SETTINGS[metric] | given, "settings")
     if metric == "knn" and settings["distance"] == "euclidean":
         settings.pop("temperature", None)  # which has no effect there
     return settings
 
 
+# Those that are compared or written as numbers and words; others are shown as they are.
+_SETTINGS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "threshold": (is_number, "a number"),
+    "budget": (lambda v: v is None or is_share(v), "a number in (0, 1]"),
+    "k": (lambda v: is_int(v, 1), "an integer ≥ 1"),
+    "normalise": (lambda v: isinstance(v, bool), "true or false"),
+    "epochs": (lambda v: is_int(v, 1), "an integer ≥ 1"),
+}
+
+
+def _checked_settings(settings: dict[str, Any], where: str) -> dict[str, Any]:
+    for key, (accepted, wording) in _SETTINGS.items():
+        if key in settings and not accepted(settings[key]):
+            _refuse(settings, key, where, wording)
+    return settings
+
+
 def _object(content: dict[str, Any], key: str) -> dict[str, Any]:
     if not isinstance(content.get(key), dict):
-        raise _UnusableError(f"`{key}` is {content.get(key, 'missing')!r}, accepted is an object")
+        value = shown(content.get(key, "missing"))
+        raise _UnusableError(f"`{key}` is {value}, accepted is an object")
     return content[key]
 
 
 def _text(found: dict[str, Any], key: str, where: str) -> str:
     if not isinstance(found.get(key), str):
-        raise _UnusableError(
-            f"`{where}.{key}` is {found.get(key, 'missing')!r}, accepted is a name"
-        )
+        _refuse(found, key, where, "a name")
     return found[key]
 
 
 def _number(found: dict[str, Any], key: str, where: str) -> float | int:
-    value = found.get(key)
-    # JSON as Python reads it may hold NaN and Infinity.
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise _UnusableError(
-            f"`{where}.{key}` is {found.get(key, 'missing')!r}, accepted is a number"
-        )
-    return value
+    if not is_number(found.get(key)):  # JSON as Python reads it may hold NaN and Infinity
+        _refuse(found, key, where, "a number")
+    return found[key]
+
+
+def _count(found: dict[str, Any], key: str, where: str) -> int:
+    if not is_int(found.get(key), 0) or found[key] > _LARGEST_COUNT:
+        _refuse(found, key, where, "an integer ≥ 0")
+    return found[key]
+
+
+def _refuse(found: dict[str, Any], key: str, where: str, accepted: str) -> NoReturn:
+    value = shown(found.get(key, "missing"))
+    raise _UnusableError(f"`{where}.{key}` is {value}, accepted is {accepted}")
 
 
 def _optional(found: dict[str, Any], key: str, where: str) -> float | int | None:
     return None if found.get(key) is None else _number(found, key, where)
 
 
+def _within(
+    row: dict[str, Any], key: str, path: str, least: float, most: float
+) -> float | int | None:
+    value = _optional(row, key, path)
+    if value is not None and not least <= value <= most:
+        _refuse(row, key, path, f"{least} to {most}")
+    return value
+
+
+def _flops(row: dict[str, Any], path: str) -> float | int | None:
+    value = _optional(row, "flops", path)
+    if value is not None and value <= 0:
+        _refuse(row, "flops", path, "a number > 0")
+    return value
+
+
 def _accuracy(row: dict[str, Any], key: str, path: str) -> float:
-    value = _number(row, key, path)
-    if not 0 <= value <= 100:
-        raise _UnusableError(f"`{path}.{key}` is {value!r}, accepted is 0 to 100")
-    return float(value)
+    _number(row, key, path)
+    return float(_within(row, key, path, 0, 100))  # type: ignore[arg-type]
 
 
 def _without_superseded(records: list[Record]) -> list[Record]:

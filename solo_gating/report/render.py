@@ -1,11 +1,10 @@
 """One report, as Markdown and as a HTML page that needs no other file."""
 
 import base64
-import html
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..texts import in_html, in_markdown
 from .tables import Row, Table
 
 _STYLE = """
@@ -61,12 +60,12 @@ def to_markdown(sections: Sequence[Section]) -> str:
     """The report as Markdown, with links to its pictures."""
     parts: list[str] = []
     for level, section in zip([1] + [2] * len(sections), sections, strict=False):
-        parts.append(f"{'#' * level} {_plain(section.heading)}")
-        parts += [_plain(paragraph) for paragraph in section.paragraphs]
+        parts.append(f"{'#' * level} {in_markdown(section.heading)}")
+        parts += [in_markdown(paragraph) for paragraph in section.paragraphs]
         if section.items:
-            parts.append("\n".join(f"- {_plain(item)}" for item in section.items))
+            parts.append("\n".join(f"- {in_markdown(item)}" for item in section.items))
         if section.picture is not None:
-            parts.append(f"![{_plain(section.picture.description)}]({section.picture.name})")
+            parts.append(f"![{in_markdown(section.picture.description)}]({section.picture.name})")
         if section.table is not None:
             parts.append(_markdown_table(section.table))
     return "\n\n".join(parts) + "\n"
@@ -75,32 +74,27 @@ def to_markdown(sections: Sequence[Section]) -> str:
 def _markdown_table(table: Table) -> str:
     lines = [table.header, ("---",) * len(table.header), *(row.texts for row in table.rows)]
     return "\n".join(
-        f"| {' | '.join(text if text == '---' else _plain(text) for text in line)} |"
+        f"| {' | '.join(text if text == '---' else in_markdown(text) for text in line)} |"
         for line in lines
     )
-
-
-def _plain(text: str) -> str:
-    """Text that Markdown shows as it is, in one line and, in a table, in one cell."""
-    return re.sub(r"([\\`*\[\]<>|])", r"\\\1", " ".join(text.split()))
 
 
 def to_html(sections: Sequence[Section]) -> str:
     """The report as one HTML page with its style and pictures inside."""
     body: list[str] = []
     for level, section in zip([1] + [2] * len(sections), sections, strict=False):
-        body.append(f"<h{level}>{html.escape(section.heading)}</h{level}>")
-        body += [f"<p>{html.escape(paragraph)}</p>" for paragraph in section.paragraphs]
+        body.append(f"<h{level}>{in_html(section.heading)}</h{level}>")
+        body += [f"<p>{in_html(paragraph)}</p>" for paragraph in section.paragraphs]
         if section.items:
-            items = "\n".join(f"<li>{html.escape(item)}</li>" for item in section.items)
+            items = "\n".join(f"<li>{in_html(item)}</li>" for item in section.items)
             body.append(f"<ul>\n{items}\n</ul>")
         if section.picture is not None:
             content = base64.b64encode(section.picture.png).decode("ascii")
-            description = html.escape(section.picture.description)
+            description = in_html(section.picture.description)
             body.append(f'<p><img src="data:image/png;base64,{content}" alt="{description}"></p>')
         if section.table is not None:
             body.append(_html_table(section.table))
-    title = html.escape(sections[0].heading)
+    title = in_html(sections[0].heading)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -111,7 +105,7 @@ def to_html(sections: Sequence[Section]) -> str:
 
 
 def _html_table(table: Table) -> str:
-    head = "".join(f'<th scope="col">{html.escape(text)}</th>' for text in table.header)
+    head = "".join(f'<th scope="col">{in_html(text)}</th>' for text in table.header)
     rows = "\n".join(_html_row(row) for row in table.rows)
     return (
         f'<div class="table"><table>\n<thead><tr>{head}</tr></thead>\n'
@@ -121,5 +115,5 @@ def _html_table(table: Table) -> str:
 
 def _html_row(row: Row) -> str:
     kind = "measured" if row.measured else "published"
-    cells = "".join(f"<td>{html.escape(text)}</td>" for text in row.texts)
+    cells = "".join(f"<td>{in_html(text)}</td>" for text in row.texts)
     return f'<tr class="{kind}">{cells}</tr>'

@@ -5,14 +5,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from itertools import cycle
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from ..evaluate.curves import DENSE, GATED, NEUTRAL
 from ..files import png_of
+from ..texts import in_picture
 from .records import Record, Sweep
 from .tables import NOTHING, Row, Table, transfer_name, variant_name
 
@@ -42,9 +40,8 @@ def draw_sweeps(sweeps: Sequence[Sweep], records: Iterable[Record]) -> bytes | N
     if not panels:
         return None
     rivals = _rivals(records)
-    figure, axes = plt.subplots(
-        len(panels), 1, figsize=(9.5, 4.6 * len(panels)), layout="constrained", squeeze=False
-    )
+    figure = Figure(figsize=(9.5, 4.6 * len(panels)), layout="constrained")
+    axes = figure.subplots(len(panels), 1, squeeze=False)
     for axis, (panel, curves) in zip(axes.flat, panels.items(), strict=True):
         _draw_panel(axis, panel, curves, rivals.get(panel, {}))
     return png_of(figure, dpi=120)
@@ -83,7 +80,7 @@ def _panel(found: Sweep | Record) -> _Panel:
 
 def _name(found: Sweep | Record) -> str:
     run = found.pretraining
-    words = [run.get("name") or variant_name(found.variant), f"width {run['width']}"]
+    words = [str(run.get("name") or variant_name(found.variant)), f"width {run['width']}"]
     return ", ".join([*words, f"{run['epochs']:,} epochs"])
 
 
@@ -140,7 +137,9 @@ def _draw_panel(
         sorted(curves.items()), cycle(_COLOURS), cycle(_MARKERS), strict=False
     ):
         label = name + (f", {len(runs)} seeds" if len(runs) > 1 else "")
-        draw(_gated_points(runs).values(), color=colour, marker=marker, ms=4, label=label)
+        draw(
+            _gated_points(runs).values(), color=colour, marker=marker, ms=4, label=in_picture(label)
+        )
         dense = _mean([(run.dense_flops, run.dense_value) for run in runs])
         draw([dense], color=colour, marker="s", ms=8, ls="none")
     if rivals:
@@ -161,7 +160,7 @@ def _draw_panel(
         xlabel="FLOPs per image, % of the widest network's dense path (squares)",
         ylabel="1-NN accuracy, %",
         xlim=(0, 106),
-        title=_title(panel),
+        title=in_picture(_title(panel)),
     )
     axis.grid(alpha=0.3)
     axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False)

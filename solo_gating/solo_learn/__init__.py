@@ -50,11 +50,23 @@ with warnings.catch_warnings():
         )
 
 from solo.losses import vicreg
+from solo.methods import METHODS as SOLO_METHODS
 from solo.methods import barlow_twins
 
 from .fixes import mend
 
-mend(BaseMethod, vicreg, barlow_twins)
+mend(BaseMethod, VICReg, vicreg, barlow_twins)
+
+
+def register(name: str, method: type[BaseMethod]) -> None:
+    """Give a method a name, in `METHODS` and in solo-learn's own, which on 1.0.2 is another one.
+
+    Args:
+        name: for the key `method` of a config.
+        method: takes a config.
+    """
+    METHODS[name] = SOLO_METHODS[name] = method
+
 
 __all__ = [
     "LARS",
@@ -72,4 +84,5 @@ __all__ = [
     "accuracy_at_k",
     "build_transform_pipeline",
     "installed_line",
+    "register",
 ]

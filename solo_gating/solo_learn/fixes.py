@@ -2,10 +2,11 @@
 
 Broken under current torchmetrics and PyTorch: the kNN classifier, batches without labels, the
 checkpoints of methods with a static learning rate. Slow: losses with a boolean mask, VICReg's of
-the covariances and Barlow Twins'.
+the covariances and Barlow Twins'. New: VICReg's statistics over parts of a batch.
 """
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from functools import wraps
 from types import ModuleType
 from typing import Any
@@ -17,8 +18,10 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from ..distributed import rank_and_processes
+from ..randomness import StepSeeds
 
 _QUERIES_AT_ONCE = 1024
+_STATISTICS_IMAGES: ContextVar[int | None] = ContextVar("statistics_images", default=None)
 _BANKS = ("train_features", "train_targets", "test_features", "test_targets")
 
 
@@ -66,12 +69,16 @@ def current_knn(base: type[Metric]) -> type[Metric]:
             self.update(*args, **kwargs)
 
         def compute(self) -> tuple[float, float]:
-            """Top-1 and top-5 accuracy in percent; (-1, -1) without features."""
+            """Top-1 and top-5 accuracy in percent over the labelled; (-1, -1) without such."""
             banks = {name: list(getattr(self, name)) for name in _BANKS}
             self.reset()
             if not all(sum(map(len, parts)) for parts in banks.values()):
                 return -1, -1
             train, labels, test, targets = (torch.cat(banks[name]) for name in _BANKS)
+            train, labels = train[labels >= 0], labels[labels >= 0]
+            test, targets = test[targets >= 0], targets[targets >= 0]
+            if not (len(train) and len(test)):
+                return -1, -1
             if self.distance_fx == "cosine":
                 train, test = F.normalize(train), F.normalize(test)
             classes = int(max(labels.max(), targets.max())) + 1
@@ -156,42 +163,143 @@ def barlow_loss(z1: Tensor, z2: Tensor, lamb: float = 5e-3, scale_loss: float = 
     return scale_loss * (weights * (correlations - aim).pow(2)).sum()
 
 
-def mend(base_method: type[Any], vicreg: ModuleType, barlow_twins: ModuleType) -> None:
-    """Mend solo-learn's BaseMethod and two losses in place, once.
+def mend(
+    base_method: type[Any], vicreg_method: type[Any], vicreg: ModuleType, barlow_twins: ModuleType
+) -> None:
+    """Mend solo-learn's BaseMethod, VICReg and two losses in place, once.
 
     - A batch without a single label has the classification loss 0 (it was 0 / 0 = NaN, which also
-      spoilt the online classifier's weights).
+      spoilt the online classifier's weights), and a batch's accuracy is that of its labelled images.
+    - Validation figures are means over all labelled images of all processes; without any, there
+      are none.
     - The scheduler of a method with a static learning rate (SimSiam) held a
       `functools.partial`; without it checkpoints load with `torch.load(weights_only=True)`, and
       resuming puts it back, since `configure_optimizers` runs first.
+    - Each step draws its random numbers anew from the config's `seed`: every continuation of a run
+      repeated those of the run's start.
+    - VICReg takes `method_kwargs.statistics_images`: its variances and covariances are those of so
+      many images at a time, the loss their mean over the whole batch of all processes. (The papers'
+      runs have 256 images on each of two GPUs, and each GPU statistics of its own.)
 
     Args:
         base_method: the class.
+        vicreg_method: VICReg's class.
         vicreg: the module of the loss.
         barlow_twins: the module of the method.
     """
     if getattr(base_method, "_solo_gating_mended", False):
         return
-    base_method._base_shared_step = _unlabelled_is_zero(base_method._base_shared_step)
+    mend_validation(base_method, "_base_shared_step")
     base_method.on_save_checkpoint = _without_functions
-    vicreg.covariance_loss = covariance_loss  # type: ignore[attr-defined]
+    base_method.configure_callbacks = _step_seeds
+    vicreg_method.training_step = _of_so_many_images(vicreg_method.training_step)
+    vicreg.variance_loss = _mean_over_parts(vicreg.variance_loss)  # type: ignore[attr-defined]
+    vicreg.covariance_loss = _mean_over_parts(covariance_loss)  # type: ignore[attr-defined]
     barlow_twins.barlow_loss_func = barlow_loss  # type: ignore[attr-defined]
     base_method._solo_gating_mended = True
 
 
-def _unlabelled_is_zero(shared_step: Callable[..., dict[str, Any]]) -> Callable[..., dict]:
+def mend_validation(method: type[Any], shared_step: str) -> None:
+    """Make the figures of a class of solo-learn's those of its labelled images, in place.
+
+    Args:
+        method: BaseMethod or BaseMomentumMethod.
+        shared_step: the name of its step on one view.
+    """
+    setattr(method, shared_step, _of_labelled(getattr(method, shared_step)))
+    method.validation_step = _counting_labelled(method.validation_step)
+    method.on_validation_epoch_end = _log_validation
+
+
+def _of_labelled(shared_step: Callable[..., dict[str, Any]]) -> Callable[..., dict]:
     @wraps(shared_step)
     def step(self: Any, X: Tensor, targets: Tensor) -> dict[str, Any]:
-        any_label = (targets != -1).any()
+        labelled = (targets != -1).sum()
+        any_label = labelled > 0
         out = shared_step(self, X, torch.where(any_label, targets, torch.zeros_like(targets)))
-        for key in ("loss", "acc1", "acc5"):
-            out[key] = out[key] * any_label
+        if "loss" in out:  # a momentum method need not have a classifier
+            out["loss"] = out["loss"] * any_label
+            for key in ("acc1", "acc5"):  # solo-learn's are per image of the batch
+                out[key] = out[key] * any_label * (len(targets) / labelled.clamp(min=1))
         return out
 
     return step
+
+
+def _counting_labelled(validation_step: Callable[..., dict[str, Any]]) -> Callable[..., dict]:
+    @wraps(validation_step)
+    def step(self: Any, batch: list[Tensor], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        metrics = validation_step(self, batch, *args, **kwargs)
+        metrics["batch_size"] = (batch[1] != -1).sum()
+        return metrics
+
+    return step
+
+
+def _of_so_many_images(training_step: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @wraps(training_step)
+    def step(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+        outer = _STATISTICS_IMAGES.set(self.cfg.method_kwargs.get("statistics_images"))
+        try:
+            return training_step(self, *args, **kwargs)
+        finally:
+            _STATISTICS_IMAGES.reset(outer)
+
+    return step
+
+
+def labelled_means(outputs: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """Means of validation figures over the labelled images of all processes.
+
+    Args:
+        outputs: for each batch its figures, tensors of one number, and as `batch_size` its number
+            of labelled images.
+
+    Returns:
+        A number for each figure; nothing if no image is labelled.
+    """
+    names = [name for name in outputs[0] if name != "batch_size"] if outputs else []
+    number = sum(out["batch_size"] for out in outputs)
+    sums = [sum(out["batch_size"] * out[name] for out in outputs).reshape(()) for name in names]
+    _, processes = rank_and_processes()
+    if processes > 1:
+        every = torch.stack([number.to(sums[0]), *sums])
+        dist.all_reduce(every)
+        number, *sums = every
+    if not number:
+        return {}
+    return {name: total / number for name, total in zip(names, sums, strict=True)}
+
+
+def _log_validation(self: Any) -> None:
+    """The end of a validation epoch of solo-learn's BaseMethod, over labelled images only."""
+    log: dict[str, Any] = labelled_means(self.validation_step_outputs)
+    self.validation_step_outputs.clear()
+    if self.knn_eval and not self.trainer.sanity_checking:
+        acc1, acc5 = self.knn.compute()
+        if acc1 >= 0:
+            log |= {"val_knn_acc1": acc1, "val_knn_acc5": acc5}
+    self.log_dict(log, sync_dist=True)
+
+
+def _mean_over_parts(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    @wraps(loss)
+    def mean(z1: Tensor, z2: Tensor) -> Tensor:
+        images = _STATISTICS_IMAGES.get() or len(z1)
+        if images >= len(z1):
+            return loss(z1, z2)
+        parts = zip(z1.split(images), z2.split(images), strict=True)
+        return sum(len(one) * loss(one, other) for one, other in parts) / len(z1)  # type: ignore[return-value]
+
+    return mean
 
 
 def _without_functions(self: Any, checkpoint: dict[str, Any]) -> None:
     for scheduler in checkpoint.get("lr_schedulers", []):
         for key in [key for key, value in scheduler.items() if callable(value)]:
             del scheduler[key]
+
+
+def _step_seeds(self: Any) -> list[StepSeeds]:
+    seed = self.cfg.get("seed")
+    return [] if seed is None else [StepSeeds(seed)]

@@ -14,7 +14,8 @@ class LARS(Optimizer):
     The rule and the state dict are those of `solo/utils/lars.py`. That one branches on the norms of
     every parameter and its gradient, some 120 times a step, and each time waits for a GPU; this one
     computes all norms at once and selects on the device. (1.0.2's `LARSWrapper` scales the gradients
-    and then calls the closure, which under Lightning computes new ones: it is plain SGD.)
+    and then calls the closure, in which Lightning computes new ones: it is plain SGD, but with
+    precision 16-mixed, where Lightning calls the closure first.)
 
     Args:
         params: parameters or groups.

@@ -2,6 +2,7 @@
 
 import io
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -113,11 +114,55 @@ def summary_line(metrics: dict[str, Tensor]) -> str:
 
 
 class NonFiniteLossError(ArithmeticError):
-    """A loss became infinite or NaN; the message says at which step, and which part."""
+    """A loss or a weight became infinite or NaN.
+
+    Args:
+        epoch: in which the run stopped.
+        name: of what is not finite.
+        step: after which it was first seen.
+    """
+
+    def __init__(self, epoch: int, name: str, step: int):
+        super().__init__(epoch, name, step)
+
+    def __str__(self) -> str:
+        epoch, name, step = self.args
+        return (
+            f"training stopped in epoch {epoch}: {name} is not finite at step {step}; the last "
+            "checkpoint before it is kept"
+        )
+
+
+def first_not_finite(checkpoint: Mapping[str, Any]) -> str | None:
+    """The name of the first weight, buffer or state of an optimizer that is infinite or NaN.
+
+    All are looked at on their device, which is waited for once.
+
+    Args:
+        checkpoint: `state_dict` and, if it is there, `optimizer_states`, as in a checkpoint.
+    """
+    named = dict(checkpoint["state_dict"])
+    for optimizer in checkpoint.get("optimizer_states", []):
+        for parameter, state in optimizer["state"].items():
+            for key, value in state.items():
+                named[f"the optimizer's {key} of parameter {parameter}"] = value
+    names = [
+        name
+        for name, value in named.items()
+        if isinstance(value, Tensor) and value.is_floating_point() and value.numel()
+    ]
+    if not names:
+        return None
+    device = named[names[0]].device
+    finite = torch.stack([torch.isfinite(named[name]).all().to(device) for name in names])
+    return None if finite.all() else names[int(finite.logical_not().nonzero()[0])]
 
 
 class StopAtNonFiniteLoss(Callback):
     """Stops the run at a loss that is not finite, before a checkpoint is written with it.
+
+    What the last step makes of the weights has no loss any more: they are checked at the end. (The
+    checkpoints check what they save, see `checkpoints.WholeFiles`.)
 
     Every step is checked on the device; the result is read at the logger's interval and at the
     end of each epoch, so that the check costs no synchronisation in between.
@@ -156,6 +201,12 @@ class StopAtNonFiniteLoss(Callback):
         """Check before the epoch's checkpoint is written (Lightning runs that callback last)."""
         self._stop_if_bad(trainer)
 
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Check the weights, of a run without checkpoints, too."""
+        if name := first_not_finite({"state_dict": pl_module.state_dict()}):
+            # Lightning counts the epoch as done by now.
+            raise NonFiniteLossError(trainer.current_epoch - 1, name, trainer.global_step)
+
     def _stop_if_bad(self, trainer: pl.Trainer) -> None:
         if self._first_bad is None or (first := self._first_bad.max().item()) < 0:
             return
@@ -166,7 +217,4 @@ class StopAtNonFiniteLoss(Callback):
         }
         first = min(steps.values())
         name = next(name for name, step in steps.items() if step == first)
-        raise NonFiniteLossError(
-            f"training stopped in epoch {trainer.current_epoch}: {name.removesuffix('_step')} is not "
-            f"finite at step {first}; the last checkpoint before it is kept"
-        )
+        raise NonFiniteLossError(trainer.current_epoch, name.removesuffix("_step"), first)

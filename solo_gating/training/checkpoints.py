@@ -1,75 +1,118 @@
-"""Checkpoints as solo-learn lays them out, and finding the one to continue from."""
+"""Checkpoints as solo-learn lays them out."""
 
-import json
-import pickle
 import random
 import string
 import time
-import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import WandbLogger
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
 
-from ..config import DEFAULTS
 from ..errors import InputError
-from ..files import write_json
-
-# What may differ between a run and its continuation.
-_FREE_TO_CHANGE = (
-    "resume_from_checkpoint",
-    "auto_resume",
-    "checkpoint",
-    "wandb",
-    "wandb_run_id",
-    "devices",
-    "num_nodes",
-    "accelerator",
-    "strategy",
-    "enable_progress_bar",
-    "log_every_n_steps",
-    "performance",
-    "final_knn",
-    "flops",
-)
+from ..files import add_name, read_json, replacing, write_json
+from .callbacks import NonFiniteLossError, first_not_finite
 
 
-class Checkpointer(ModelCheckpoint):
+class WholeFiles(TorchCheckpointIO):
+    """Lightning's way to write a checkpoint, but whole or not at all, and only what is finite.
+
+    Lightning writes to the temporary folder and moves the file, which is a copy, not a renaming,
+    where that is another file system: a kill or a full disk then destroys the checkpoint before.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        """Write it beside the file that it replaces.
+
+        Raises:
+            NonFiniteLossError: if a weight, a buffer or the optimizer's state is infinite or NaN.
+            InputError: if it cannot be written.
+        """
+        if name := first_not_finite(checkpoint):
+            raise NonFiniteLossError(checkpoint["epoch"], name, checkpoint["global_step"])
+        with replacing(Path(path)) as file:
+            torch.save(checkpoint, file)
+
+
+class Checkpointer(Checkpoint):
     """`args.json` and `last.ckpt` in the run's folder, the latter after every n-th epoch.
 
-    With `checkpoint.keep_prev` each epoch's checkpoint stays, as `<name>-ep=<epoch>.ckpt`. Files
-    are replaced whole: a run that is killed while writing leaves the checkpoint before.
+    It is also written where the run ends, by itself or by one of the Trainer's limits. With
+    `checkpoint.keep_prev` each of these checkpoints stays, as `<name>-ep=<epoch>.ckpt`; `last.ckpt`
+    is then a second name of the newest, given to it once it is complete.
 
     Args:
-        cfg: a complete config; its resolved content becomes `args.json`.
+        cfg: a complete config; its resolved content becomes `args.json`. With
+            `checkpoint.frequency` 0 only the end is saved.
         folder: the run's folder.
     """
 
     def __init__(self, cfg: DictConfig, folder: Path):
-        super().__init__(
-            dirpath=folder,
-            filename=f"{cfg.name}-ep={{epoch}}" if cfg.checkpoint.keep_prev else "last",
-            save_top_k=-1 if cfg.checkpoint.keep_prev else 1,
-            save_last=cfg.checkpoint.keep_prev,
-            every_n_epochs=cfg.checkpoint.frequency,
-            save_on_train_epoch_end=True,
-            enable_version_counter=False,
-            auto_insert_metric_name=False,
-        )
         self.args = plain(cfg)
+        self.folder = folder
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write `args.json`."""
-        super().on_train_start(trainer, pl_module)
-        if trainer.is_global_zero:
-            wandb = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
-            args = {**self.args, "wandb_run_id": wandb[0].version if wandb else None}
-            write_json(Path(str(self.dirpath)) / "args.json", args)
+        wandb = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
+        args = {**self.args, "wandb_run_id": wandb[0].version if wandb else None}
+        _on_first_process(trainer, lambda: write_json(self.folder / "args.json", args))
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save a checkpoint if one is due.
+
+        Lightning calls this at the end of a run, too, be it in the middle of an epoch.
+        """
+        frequency, epochs = self.args["checkpoint"]["frequency"], trainer.current_epoch + 1
+        due = frequency > 0 and epochs % frequency == 0
+        if (due or _ends(trainer)) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._save(trainer)
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        last = file = self.folder / "last.ckpt"
+        if self.args["checkpoint"]["keep_prev"]:
+            file = self.folder / f"{self.args['name']}-ep={trainer.current_epoch}.ckpt"
+        failure: Exception | None = None
+        try:
+            trainer.save_checkpoint(file, weights_only=False)
+        except (InputError, NonFiniteLossError) as error:
+            failure = error
+            trainer.strategy.barrier()  # the other processes wait there for the first to have saved
+        _raise_everywhere(trainer, failure)
+        if file != last:
+            _on_first_process(trainer, lambda: add_name(file, last))
+
+
+def _on_first_process(trainer: pl.Trainer, write: Callable[[], None]) -> None:
+    failure = None
+    if trainer.is_global_zero:
+        try:
+            write()
+        except InputError as error:
+            failure = error
+    _raise_everywhere(trainer, failure)
+
+
+def _raise_everywhere(trainer: pl.Trainer, failure: Exception | None) -> None:
+    """Stop every process if the first one has failed; the others would wait for it."""
+    failure = trainer.strategy.broadcast(failure)
+    if failure is not None:
+        raise failure
+
+
+def _ends(trainer: pl.Trainer) -> bool:
+    """Whether the epoch that has just ended is a run's last."""
+    return (
+        trainer.should_stop
+        or trainer.current_epoch + 1 >= (trainer.max_epochs or 0)
+        or 0 <= trainer.max_steps <= trainer.global_step
+    )
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
@@ -81,8 +124,8 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
 def read_args(folder: Path) -> dict[str, Any]:
     """A run's `args.json`; empty if there is none that can be read."""
     try:
-        return json.loads((folder / "args.json").read_text())
-    except (OSError, ValueError):
+        return read_json(folder / "args.json")
+    except InputError:
         return {}
 
 
@@ -91,74 +134,3 @@ def new_run_folder(cfg: DictConfig) -> Path:
     generator = random.Random(time.time_ns())
     letters = generator.choices(string.ascii_lowercase, k=4) + generator.choices(string.digits, k=4)
     return Path(cfg.checkpoint.dir) / cfg.method / f"offline-{''.join(letters)}"
-
-
-def find_checkpoint(cfg: DictConfig) -> Path | None:
-    """The latest checkpoint of an unfinished run with the same config, if there is one.
-
-    solo-learn compares a dozen keys; here everything counts but what cannot change the result, so
-    that a run with another target budget is not continued by mistake.
-
-    Args:
-        cfg: a complete config; `auto_resume.max_hours` bounds the checkpoint's age.
-    """
-    wanted = _what_matters(plain(cfg))
-    found = []
-    for file in (Path(cfg.checkpoint.dir) / cfg.method).glob("*/last.ckpt"):
-        written = file.stat().st_mtime
-        if time.time() - written > cfg.auto_resume.max_hours * 3600:
-            continue
-        args = read_args(file.parent)
-        # A run of an earlier version took the defaults of keys that have come since.
-        args = plain(OmegaConf.merge(DEFAULTS, args))  # type: ignore[arg-type]
-        if _what_matters(args) == wanted and not (file.parent / "metrics.json").exists():
-            found.append((written, file))
-    return max(found)[1] if found else None
-
-
-def _what_matters(args: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in args.items() if key not in _FREE_TO_CHANGE}
-
-
-def read_checkpoint(path: str | Path, key: str) -> dict[str, Any]:
-    """Load a checkpoint's content to the CPU, without running code from it.
-
-    Args:
-        path: a Lightning checkpoint.
-        key: the config key that names it, for messages.
-
-    Raises:
-        InputError: if there is no such file, it is damaged, or it is no checkpoint.
-    """
-    if not Path(path).is_file():
-        raise InputError(f"{key}: {str(path)!r} is not a file")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:  # torch's own words advise to run whatever is in it
-        raise InputError(
-            f"{key}: cannot read {str(path)!r} as a checkpoint (it is damaged, or holds code)"
-        ) from error
-    except (RuntimeError, EOFError, OSError, zipfile.BadZipFile) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{key}: cannot read {str(path)!r} as a checkpoint ({reason})") from error
-    if not isinstance(content, dict) or "state_dict" not in content:
-        raise InputError(
-            f"{key}: {str(path)!r} holds no `state_dict`, accepted is a Lightning checkpoint"
-        )
-    return content
-
-
-def check_architecture(module: nn.Module, checkpoint: dict[str, Any], path: str | Path) -> None:
-    """Refuse a checkpoint whose weights do not fit a model.
-
-    Raises:
-        InputError: naming the first weight that differs.
-    """
-    ours = {name: tuple(value.shape) for name, value in module.state_dict().items()}
-    theirs = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
-    for name in [*ours, *theirs]:
-        if ours.get(name) != theirs.get(name):
-            raise InputError(
-                f"checkpoint {str(path)!r} is of another architecture: {name} is "
-                f"{theirs.get(name, 'absent')} there and {ours.get(name, 'absent')} in this config"
-            )

@@ -1,13 +1,11 @@
 """The model of a config, ready to be trained as fast as the group `performance` allows."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from lightning.pytorch import seed_everything
 from omegaconf import DictConfig
 
-from ..checks import require, true_or_false
 from ..errors import InputError
 from ..solo_learn import METHODS
 
@@ -26,12 +24,33 @@ def build_model(cfg: DictConfig) -> Any:
         cfg: a complete config.
     """
     seed_everything(cfg.seed, verbose=False)
-    model = METHODS[cfg.method](cfg)
+    model = build_method(cfg)
     if not cfg.performance.disable_channel_last:
         model = model.to(memory_format=torch.channels_last)
     if cfg.performance.compile:
         compile_model(model, options=_COMPILER_OPTIONS)
     return model
+
+
+def build_method(cfg: DictConfig) -> Any:
+    """The method of a config.
+
+    Args:
+        cfg: a complete config.
+
+    Raises:
+        InputError: for arguments that its backbone or its heads refuse.
+    """
+    try:
+        return METHODS[cfg.method](cfg)
+    except InputError:
+        raise
+    except Exception as error:  # whatever a value makes solo-learn, torchvision and PyTorch say
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"backbone.kwargs, method_kwargs: {cfg.method} with {cfg.backbone.name} cannot be built "
+            f"of them ({reason})"
+        ) from error
 
 
 def compile_model(model: Any, **kwargs: Any) -> None:
@@ -44,17 +63,3 @@ def compile_model(model: Any, **kwargs: Any) -> None:
     model.backbone.compile(**kwargs)
     if getattr(model, "projector", None) is not None:
         model.projector.compile(**kwargs)
-
-
-def check_performance(group: Any) -> None:
-    """Refuse a group `performance` that cannot be used.
-
-    Raises:
-        InputError: naming the key, what was found and what is accepted.
-    """
-    keys = ", ".join(PERFORMANCE)
-    require("performance", group, lambda v: isinstance(v, Mapping), f"a group with {keys}")
-    for key, value in group.items():
-        if key not in PERFORMANCE:
-            raise InputError(f"performance.{key}: no such key, accepted are {keys}")
-        true_or_false(f"performance.{key}", value)

@@ -1,20 +1,25 @@
 """Lightning's Trainer from solo-learn's config keys."""
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import LearningRateMonitor
-from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from omegaconf import DictConfig
 
 from ..errors import InputError
 from .callbacks import RunProgress, StopAtNonFiniteLoss
-from .checkpoints import Checkpointer, plain, read_args
+from .checkpoints import Checkpointer, WholeFiles, plain, read_args
+from .logs import CSVLog, next_version
+from .processes import EndBySignal
 
 
 def build_trainer(cfg: DictConfig) -> pl.Trainer:
@@ -26,19 +31,19 @@ def build_trainer(cfg: DictConfig) -> pl.Trainer:
     Raises:
         InputError: for a value that Lightning refuses.
     """
-    callbacks: list[Any] = [StopAtNonFiniteLoss()]
+    callbacks: list[Any] = [EndBySignal(), StopAtNonFiniteLoss()]
     if cfg.get("enable_progress_bar", True):
         callbacks.append(RunProgress())
 
     config = plain(cfg)
     accepted = inspect.signature(pl.Trainer.__init__).parameters
-    arguments: dict[str, Any] = {name: config[name] for name in accepted if name in config}
+    arguments: dict[str, Any] = {"enable_model_summary": False, "num_sanity_val_steps": 0}
+    arguments |= {name: config[name] for name in accepted if name in config}
     arguments.update(
         callbacks=callbacks,
         logger=False,  # see attach_outputs
         enable_checkpointing=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
+        default_root_dir=None,
         strategy=_strategy(cfg),
     )
     if _on_cpu(cfg):
@@ -55,8 +60,38 @@ def build_trainer(cfg: DictConfig) -> pl.Trainer:
                 )
     try:
         return pl.Trainer(**arguments)
-    except (ValueError, TypeError, pl.utilities.exceptions.MisconfigurationException) as error:
-        raise InputError(f"Lightning's Trainer refuses this config: {error}") from error
+    except Exception as error:  # whatever a value, or SLURM's variables, make Lightning say
+        raise InputError(refusal("Trainer", error)) from error
+
+
+def refusal(what: str, error: Exception) -> str:
+    """One sentence of what Lightning refuses.
+
+    Args:
+        what: of Lightning's refuses.
+        error: that it raised.
+    """
+    reason = " ".join(str(error).split()) or type(error).__name__
+    if "SLURM" in reason:
+        reason += " (with SLURM_JOB_NAME=bash in the environment it is one process without srun)"
+    return f"Lightning's {what} refuses this config: {reason}"
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """What Lightning refuses only when it has seen model and data becomes one sentence, too.
+
+    Raises:
+        InputError: for that.
+    """
+    try:
+        yield
+    except MisconfigurationException as error:
+        raise InputError(refusal("Trainer", error)) from error
+    except ValueError as error:
+        if "val_check_interval" not in str(error):
+            raise
+        raise InputError(refusal("Trainer", error)) from error
 
 
 def attach_outputs(trainer: pl.Trainer, cfg: DictConfig, folder: Path) -> None:
@@ -71,11 +106,12 @@ def attach_outputs(trainer: pl.Trainer, cfg: DictConfig, folder: Path) -> None:
         InputError: if wandb is asked for and not installed.
     """
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    loggers: list[Logger] = [CSVLogger(folder, name="logs")]
+    loggers: list[Logger] = [CSVLog(next_version(folder / "logs"))]
     if cfg.wandb.enabled:
         loggers.append(_wandb(cfg, folder))
         callbacks.append(LearningRateMonitor(logging_interval="step"))
     trainer.loggers = loggers
+    trainer.strategy.checkpoint_io = WholeFiles()
     if cfg.checkpoint.enabled:
         callbacks.append(Checkpointer(cfg, folder))  # last: after the check of the losses
 

@@ -5,9 +5,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 from torch.utils.data import DistributedSampler, Subset
 
+from ...randomness import batch_generator
 from ...transfer import send
 from .place import Place
 from .views import DeviceView
@@ -57,12 +58,18 @@ class DeviceLoader:
         self._place = place
         self._placed = False
 
+    @property
+    def has_labels(self) -> bool:
+        """Whether at least one image has a label."""
+        return bool((self._targets >= 0).any())
+
     def __len__(self) -> int:
         return len(self.sampler) // self.batch_size
 
     def __iter__(self) -> Iterator[list[Any]]:
         self._move()
-        device, generator = self._place.device, self._generator()
+        device = self._place.device
+        generator = batch_generator(self.sampler.seed, self.sampler.epoch, self._place.rank)
         order = torch.tensor(list(self.sampler)[: len(self) * self.batch_size])
         for here, there in zip(
             order.split(self.batch_size), send(order, device).split(self.batch_size), strict=True
@@ -86,11 +93,6 @@ class DeviceLoader:
         self._targets = self._targets.to(device)
         if fits(self._images.nbytes, device):
             self._images = self._images.to(device)
-
-    def _generator(self) -> Generator:
-        entropy = [self.sampler.seed, self.sampler.epoch, self._place.rank]
-        (state,) = np.random.SeedSequence(entropy).generate_state(1, np.uint64)
-        return Generator().manual_seed(int(state))
 
 
 def fits(number: int, device: torch.device) -> bool:

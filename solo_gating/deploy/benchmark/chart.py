@@ -3,11 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 
 from ...files import write_picture
 
@@ -39,13 +36,9 @@ def draw_chart(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     cases = list(dict.fromkeys(_case(row) for row in rows))
     columns = min(_COLUMNS, len(cases))
     lines = -(-len(cases) // columns)
-    figure, axes = plt.subplots(
-        lines,
-        columns,
-        figsize=(max(6.8, 4.4 * columns), 4.2 * lines + 0.9),
-        layout="constrained",
-        squeeze=False,
-    )
+    size = (max(6.8, 4.4 * columns), 4.2 * lines + 0.9)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False)
     for axis in axes.flat[len(cases) :]:
         axis.set_axis_off()
     for axis, case in zip(axes.flat, cases, strict=False):

@@ -104,7 +104,7 @@ class CheckpointSource:
             "threshold": self._backbone.threshold,
         }
         self.images = "validation" if overrides else "random"
-        self.resolutions = (encoder.args.augmentations[0].crop_size,)
+        self.resolutions = (encoder.crop_size,)
 
     def batches(self, resolution: int, sizes: list[int]) -> Iterator[Batch]:
         """The dense encoder and the gated ones, for each number of images.

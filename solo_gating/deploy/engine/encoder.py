@@ -12,14 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from ...budgets import checked_budget
-from ...checks import at_least, checked_threshold, one_of, require
+from ...checks import checked_threshold, is_int, one_of, require
 from ...errors import InputError
 from .fallback import TorchEngine
 from .fold import FoldedNetwork, fold
-from .library import PYTORCH, BuildError, chosen_engine, load_library
+from .forks import is_forked, one_thread_if_forked
+from .known import encoder_of, named_blocks
+from .library import PYTORCH, TOO_LARGE, BuildError, chosen_engine, load_library
 from .pack import PackedNetwork, Shapes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+# OpenMP ends the process when it cannot start so many threads as it is told.
+MOST_THREADS = max(256, os.cpu_count() or 1)
 
 Images = TypeVar("Images", Tensor, np.ndarray)
 
@@ -45,13 +50,16 @@ class KernelEngine:
             self._library.gated_lanes(), self._library.gated_group(), self._library.gated_block()
         )
         self._weights = PackedNetwork(net, shapes, dtype)
+        self._features, self._channels = net.features, sum(net.hidden)
+        self._open()
+        self.nbytes = self._weights.nbytes
+
+    def _open(self) -> None:
         self._engine = self._library.gated_open(ctypes.byref(self._weights.structure))
         if not self._engine:
             raise MemoryError("there is not enough memory for the network")
         weakref.finalize(self, self._library.gated_close, self._engine)
-        self._features, self._channels = net.features, sum(net.hidden)
         self._process = os.getpid()
-        self.nbytes = self._weights.nbytes
 
     def run(self, images: Tensor, thresholds: Tensor | None, threads: int) -> tuple[Tensor, Tensor]:
         """Features and masks of some images.
@@ -67,24 +75,37 @@ class KernelEngine:
 
         Raises:
             MemoryError: if there is not enough.
+            InputError: for images of more pixels than the kernel can number.
         """
         number, _, height, width = images.shape
-        features = torch.empty(number, self._features)
-        masks = torch.empty(number, self._channels, dtype=torch.bool)
-        # OpenMP's threads do not survive a fork.
-        threads = threads if os.getpid() == self._process else 1
+        features = torch.empty(number, self._features, dtype=torch.float32, device="cpu")
+        masks = torch.empty(number, self._channels, dtype=torch.bool, device="cpu")
+        if number == 0:
+            return features, masks
+        if os.getpid() != self._process:
+            self._open()  # another thread may have been using it when this process was forked
         failed = self._library.gated_run(
             self._engine,
-            images.data_ptr(),
+            _address(images, torch.float32, images.numel()),
             *(number, height, width),
-            None if thresholds is None else thresholds.data_ptr(),
-            features.data_ptr(),
-            masks.data_ptr(),
-            threads,
+            None if thresholds is None else _address(thresholds, torch.float32, self._channels),
+            _address(features, torch.float32, number * self._features),
+            _address(masks, torch.bool, number * self._channels),
+            1 if is_forked() else threads,
         )
+        if failed == TOO_LARGE:
+            raise InputError(f"images: found {height} × {width} pixels, accepted are fewer")
         if failed:
             raise MemoryError(f"there is not enough memory for images of {height} × {width} pixels")
         return features, masks
+
+
+def _address(numbers: Tensor, dtype: torch.dtype, size: int) -> int:
+    """Where a tensor begins, for C++ that relies on its dtype and size."""
+    plain = type(numbers) is Tensor and numbers.is_cpu and numbers.is_contiguous()
+    if not plain or numbers.dtype is not dtype or numbers.numel() != size:
+        raise ValueError(f"found {numbers!r}, expected {size} numbers, {dtype}, in memory")
+    return numbers.data_ptr()
 
 
 class CompiledEncoder(nn.Module):
@@ -94,7 +115,7 @@ class CompiledEncoder(nn.Module):
 
     Tensors give tensors, NumPy arrays give arrays. It may be called from several Python threads at
     once. It has no parameters, runs on the CPU in evaluation mode whatever `train()` and `to()` say,
-    and cannot be pickled.
+    gives no gradient, and cannot be copied or pickled.
 
     Attributes:
         path: "gated" or "dense".
@@ -102,7 +123,7 @@ class CompiledEncoder(nn.Module):
         engine: what it runs on: "avx512", "avx2", "portable" or "pytorch".
         features: F, length of the features.
         channels: for each block, how many its gate chooses from.
-        threads: used at most; may be set.
+        threads: used at most; may be set. In a forked process it is one.
     """
 
     def __init__(
@@ -120,7 +141,7 @@ class CompiledEncoder(nn.Module):
         self.features, self.channels = net.features, net.hidden
         self._in_channels = net.stem.weight.shape[1]
         self._smallest = net.smallest_image
-        self.threads = torch.get_num_threads()
+        self.threads = min(torch.get_num_threads(), MOST_THREADS)
         self._shifts = net.shifts
         self._budget = None if budget is None else self._checked_budget(budget)
         self.threshold = threshold
@@ -149,10 +170,12 @@ class CompiledEncoder(nn.Module):
         return checked_budget(value, None if self._shifts is None else self._shifts.budget_range)
 
     def _set_thresholds(self) -> None:
-        # A new tensor: a call in another thread goes on with the one that it has.
-        self._thresholds = (
-            None if self._shifts is None else self.threshold - self._shifts.at(self.budget)
-        )
+        if self._shifts is None:
+            self._thresholds = None
+            return
+        with one_thread_if_forked():
+            # A new tensor: a call in another thread goes on with the one that it has.
+            self._thresholds = self.threshold - self._shifts.at(self.budget)
 
     def forward(self, images: Images) -> Images:
         """B × C × H × W float32 → features B × F.
@@ -175,14 +198,18 @@ class CompiledEncoder(nn.Module):
         Raises:
             InputError: for images of another kind.
         """
-        at_least("threads", self.threads, 1)
+        require("threads", self.threads, _is_threads, f"an integer from 1 to {MOST_THREADS}")
         batch = self._checked(images)
-        thresholds = self._thresholds
-        features, masks = self._engine.run(batch, thresholds, self.threads)
+        features, masks = self._engine.run(batch, self._thresholds, int(self.threads))
         parts: Any = masks.split(self.channels, dim=1)
         if isinstance(images, np.ndarray):
             return features.numpy(), tuple(part.numpy() for part in parts)
         return features, tuple(parts)
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a CompiledEncoder cannot be copied or pickled; compile the backbone again instead"
+        )
 
     def extra_repr(self) -> str:
         """What `print` says."""
@@ -196,6 +223,8 @@ class CompiledEncoder(nn.Module):
             raise InputError(
                 f"images: found {type(images).__name__}, accepted are tensors and NumPy arrays"
             )
+        if isinstance(images, Tensor) and (images.is_nested or images.layout is not torch.strided):
+            raise InputError("images: found a sparse or nested tensor, accepted are dense ones")
         shape, dtype = tuple(images.shape), str(images.dtype).removeprefix("torch.")
         if len(shape) != 4 or shape[1] != self._in_channels or min(shape[2:]) < self._smallest:
             least = f" of at least {self._smallest} pixels" if self._smallest > 1 else ""
@@ -206,11 +235,36 @@ class CompiledEncoder(nn.Module):
             raise InputError(
                 f"images: found {dtype}, accepted is float32, normalised as in training"
             )
-        if isinstance(images, np.ndarray):
-            return torch.from_numpy(np.ascontiguousarray(images))
-        if images.device.type != "cpu":
-            raise InputError(f"images: found the device {images.device}, accepted is cpu")
-        return images.detach().contiguous()
+        if isinstance(images, Tensor):
+            return _plain(images)
+        return torch.from_numpy(np.require(images, requirements=["C", "ALIGNED", "WRITEABLE"]))
+
+
+def _plain(images: Tensor) -> Tensor:
+    """The tensor itself if it is contiguous, without what PyTorch knows about it."""
+    if not images.is_cpu:
+        raise InputError(f"images: found the device {images.device}, accepted is cpu")
+    if images.requires_grad and torch.is_grad_enabled():
+        warnings.warn(
+            "images: they require a gradient, and a compiled encoder gives none",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+    images = images.detach()
+    try:
+        plain = images if type(images) is Tensor else torch.from_numpy(images.numpy())
+        plain = plain.resolve_neg().contiguous()
+        plain.data_ptr()
+    except (RuntimeError, TypeError) as error:  # traced, mapped, ...
+        raise InputError(
+            f"images: found a {type(images).__name__} without memory of its own "
+            f"({str(error).splitlines()[0]}), accepted are plain tensors"
+        ) from error
+    return plain
+
+
+def _is_threads(value: Any) -> bool:
+    return is_int(value, 1) and value <= MOST_THREADS
 
 
 def compile(
@@ -254,12 +308,13 @@ def compile(
     one_of("dtype", dtype, DTYPES)
     backbone = source if isinstance(source, nn.Module) else _backbone(source)
     engine = chosen_engine(engine)
-    net = fold(backbone, path)
-    if threshold is None:
-        threshold = _threshold(backbone) if path == "gated" else 0.0
-    if budget is None and path == "gated":
-        budget = getattr(backbone, "budget", None)
-    return CompiledEncoder(net, path, threshold, budget, dtype, engine)
+    with one_thread_if_forked():
+        net = fold(backbone, path)
+        if threshold is None:
+            threshold = _of_all_gates("threshold", backbone) if path == "gated" else 0.0
+        if budget is None and net.shifts is not None and net.shifts.budget_range is not None:
+            budget = _of_all_gates("budget", backbone)
+        return CompiledEncoder(net, path, threshold, budget, dtype, engine)
 
 
 def _backbone(checkpoint: str | Path) -> nn.Module:
@@ -267,13 +322,25 @@ def _backbone(checkpoint: str | Path) -> nn.Module:
     from ...evaluate.encoder import load_encoder
 
     require("source", checkpoint, lambda v: isinstance(v, (str, Path)), "a module or a checkpoint")
-    return load_encoder(checkpoint, key="source").backbone
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)  # else the checkpoint's weights would be rounded
+    try:
+        with torch.device("cpu"), one_thread_if_forked():
+            return load_encoder(checkpoint, key="source").backbone
+    finally:
+        torch.set_default_dtype(dtype)
 
 
-def _threshold(backbone: Any) -> float:
-    if hasattr(backbone, "threshold"):
-        return backbone.threshold
-    return backbone.blocks[0].gate.threshold
+def _of_all_gates(attribute: str, backbone: Any) -> Any:
+    gates = [block.gate for _, block in named_blocks(encoder_of(backbone, "gated"))]
+    value, *others = [
+        getattr(gate, attribute, getattr(backbone, attribute, None)) for gate in gates
+    ]
+    if any(other != value for other in others):
+        raise InputError(
+            f"{attribute}: found gates with different ones, accepted is one for all gates"
+        )
+    return value
 
 
 def _engine(

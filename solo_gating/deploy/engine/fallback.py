@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .fold import FoldedBlock, FoldedGate, FoldedNetwork
+from .forks import one_thread_if_forked
 
 
 class TorchEngine:
@@ -25,12 +26,15 @@ class TorchEngine:
     @torch.no_grad()
     def run(self, images: Tensor, thresholds: Tensor | None, threads: int) -> tuple[Tensor, Tensor]:
         """As `KernelEngine.run`; the number of threads is PyTorch's own."""
-        # Copies, because PyTorch's sums depend on how an image lies in memory.
-        results = [self._one(image[None].clone(), thresholds) for image in images]
-        if not results:
-            return torch.empty(0, self._net.features), torch.empty(0, sum(self._net.hidden)).bool()
-        features, masks = zip(*results, strict=True)
-        return torch.cat(features), torch.stack(masks)
+        net = self._net
+        features = torch.empty(len(images), net.features, dtype=torch.float32, device="cpu")
+        masks = torch.empty(len(images), sum(net.hidden), dtype=torch.bool, device="cpu")
+        with torch.autocast("cpu", enabled=False), one_thread_if_forked():
+            for index, image in enumerate(images):
+                # Copies, because PyTorch's sums depend on how an image lies in memory.
+                one = self._one(image[None].clone(), thresholds)
+                features[index : index + 1], masks[index] = one
+        return features, masks
 
     def _one(self, image: Tensor, thresholds: Tensor | None) -> tuple[Tensor, Tensor]:
         net = self._net
@@ -44,7 +48,7 @@ class TorchEngine:
         masks = []
         for block, piece in zip(net.blocks, pieces, strict=True):
             if block.gate is None or piece is None:
-                mask = torch.ones(len(block.conv1.bias), dtype=torch.bool)
+                mask = torch.ones(len(block.conv1.bias), dtype=torch.bool, device="cpu")
             else:
                 mask = _logits(block.gate, x) >= piece
             masks.append(mask)

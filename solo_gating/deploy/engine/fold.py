@@ -6,14 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torchvision.models.resnet import BasicBlock
-from torchvision.models.resnet import ResNet as TorchvisionResNet
 
-from ...backbones import SlicedResNet, TwoEncoderResNet, TwoPathResNet, checked_path
+from ...backbones import checked_path
 from ...budgets import Range
 from ...errors import InputError
 from ...gates import BudgetEmbedding, ChannelGate
+from .known import check_network, encoder_of, named_blocks
 
 
 @dataclass(frozen=True)
@@ -88,8 +86,9 @@ class Shifts:
         """
         if budget is None:
             return self.bias
-        told = torch.tensor(budget, dtype=torch.float32)
-        return self.bias + torch.cat([embedding(told) for embedding in self.embeddings])
+        told = self.bias.new_tensor(budget)
+        with torch.autocast("cpu", enabled=False):  # decisions are no place for half precision
+            return self.bias + torch.cat([embedding(told) for embedding in self.embeddings])
 
 
 @dataclass(frozen=True)
@@ -157,88 +156,60 @@ def fold(backbone: nn.Module, path: str) -> FoldedNetwork:
         path: "gated" or "dense".
 
     Raises:
-        InputError: for a backbone without gates on the gated path, or with parts that are none of
-            the above networks'.
+        InputError: for a backbone without gates on the gated path, with a part that `known` does
+            not know, or with weights that are not finite.
     """
     checked_path(path, "path")
-    if not isinstance(backbone, TorchvisionResNet):
-        raise InputError(
-            f"backbone: found {type(backbone).__name__}, accepted are ResNets of this package"
-        )
-    accepted = _paths(backbone)
-    if path not in accepted:
-        raise InputError(
-            f"path: found {path}, this {type(backbone).__name__} has {' and '.join(accepted)} only"
-        )
-    two_encoders = isinstance(backbone, TwoEncoderResNet) and path == "gated"
-    encoder: TorchvisionResNet = backbone.gated_net if two_encoders else backbone
-    conv, pool = encoder.conv1, encoder.maxpool
-    blocks = [
-        block
-        for layer in (encoder.layer1, encoder.layer2, encoder.layer3, encoder.layer4)
-        for block in layer
-    ]
-    for block in blocks:
-        if not isinstance(block, BasicBlock):
-            raise InputError(f"backbone: found {type(block).__name__}, accepted is BasicBlock")
-    if not isinstance(pool, nn.Identity) and not _is_max_pool(pool):
-        raise InputError(
-            f"backbone: found {pool} after the stem, accepted are a 3×3 max-pool of stride 2 and none"
-        )
+    check_network(backbone, path)
+    encoder = encoder_of(backbone, path)
+    conv, fc = encoder.conv1, backbone.get_submodule("fc")
+    blocks = list(named_blocks(encoder))
     return FoldedNetwork(
-        stem=_folded(conv, encoder.bn1),
-        stride=_single(conv.stride),
-        padding=_single(conv.padding),
-        max_pool=not isinstance(pool, nn.Identity),
-        blocks=tuple(_folded_block(block, path) for block in blocks),
-        linear=_linear(backbone.fc),
-        shifts=_shifts(backbone, blocks) if path == "gated" else None,
+        stem=_folded(conv, encoder.bn1, "conv1"),
+        stride=_number(conv.stride),
+        padding=_number(conv.padding),
+        max_pool=not isinstance(encoder.maxpool, nn.Identity),
+        blocks=tuple(_folded_block(block, path, name) for name, block in blocks),
+        linear=_linear(fc) if isinstance(fc, nn.Linear) else None,
+        shifts=_shifts(backbone, [block.gate for _, block in blocks]) if path == "gated" else None,
     )
 
 
-def _shifts(backbone: nn.Module, blocks: list[Any]) -> Shifts:
-    gates: list[ChannelGate] = [block.gate for block in blocks]
+def _shifts(backbone: nn.Module, gates: list[ChannelGate]) -> Shifts:
     embeddings = [
         copy.deepcopy(gate.embedding).to("cpu", torch.float32) for gate in gates if gate.embedding
     ]
+    for embedding in embeddings:
+        for value in embedding.parameters():
+            _float(value, "a gate's embedding")
     return Shifts(
-        _float(torch.cat([gate.bias for gate in gates])),
+        _float(torch.cat([gate.bias for gate in gates]), "a gate's bias"),
         tuple(embeddings),
         getattr(backbone, "budget_range", None),
     )
 
 
-def _paths(backbone: TorchvisionResNet) -> tuple[str, ...]:
-    if isinstance(backbone, TwoPathResNet):
-        return ("gated", "dense")
-    if isinstance(backbone, SlicedResNet) and backbone.architecture["gates"]:
-        return ("gated",)
-    return ("dense",)
-
-
-def _folded_block(block: BasicBlock, path: str) -> FoldedBlock:
+def _folded_block(block: Any, path: str, name: str) -> FoldedBlock:
     bn1, bn2, gate = block.bn1, block.bn2, None
     if path == "gated":
         if getattr(block, "separate_bn", False):
             bn1, bn2 = block.gated_bn1, block.gated_bn2
-        reduce = _folded(block.gate.reduce, block.gate.norm)
-        gate = FoldedGate(
-            reduce.weight.flatten(1), reduce.bias, _float(block.gate.expand.weight).flatten(1)
-        )
+        reduce = _folded(block.gate.reduce, block.gate.norm, f"{name}.gate.reduce")
+        expand = _float(block.gate.expand.weight, f"{name}.gate.expand")
+        gate = FoldedGate(reduce.weight.flatten(1), reduce.bias, expand.flatten(1))
+    shortcut = None
+    if block.downsample is not None:
+        shortcut = _folded(block.downsample[0], block.downsample[1], f"{name}.downsample")
     return FoldedBlock(
-        stride=_single(block.conv1.stride),
-        conv1=_folded(block.conv1, bn1),
-        conv2=_folded(block.conv2, bn2),
-        shortcut=None if block.downsample is None else _folded(*block.downsample),
+        stride=_number(block.conv1.stride),
+        conv1=_folded(block.conv1, bn1, f"{name}.conv1"),
+        conv2=_folded(block.conv2, bn2, f"{name}.conv2"),
+        shortcut=shortcut,
         gate=gate,
     )
 
 
-def _folded(conv: nn.Conv2d, norm: nn.Module) -> FoldedConvolution:
-    if conv.groups != 1 or _single(conv.dilation) != 1 or conv.padding_mode != "zeros":
-        raise InputError(f"backbone: found {conv}, accepted are convolutions without groups")
-    if not isinstance(norm, _BatchNorm) or norm.running_mean is None or norm.running_var is None:
-        raise InputError(f"backbone: found {norm}, accepted is BatchNorm with running statistics")
+def _folded(conv: nn.Conv2d, norm: Any, name: str) -> FoldedConvolution:
     # In float64, so that folding costs one rounding and no more.
     scale = (norm.running_var.double() + norm.eps).rsqrt()
     if norm.weight is not None:
@@ -249,38 +220,24 @@ def _folded(conv: nn.Conv2d, norm: nn.Module) -> FoldedConvolution:
     if conv.bias is not None:
         shift = shift + conv.bias.double() * scale
     return FoldedConvolution(
-        _float(conv.weight.double() * scale[:, None, None, None]), _float(shift)
+        _float(conv.weight.double() * scale[:, None, None, None], name), _float(shift, name)
     )
 
 
-def _linear(fc: nn.Module) -> tuple[Tensor, Tensor] | None:
-    if isinstance(fc, nn.Identity):
-        return None
-    if not isinstance(fc, nn.Linear):
-        raise InputError(f"backbone: found {fc} as fc, accepted are nn.Linear and nn.Identity")
-    bias = torch.zeros(fc.out_features) if fc.bias is None else fc.bias
-    return _float(fc.weight), _float(bias)
+def _linear(fc: nn.Linear) -> tuple[Tensor, Tensor]:
+    weight = _float(fc.weight, "fc")
+    return weight, weight.new_zeros(len(weight)) if fc.bias is None else _float(fc.bias, "fc")
 
 
-def _float(value: Tensor) -> Tensor:
-    return value.detach().to("cpu", torch.float32, copy=True).contiguous()
-
-
-def _single(pair: object) -> int:
-    """The one number that a convolution's argument for rows and columns consists of."""
-    values = pair if isinstance(pair, tuple) else (pair, pair)
-    if not isinstance(values[0], int) or values[0] != values[1]:
+def _float(value: Tensor, name: str) -> Tensor:
+    value = value.detach().to("cpu", torch.float32, copy=True).contiguous()
+    if not value.isfinite().all():
         raise InputError(
-            f"backbone: found a convolution with {pair!r} for rows and columns, accepted are equal "
-            "numbers"
+            f"backbone: found NaN or infinity, accepted are finite weights for {name} and its BatchNorm"
         )
-    return values[0]
+    return value
 
 
-def _is_max_pool(pool: nn.Module) -> bool:
-    return (
-        isinstance(pool, nn.MaxPool2d)
-        and (_single(pool.kernel_size), _single(pool.stride), _single(pool.padding)) == (3, 2, 1)
-        and _single(pool.dilation) == 1
-        and not pool.ceil_mode
-    )
+def _number(pair: Any) -> int:
+    """The number that an argument for rows and columns consists of: `known` refused other pairs."""
+    return pair[0] if isinstance(pair, tuple) else pair

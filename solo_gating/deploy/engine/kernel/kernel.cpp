@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <stdexcept>
 #include <vector>
 
 #ifdef _OPENMP
@@ -657,17 +658,18 @@ EXPORT int64_t gated_group() { return gated::kLanes * gated::kOuterVectors; }
 
 EXPORT int64_t gated_block() { return gated::Blocked::kBlock; }
 
+// No exception may leave these functions: their caller is not C++.
 EXPORT void* gated_open(const gated::Network* net) {
   try {
     return new gated::Engine(*net);
-  } catch (const std::bad_alloc&) {
+  } catch (...) {
     return nullptr;
   }
 }
 
 EXPORT void gated_close(void* engine) { delete static_cast<gated::Engine*>(engine); }
 
-// Returns 0, or 1 if there is not enough memory.
+// Returns 0, or 1 if there is not enough memory, or 2 if images have too many pixels.
 EXPORT int gated_run(void* engine, const float* images, int64_t number, int64_t height,
                      int64_t width, const float* thresholds, float* features, uint8_t* masks,
                      int64_t threads) {
@@ -675,7 +677,9 @@ EXPORT int gated_run(void* engine, const float* images, int64_t number, int64_t 
     static_cast<gated::Engine*>(engine)->run(images, number, height, width, thresholds, features,
                                              masks, static_cast<int>(threads));
     return 0;
-  } catch (const std::bad_alloc&) {
+  } catch (const std::length_error&) {
+    return 2;
+  } catch (...) {
     return 1;
   }
 }

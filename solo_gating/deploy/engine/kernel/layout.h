@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <stdexcept>
 #include <vector>
 
 #include "network.h"
@@ -15,6 +16,11 @@
 namespace gated {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Places are kept in 32 bits.
+inline void check_places(int64_t number) {
+  if (number > INT32_MAX) throw std::length_error("too many pixels");
+}
 
 inline int64_t padded_channels(int64_t channels) { return ceil_div(channels, kLanes) * kLanes; }
 
@@ -155,6 +161,8 @@ struct Layout {
   Layout(const Network& net, int64_t height, int64_t width) {
     plan_stem(net, height, width);
     maps.push_back({stem.pooled_height, stem.pooled_width, padded_channels(net.width)});
+    // The largest plane, and three copies of the largest map.
+    check_places(std::max(stem.channel, 3 * maps[0].padded_pixels()));
     for (int64_t i = 0; i < net.num_blocks; ++i) plan_block(net.blocks[i]);
     for (const Map& map : maps) {
       hidden.emplace_back(map);

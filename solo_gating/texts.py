@@ -1,0 +1,42 @@
+"""Names that users and strangers gave, where they must not be read as anything but text."""
+
+import html
+import re
+import unicodedata
+
+_LONGEST = 120  # of a text in a picture
+
+
+def one_line(text: str) -> str:
+    """A text without line breaks, control characters and changes of the writing direction."""
+    words = " ".join(text.split())
+    return "".join("\ufffd" if _is_control(sign) else sign for sign in words)
+
+
+def _is_control(sign: str) -> bool:
+    return unicodedata.category(sign) in ("Cc", "Cs") or unicodedata.bidirectional(sign) in (
+        *("LRE", "RLE", "PDF", "LRO", "RLO", "LRI", "RLI", "FSI", "PDI"),
+    )
+
+
+def in_html(text: str) -> str:
+    """A text for a HTML page, in an element or in a quoted attribute."""
+    return html.escape(one_line(text))
+
+
+def in_markdown(text: str) -> str:
+    """A text that Markdown shows as it is, in one line and, in a table, in one cell.
+
+    HTML's own signs become entities, which readers without backslash escapes for them know, too.
+    """
+    escaped = html.escape(one_line(text), quote=False)
+    escaped = re.sub(r"([\\`*\[\]|~$]|(?<!\w)_|_(?!\w))", r"\\\1", escaped)
+    # What starts a heading, a rule or a list.
+    return re.sub(r"^(\d*)([.)]|[#+=-]+)(?=\s|$)", r"\1\\\2", escaped)
+
+
+def in_picture(text: str) -> str:
+    """A text that matplotlib draws as it is, not as a formula, and in a legend, too."""
+    line = one_line(text)
+    line = line if len(line) <= _LONGEST else f"{line[: _LONGEST - 1]}…"
+    return " " * line.startswith("_") + line.replace("$", r"\$")
