@@ -4,14 +4,14 @@ Importing the package registers its methods and backbones with solo-learn, and d
 """
 
 from . import deploy
-from .backbones import BACKBONES
+from .backbones import BACKBONES, create_backbone, keep_registered
 from .errors import InputError
 from .methods import GATED_METHODS
 from .solo_learn import METHODS, BaseMethod
 
 __version__ = "0.1.0"
 
-BaseMethod._BACKBONES.update(BACKBONES)
+keep_registered(BaseMethod._BACKBONES)
 
 __all__ = [
     "BACKBONES",
@@ -20,5 +20,6 @@ __all__ = [
     "BaseMethod",
     "InputError",
     "__version__",
+    "create_backbone",
     "deploy",
 ]

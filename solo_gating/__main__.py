@@ -23,7 +23,7 @@ from typing import Any
 
 import solo_gating
 
-from .backbones import GATED_BACKBONES, PATHS
+from .backbones import PATHS, gated_backbones
 from .solo_learn import BaseMethod
 from .terminal import lasting_streams
 
@@ -55,7 +55,7 @@ def main() -> None:
         sys.exit(f"error: {str(script)!r} is not a file, accepted is the path of a Python script")
     before = dict(BaseMethod._BACKBONES), sys.argv, list(sys.path)
     try:
-        for backbone in GATED_BACKBONES:
+        for backbone in gated_backbones():
             BaseMethod._BACKBONES[backbone] = _with_options(before[0][backbone], options)
         sys.argv = [name, *arguments]
         sys.path.insert(0, str(script.resolve().parent))

@@ -1,17 +1,20 @@
-"""FLOPs of a backbone: what each part costs, and what a batch of masks costs.
+"""FLOPs of a backbone: what each part costs, and what an image's masks cost.
 
 FLOPs are multiply-accumulates of the convolutions, the gates' included; BatchNorm, ReLU, pooling
-and the classifier are not counted. That is how the papers count.
+and the classifier are not counted. That is how the papers count. A gated convolution costs its
+multiply-accumulates × the share of the channels that it reads × the share of those that it writes:
+exact for every image, also where a block has several gates.
 """
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .backbones import ResNet, TwoEncoderResNet, TwoPathResNet
+from .backbones import ResNet, TwoPathResNet, convolutions
 from .transfer import numbers_like
 
 # The channels that a gradient of numbers of selected channels reaches.
@@ -19,87 +22,129 @@ GRADIENTS = ("all", "selected")
 
 
 @dataclass(frozen=True)
-class BlockFlops:
-    """Multiply-accumulates of one block for one image, all channels computed.
+class ConvolutionFlops:
+    """Multiply-accumulates of a convolution for one image, all channels computed.
 
     Attributes:
-        name: the block's name in the backbone, as `layer1.0`.
-        channels: C_out, the channels that its gate chooses from.
-        conv1: k²·H·W·C_in·C_out.
-        conv2: k²·H·W·C_out·C_out.
-        shortcut: the shortcut's convolution, 0 where there is none.
-        gate: both 1×1 convolutions of the gate, 0 where there is none.
+        part: of the network: "stem" or a block's name, as `layer1.0`.
+        macs: k²·H·W·C_in·C_out.
+        reads: the gate (its number in the network) that chooses its input channels; None for none.
+        writes: the gate that chooses its output channels.
+    """
+
+    part: str
+    macs: int
+    reads: int | None = None
+    writes: int | None = None
+
+
+@dataclass(frozen=True)
+class GateFlops:
+    """What a gate chooses from, and what its decision costs.
+
+    Attributes:
+        name: the block's, as `layer1.0`; where a block has several gates with the convolution's,
+            as `layer1.0.conv2`.
+        part: the block's name.
+        channels: C_out, the channels that it chooses from.
+        decision: multiply-accumulates for one image.
     """
 
     name: str
+    part: str
     channels: int
-    conv1: int
-    conv2: int
-    shortcut: int
-    gate: int
-
-    @property
-    def dense(self) -> int:
-        """All channels, without the gate."""
-        return self.conv1 + self.conv2 + self.shortcut
-
-    @property
-    def per_channel(self) -> int:
-        """k²·H·W·(C_in + C_out): what one selected channel costs in conv1 and conv2."""
-        return (self.conv1 + self.conv2) // self.channels
+    decision: int
 
 
 @dataclass(frozen=True)
 class BackboneFlops:
     """Multiply-accumulates of a backbone for one image of one size."""
 
-    stem: int
-    blocks: tuple[BlockFlops, ...]
+    convolutions: tuple[ConvolutionFlops, ...]
+    gates: tuple[GateFlops, ...]
 
     @property
     def dense(self) -> int:
         """F^O of the papers' Eq. 3: stem and blocks, without gates."""
-        return self.stem + sum(block.dense for block in self.blocks)
+        return sum(conv.macs for conv in self.convolutions)
 
     @property
-    def gates(self) -> int:
+    def decisions(self) -> int:
         """All gates together."""
-        return sum(block.gate for block in self.blocks)
+        return sum(gate.decision for gate in self.gates)
 
     @property
     def fixed(self) -> int:
         """What every image costs on the gated path: stem, shortcuts and gates."""
-        return self.stem + self.gates + sum(block.shortcut for block in self.blocks)
+        free = [c for c in self.convolutions if c.reads is None and c.writes is None]
+        return self.decisions + sum(conv.macs for conv in free)
 
     @property
     def lowest_share(self) -> float:
         """The least that the gated path can use, of the dense FLOPs."""
         return self.fixed / self.dense
 
+    @property
+    def all_channels(self) -> Tensor:
+        """The channels that each of the L gates chooses from, int64, L."""
+        return torch.tensor([gate.channels for gate in self.gates])
+
     def gated(self, channels: Tensor) -> Tensor:
         """F^R for numbers of selected channels.
 
         Args:
-            channels: ... × L, selected channels of each of the L blocks (`selected_channels`).
-                Its dtype is the result's; int64 and float64 are exact.
+            channels: ... × L, selected channels of each of the L gates (`selected_channels`), of one
+                image: where a block has several gates, a mean over images has another cost than
+                the images have on average. Its dtype is the result's; int64 and float64 are exact.
 
         Returns:
             ..., multiply-accumulates.
         """
-        cost = numbers_like([block.per_channel for block in self.blocks], channels)
-        return (channels * cost).sum(-1) + self.fixed
+        each = [0] * len(self.gates)  # of one selected channel, where no other gate takes part
+        pairs: dict[tuple[int, int], int] = {}
+        for conv in self.convolutions:
+            if conv.reads is not None and conv.writes is not None:
+                both = self.gates[conv.reads].channels * self.gates[conv.writes].channels
+                pair = (conv.reads, conv.writes)
+                pairs[pair] = pairs.get(pair, 0) + conv.macs // both
+            elif conv.reads is not None or conv.writes is not None:
+                gate: Any = conv.writes if conv.reads is None else conv.reads
+                each[gate] += conv.macs // self.gates[gate].channels
+        cost = (channels * numbers_like(each, channels)).sum(-1) + self.fixed
+        for (reads, writes), macs in pairs.items():
+            cost = cost + channels[..., reads] * channels[..., writes] * macs
+        return cost
 
     def share(self, channels: Tensor) -> Tensor:
         """F^R / F^O for numbers of selected channels, ... × L → ...; differentiable."""
         return self.gated(channels) / self.dense
 
     def channel_shares(self, channels: Tensor) -> Tensor:
-        """Numbers of selected channels as shares of each block's, ... × L → ... × L."""
-        return channels / numbers_like([block.channels for block in self.blocks], channels)
+        """Numbers of selected channels as shares of those to choose from, ... × L → ... × L."""
+        return channels / numbers_like([gate.channels for gate in self.gates], channels)
+
+    @property
+    def parts(self) -> dict[str, "BackboneFlops"]:
+        """Stem and blocks by name, each as if it were a network; numbers of gates stay.
+
+        A part's gates are those of the whole network, with decisions of no cost elsewhere, so that
+        the same `channels` can be given to all.
+        """
+        names = dict.fromkeys(conv.part for conv in self.convolutions)
+        return {
+            name: BackboneFlops(
+                tuple(conv for conv in self.convolutions if conv.part == name),
+                tuple(
+                    gate if gate.part == name else GateFlops(gate.name, name, gate.channels, 0)
+                    for gate in self.gates
+                ),
+            )
+            for name in names
+        }
 
 
 def selected_channels(masks: tuple[Tensor, ...], gradient: str = "all") -> Tensor:
-    """One B × C_out mask for each of L blocks → B × L, channels selected; differentiable.
+    """One B × C_out mask for each of L gates → B × L, channels selected; differentiable.
 
     Args:
         masks: zeros and ones.
@@ -116,18 +161,16 @@ def count_flops(backbone: ResNet, resolution: tuple[int, int]) -> BackboneFlops:
     """Count a backbone's multiply-accumulates from its modules, at an input size.
 
     A copy of the backbone without data runs on PyTorch's FLOP counter, so that whatever the
-    modules are (width, stem, depth) is what is counted.
+    modules are (width, stem, depth, block, gate) is what is counted.
 
     Args:
         backbone: one of this package's ResNets.
         resolution: height and width of an input image, in pixels.
     """
     net = copy.deepcopy(backbone).to("meta", torch.float32).eval()
-    gated = isinstance(net, TwoPathResNet)
-    encoder = net.gated_net if isinstance(net, TwoEncoderResNet) else net
     counter = FlopCounterMode(display=False)
     image = torch.zeros(1, 3, *resolution, device="meta", dtype=torch.float32)
-    if gated:
+    if isinstance(net, TwoPathResNet):
         with counter, net.path("gated"):
             net(image)
     else:
@@ -140,21 +183,25 @@ def count_flops(backbone: ResNet, resolution: tuple[int, int]) -> BackboneFlops:
         # PyTorch counts a multiply-accumulate as two operations.
         return int(counted.get(f"{type(net).__name__}.{names[module]}", 0)) // 2
 
-    blocks = [
-        BlockFlops(
-            name=names[block].removeprefix("gated_net."),
-            channels=block.conv1.out_channels,
-            conv1=macs(block.conv1),
-            conv2=macs(block.conv2),
-            shortcut=0 if block.downsample is None else macs(block.downsample[0]),
-            gate=sum(macs(conv) for conv in (block.gate.reduce, block.gate.expand))
-            if getattr(block, "gate", None)
-            else 0,
-        )
-        for layer in (encoder.layer1, encoder.layer2, encoder.layer3, encoder.layer4)
-        for block in layer
-    ]
-    return BackboneFlops(stem=macs(encoder.conv1), blocks=tuple(blocks))
+    encoder = net.encoder("gated")
+    counts = [ConvolutionFlops("stem", macs(encoder.conv1))]
+    gates: list[GateFlops] = []
+    for block in encoder.blocks:
+        part = names[block].removeprefix(f"{names[encoder]}.")
+        layers, own = convolutions(block), getattr(block, "gates", [])
+        first, last = len(gates), len(layers) - 1
+        rest = macs(block) - sum(macs(gate) for gate in own)
+        for number, (_, conv, _) in enumerate(layers):
+            reads = first + number - 1 if own and number > 0 else None
+            writes = first + number if own and number < last else None
+            counts.append(ConvolutionFlops(part, macs(conv), reads, writes))
+            rest -= macs(conv)
+        counts.append(ConvolutionFlops(part, rest))  # the shortcut, and whatever else a block has
+        for (name, conv, _), gate in zip(layers, own, strict=False):
+            decision = macs(gate) if gate.flops is None else gate.flops
+            title = part if len(own) == 1 else f"{part}.{name}"
+            gates.append(GateFlops(title, part, conv.out_channels, decision))
+    return BackboneFlops(tuple(counts), tuple(gates))
 
 
 def count_parameters(module: nn.Module) -> int:

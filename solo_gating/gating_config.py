@@ -21,6 +21,7 @@ from .checks import (
 )
 from .errors import InputError
 from .flops import GRADIENTS
+from .gates import Gate, check_gate_kwargs, gate_class
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,10 @@ class GatingConfig:
             or "all", see `flops.selected_channels`.
         bound_target: s*, the share of channels around which the bound loss starts: "sqrt" for
             √t_d, as published, "budget" for t_d, or a number in (0, 1].
-        reduction: r, the gates' reduction rate.
-        temperature: τ of the sampled masks.
+        gate: the kind of gates, one of `gates.GATES`.
+        gate_kwargs: arguments of the kind's own.
+        reduction: r, the gates' reduction rate, for kinds that have one.
+        temperature: τ of the sampled masks, for kinds that have one.
         weight_decay: of every parameter of the gates, BatchNorms included; 0 as published.
         separate_bn: whether the gated path has its own BatchNorms. Default: if a view is dense.
         warmup_epochs: epochs at the start in which every view is dense and the gates rest.
@@ -50,10 +53,9 @@ class GatingConfig:
         budget_per_image: whether of a range each image of a step draws, not each step.
         budget_embedding: whether the gates are told the budget of a range. Without it the network
             cannot be set to a budget later; its threshold can.
-        open_start: whether the gates start open, with a bias of +4 that they learn.
         shuffle_views: whether each step draws which of the views take which of the paths.
 
-    The last six are of no published run; a config with a number for a budget that leaves them at
+    The last five are of no published run; a config with a number for a budget that leaves them at
     their defaults does not name them.
     """
 
@@ -63,6 +65,8 @@ class GatingConfig:
     bound_decay: float = 0.02
     bound_target: float | str = "sqrt"
     bound_gradient: str = "selected"
+    gate: str = "channel"
+    gate_kwargs: dict[str, Any] = field(default_factory=dict)
     reduction: int = 4
     temperature: float = 2 / 3
     weight_decay: float = 0.0
@@ -73,7 +77,6 @@ class GatingConfig:
     budget_anneal: float = 0.0
     budget_per_image: bool = False
     budget_embedding: bool = True
-    open_start: bool = False
     shuffle_views: bool = False
 
     @classmethod
@@ -94,6 +97,8 @@ class GatingConfig:
             given = OmegaConf.to_container(group, resolve=True)  # type: ignore[assignment]
         if not isinstance(given, dict):
             raise InputError(f"gating: found {given!r}, accepted is a group with {_KEYS}")
+        if given.get("open_start") is False:  # as earlier versions recorded it
+            del given["open_start"]
         for key in given:
             check_key(key)
         given = {key: value for key, value in given.items() if value is not None}
@@ -135,7 +140,7 @@ class GatingConfig:
             lambda v: is_not_negative(v) and v <= 1,
             "a number from 0 to 1",
         )
-        for key in ("budget_per_image", "budget_embedding", "open_start", "shuffle_views"):
+        for key in ("budget_per_image", "budget_embedding", "shuffle_views"):
             true_or_false(f"gating.{key}", getattr(self, key))
         if self.budget_range and self.budget_per_image and not self.budget_embedding:
             raise InputError(
@@ -144,6 +149,7 @@ class GatingConfig:
             )
         for key in ("sparsity_weight", "bound_weight", "bound_decay", "weight_decay"):
             require(f"gating.{key}", getattr(self, key), is_not_negative, "a number ≥ 0")
+        self._check_gate()
         one_of("gating.bound_gradient", self.bound_gradient, GRADIENTS)
         require("gating.temperature", self.temperature, is_positive, "a number > 0")
         at_least("gating.reduction", self.reduction, 1)
@@ -170,11 +176,25 @@ class GatingConfig:
                 "which would leave the dense path's BatchNorms untrained; accepted is false"
             )
 
+    def _check_gate(self) -> None:
+        kind = self.kind
+        if not isinstance(self.gate_kwargs, dict):
+            raise InputError(
+                f"gating.gate_kwargs: got {shown(self.gate_kwargs)}, expected a group of arguments"
+            )
+        check_gate_kwargs(self.gate, self.gate_kwargs, "gating.gate_kwargs")
+        if kind.needs_budget and not self.budget_embedding:
+            raise InputError(
+                f"gating.budget_embedding: got false, gates of kind {self.gate!r} are always told "
+                "the budget; expected true"
+            )
+
     def _check_backbone(self, cfg: DictConfig) -> None:
         """Refuse a key of the backbone's that the group decides otherwise."""
         kwargs = OmegaConf.select(cfg, "backbone.kwargs", default=None) or {}
-        for key in ("reduction", "temperature", "separate_bn", "budget_range", "open_start"):
-            ours = {"open_start": self.open_start, **self.backbone_kwargs}.get(key)
+        absent = {"gate": "channel", "gate_kwargs": {}}
+        for key in (*self.backbone_kwargs, *absent, "budget_range"):
+            ours = {**absent, **self.backbone_kwargs}.get(key)
             if kwargs.get(key) not in (None, ours):
                 source = "target_budget" if key == "budget_range" else key
                 raise InputError(
@@ -198,9 +218,14 @@ class GatingConfig:
         return BudgetSchedule(low, high, self.budget_sampling, anneal)  # type: ignore[arg-type]
 
     @property
+    def kind(self) -> type[Gate]:
+        """The class of the gates."""
+        return gate_class(self.gate, "gating.gate")
+
+    @property
     def told(self) -> bool:
         """Whether the gates are told the budget."""
-        return self.budget_range is not None and self.budget_embedding
+        return self.kind.needs_budget or (self.budget_range is not None and self.budget_embedding)
 
     def bound_share(self, budget: float) -> float:
         """s* as a number, at a step's target budget."""
@@ -212,9 +237,11 @@ class GatingConfig:
         """The keys that the backbone is built with."""
         kwargs = {key: getattr(self, key) for key in ("reduction", "temperature", "separate_bn")}
         if self.told:
-            kwargs["budget_range"] = list(self.budget_range or ())
-        if self.open_start:
-            kwargs["open_start"] = True
+            kwargs["budget_range"] = list(self.budget_range or (self.target_budget,) * 2)
+        if self.gate != "channel":
+            kwargs["gate"] = self.gate
+        if self.gate_kwargs:
+            kwargs["gate_kwargs"] = self.gate_kwargs
         return kwargs
 
 
@@ -223,7 +250,6 @@ _UNPUBLISHED = (
     "budget_anneal",
     "budget_per_image",
     "budget_embedding",
-    "open_start",
     "shuffle_views",
 )
 _KEYS = ", ".join(item.name for item in fields(GatingConfig))
@@ -236,7 +262,13 @@ def as_it_was(group: Mapping[str, Any], weight_decay: float) -> dict[str, Any]:
         group: of an `args.json`; until 0.1.0 without the keys `bound_gradient` and `weight_decay`.
         weight_decay: the optimiser's, which was then the gates', too.
     """
-    return {"bound_gradient": "all", "weight_decay": weight_decay, **group}
+    return {
+        "bound_gradient": "all",
+        "weight_decay": weight_decay,
+        "gate": "channel",
+        "gate_kwargs": {},
+        **group,
+    }
 
 
 def check_key(key: str) -> None:
@@ -245,5 +277,7 @@ def check_key(key: str) -> None:
     Raises:
         InputError: naming it and those that exist.
     """
+    if key == "open_start":
+        raise InputError("gating.open_start: no such key, expected is gating.gate_kwargs.bias=4")
     if key not in _KEYS.split(", "):
         raise InputError(f"gating.{key}: no such key, accepted are {_KEYS}")

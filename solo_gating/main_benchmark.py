@@ -40,7 +40,7 @@ if not __package__:  # started as a file
 import argparse
 from typing import Any
 
-from .backbones import GATED_BACKBONES
+from .backbones import gated_backbones
 from .backbones.resnet import STEMS
 from .benchmark.machine import check_effort, cores, cpu_name, versions
 from .checks import at_least, is_share, one_of, require
@@ -166,7 +166,7 @@ def _check(options: argparse.Namespace) -> None:
     if options.overrides:
         raise InputError(f"found {options.overrides[0]!r}, accepted is only with --checkpoint")
     if options.backbone is not None:
-        one_of("backbone", options.backbone, GATED_BACKBONES)
+        one_of("backbone", options.backbone, gated_backbones())
     if options.width is not None:
         at_least("width", options.width, LEAST_WIDTH)
     if options.stem is not None:

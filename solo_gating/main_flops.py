@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, Subset
 
 from . import InputError
@@ -33,6 +34,7 @@ from .data import evaluation_loader
 from .evaluate.features import extract
 from .files import make_folder, write_json
 from .flops import BackboneFlops, count_flops, count_parameters
+from .gates.shares import number_of_channels
 from .process_state import process_state_kept
 from .reading import check_architecture, read_checkpoint
 from .schema import own_copy
@@ -66,11 +68,15 @@ def report_flops(cfg: DictConfig) -> dict[str, Any]:
                 budget = backbone.budget
             elif is_range(budget):
                 budget = middle(budget)
-            channels, source = channels_at(flops, budget), f"at the target budget {budget:g}"
+            channels = channels_at(flops, budget)
+            if backbone.gates[0].dial == "budget":  # a budget is then a share of the channels
+                channels = torch.tensor(
+                    [[float(number_of_channels(budget, gate.channels)) for gate in flops.gates]]
+                ).double()
+            source = f"at the target budget {budget:g}"
         else:
             loader = _first_images(cfg)
-            counted = extract(backbone, loader, "gated").channels
-            channels = counted.double().mean(dim=0)  # type: ignore[union-attr]
+            channels = extract(backbone, loader, "gated").channels.double()  # type: ignore[union-attr]
             source = f"measured on {len(loader.dataset)} images"  # type: ignore[arg-type]
             if backbone.budget is not None:
                 source += f" at the budget {backbone.budget:g}"
@@ -85,18 +91,26 @@ def report_flops(cfg: DictConfig) -> dict[str, Any]:
 
 
 def channels_at(flops: BackboneFlops, budget: float) -> Tensor:
-    """Channels per block, the same share in each, with which F^R / F^O is the budget.
+    """Channels of each gate, the same share of all, with which F^R / F^O is the budget.
 
     Args:
         flops: of the backbone.
         budget: t_d, in (0, 1].
 
     Returns:
-        float64, length L; between none and all channels, where the budget cannot be met exactly.
+        float64, 1 × L; between none and all channels, where the budget cannot be met exactly.
     """
-    full = torch.tensor([block.channels for block in flops.blocks], dtype=torch.float64)
-    gated_part = float(flops.gated(full)) - flops.fixed
-    return full * min(1.0, max(0.0, (budget * flops.dense - flops.fixed) / gated_part))
+    full = flops.all_channels[None].double()
+    least, most = 0.0, 1.0
+    if float(flops.share(full)) <= budget:
+        return full
+    for _ in range(60):  # to the last bit of a float64
+        middle_share = (least + most) / 2
+        if float(flops.share(middle_share * full)) > budget:
+            most = middle_share
+        else:
+            least = middle_share
+    return least * full
 
 
 def summarise(backbone: ResNet, flops: BackboneFlops, channels: Tensor | None) -> dict[str, Any]:
@@ -105,45 +119,42 @@ def summarise(backbone: ResNet, flops: BackboneFlops, channels: Tensor | None) -
     Args:
         backbone: the encoder.
         flops: its FLOPs.
-        channels: mean number of selected channels of each block; None without gates.
+        channels: N × L, selected channels of some images for each gate; None without gates.
     """
-    modules = dict(backbone.named_modules())
-    gates = [block.gate for block in backbone.gated_blocks] if channels is not None else []
+    own = backbone.gated_only
+    gates = list(getattr(backbone, "gates", [])) if channels is not None else []
     gate_parameters = sum(count_parameters(gate) for gate in gates)
-    separate = sum(
-        count_parameters(module)
-        for name, module in modules.items()
-        if name.endswith(("gated_bn1", "gated_bn2"))
-    )
-    total = count_parameters(backbone)
+    separate = sum(count_parameters(module) for module in own if isinstance(module, _BatchNorm))
     metrics: dict[str, Any] = {
         "parameters": {
-            "dense": total - gate_parameters - separate,
+            "dense": count_parameters(backbone) - gate_parameters - separate,
             "gates": gate_parameters,
             "gated_batchnorms": separate,
         },
-        "flops": {"dense": flops.dense, "stem": flops.stem},
+        "flops": {"dense": flops.dense, "stem": flops.parts["stem"].dense},
         "blocks": [],
     }
     if channels is not None:
         metrics["flops"].update(
-            gates=flops.gates,
-            gated=float(flops.gated(channels)),
-            share=float(flops.share(channels)),
+            gates=flops.decisions,
+            gated=float(flops.gated(channels).mean()),
+            share=float(flops.share(channels).mean()),
         )
-    for index, block in enumerate(flops.blocks):
+    for name, part in flops.parts.items():
+        if name == "stem":
+            continue
+        inside = [index for index, gate in enumerate(flops.gates) if gate.part == name]
         figures: dict[str, Any] = {
-            "name": block.name,
-            "channels": block.channels,
-            "dense": block.dense,
+            "name": name,
+            "channels": sum(flops.gates[index].channels for index in inside),
+            "dense": part.dense,
         }
         if channels is not None:
-            active = float(channels[index])
             figures.update(
-                active=active,
-                gate=block.gate,
-                gated=active * block.per_channel + block.shortcut + block.gate,
-                gate_parameters=count_parameters(gates[index]),
+                active=float(channels[:, inside].sum(1).mean()),
+                gate=part.decisions,
+                gated=float(part.gated(channels).mean()),
+                gate_parameters=sum(count_parameters(gates[index]) for index in inside),
             )
         metrics["blocks"].append(figures)
     return metrics

@@ -179,7 +179,7 @@ def fixed_noise(seed: int = 0) -> Iterator[None]:
     def noise(logits: Tensor) -> Tensor:
         return torch.from_numpy(rng.logistic(size=tuple(logits.shape))).to(logits.dtype)
 
-    with mock.patch("solo_gating.gates.logistic_noise", noise):
+    with mock.patch("solo_gating.gates.channel.logistic_noise", noise):
         yield
 
 

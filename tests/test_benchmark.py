@@ -121,14 +121,12 @@ def test_the_ceiling_comes_from_the_masks_and_static_networks_are_checked(encode
     flops = count_flops(backbone, (16, 16))
     spent = []
     for image in range(4):  # by the documented formula, block by block
-        cost = flops.stem
-        for block, mask in zip(flops.blocks, case.masks, strict=True):
-            chosen = int(mask[image].sum())
-            cost += (
-                block.shortcut
-                + block.gate
-                + chosen * (block.conv1 + block.conv2) / len(mask[image])
-            )
+        stem, *parts = flops.parts.values()
+        cost = stem.dense
+        for part, mask in zip(parts, case.masks, strict=True):
+            conv1, conv2, shortcut = (conv.macs for conv in part.convolutions)
+            share = float(mask[image].mean())
+            cost += shortcut + part.decisions + share * (conv1 + conv2)
         spent.append(cost)
     assert case.share == pytest.approx(np.mean(spent) / flops.dense)
     torch.testing.assert_close(case.static.features, case.features, rtol=1e-4, atol=1e-4)

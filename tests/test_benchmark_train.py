@@ -141,7 +141,7 @@ def test_a_step_s_operations_are_three_times_the_forward_pass_s():
     projector = sum(a * b for a, b in pairwise(widths))
     covariances = 16 * 16
     classifier = step.model.features_dim * 100
-    macs = 2 * 4 * (3 * (backbone.dense + projector + covariances) - backbone.stem)
+    macs = 2 * 4 * (3 * (backbone.dense + projector + covariances) - backbone.parts["stem"].dense)
     # The images need no gradient, nor do the features that the classifier sees.
     macs += 2 * 4 * 2 * classifier
     assert step_flops(step) == pytest.approx(2 * macs, rel=0.01)

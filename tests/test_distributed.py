@@ -89,7 +89,7 @@ def rows_of_one_table(rows: slice):
         table = rng.logistic(size=(2 * BATCH, logits.shape[1]))
         return torch.from_numpy(table[rows])
 
-    return mock.patch("solo_gating.gates.logistic_noise", noise)
+    return mock.patch("solo_gating.gates.channel.logistic_noise", noise)
 
 
 def gradients(method: str, rows: slice, parallel: bool) -> tuple[dict[str, Tensor], Tensor]:

@@ -219,7 +219,7 @@ def test_new_gates_are_sampled_near_every_budget():
 
 def test_open_gates_stay_open_at_first():
     torch.manual_seed(0)
-    backbone = BACKBONES["resnet18_gated"](width=8, stem="cifar", open_start=True).train()
+    backbone = BACKBONES["resnet18_gated"](width=8, stem="cifar", gate_kwargs={"bias": 4.0}).train()
     share = torch.cat(gated_masks(backbone, digit_tensors(slice(64))[0]), dim=1).mean().item()
     assert share == pytest.approx(1 / (1 + math.exp(-4)), abs=0.01)
     assert "layer1.0.gate.expand.bias" in dict(backbone.named_parameters())
@@ -557,8 +557,9 @@ def image_shares(model):
     (gated,) = [view for view in seen if view.path == "gated"]
     flops = count_flops(model.backbone, (16, 16))
     cost = np.full(8, float(flops.fixed))
-    for mask, block in zip(gated.masks, flops.blocks, strict=True):
-        cost += mask.sum(dim=1).detach().numpy() * (block.conv1 + block.conv2) / block.channels
+    for mask, part in zip(gated.masks, list(flops.parts.values())[1:], strict=True):
+        both = sum(c.macs for c in part.convolutions if (c.reads, c.writes) != (None, None))
+        cost += mask.mean(dim=1).detach().numpy() * both
     return cost / flops.dense
 
 
@@ -786,7 +787,7 @@ def test_a_compiled_encoder_changes_its_budget_at_no_cost(name):
 
 
 def test_a_compiled_encoder_has_the_gates_bias(tmp_path):
-    backbone, (images, _) = tiny_backbone(open_start=True), digit_tensors(VAL)
+    backbone, (images, _) = tiny_backbone(gate_kwargs={"bias": 4.0}), digit_tensors(VAL)
     for block in backbone.gated_blocks:
         nn.init.normal_(block.gate.expand.bias)
     fast = compile_encoder(backbone, engine="pytorch")

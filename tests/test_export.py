@@ -89,12 +89,16 @@ def test_the_most_selected_channels_stay_within_the_share():
     policy, flops = policy_on(net, x), count_flops(net, (16, 16))
     kept = kept_channels(policy, flops, "top:0.4", 1)
     # Stem and shortcuts, and k²·H·W·(C_in + C_out) for each channel, of images of 16 pixels.
-    total = flops.stem
-    for block, indices in zip(flops.blocks, kept.channels, strict=True):
-        total += block.shortcut + block.per_channel * len(indices)
+    stem, *parts = flops.parts.values()
+    total, most = stem.dense, 0.0
+    for part, gate, indices in zip(parts, flops.gates, kept.channels, strict=True):
+        conv1, conv2, shortcut = (conv.macs for conv in part.convolutions)
+        each = (conv1 + conv2) / gate.channels
+        total += shortcut + each * len(indices)
+        most = max(most, each)
     assert total / flops.dense == pytest.approx(kept.share)
     # The channel that comes next would be too much; single channels may stay for empty blocks.
-    assert 0.4 - 2 * max(b.per_channel for b in flops.blocks) / flops.dense < kept.share < 0.45
+    assert 0.4 - 2 * most / flops.dense < kept.share < 0.45
     least = min(
         policy.blocks[i].selected[c]
         for i, indices in enumerate(kept.channels)

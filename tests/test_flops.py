@@ -30,7 +30,7 @@ def test_gates_of_resnet18_have_the_published_size():
     backbone.fc = torch.nn.Identity()
     dense = count_parameters(backbone) - gates - separate
     assert gates == 241_376
-    assert count_flops(backbone, (32, 32)).gates == 240_640
+    assert count_flops(backbone, (32, 32)).decisions == 240_640
     assert round(100 * gates / (dense + gates), 2) == 2.11
 
 
@@ -81,10 +81,13 @@ def test_any_width_depth_and_resolution_follow_the_formula(depth, width, stem, s
 
 def test_the_ends_of_the_share_are_gates_extra_and_the_fixed_part():
     flops = count_flops(BACKBONES["resnet18_gated"](width=8), (64, 64))
-    full = torch.tensor([block.channels for block in flops.blocks], dtype=torch.float64)
-    shortcuts = sum(block.shortcut for block in flops.blocks)
-    assert flops.share(full).item() == (flops.dense + flops.gates) / flops.dense
-    assert flops.gated(0 * full).item() == flops.stem + shortcuts + flops.gates
+    full = flops.all_channels.double()
+    # 64 pixels, width 8: the stem gives 32², the shortcuts 8², 4² and 2².
+    stem = 7 * 7 * 3 * 8 * 32 * 32
+    shortcuts = sum(8 * 2**i * 8 * 2 ** (i + 1) * (8 // 2**i) ** 2 for i in range(3))
+    assert flops.share(full).item() == (flops.dense + flops.decisions) / flops.dense
+    assert flops.gated(0 * full).item() == stem + shortcuts + flops.decisions
+    assert flops.fixed == stem + shortcuts + flops.decisions
 
 
 def test_a_batch_s_share_is_the_mean_of_its_images_shares():

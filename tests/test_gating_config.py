@@ -42,7 +42,6 @@ BUDGET = "a number in (0, 1] or a range like [0.05, 0.9]"
         ("budget_anneal", 1.5, "a number from 0 to 1"),
         ("budget_per_image", "yes", "true or false"),
         ("budget_embedding", 1, "true or false"),
-        ("open_start", "wide", "true or false"),
         ("shuffle_views", 0, "true or false"),
     ],
 )
@@ -58,9 +57,9 @@ def test_a_value_is_refused_in_one_sentence(key, value, accepted):
         (
             {"budget": 0.3},
             "gating.budget: no such key, accepted are target_budget, sparsity_weight, bound_weight, "
-            "bound_decay, bound_target, bound_gradient, reduction, temperature, weight_decay, "
+            "bound_decay, bound_target, bound_gradient, gate, gate_kwargs, reduction, temperature, weight_decay, "
             "separate_bn, warmup_epochs, views, budget_sampling, budget_anneal, budget_per_image, "
-            "budget_embedding, open_start, shuffle_views",
+            "budget_embedding, shuffle_views",
         ),
         (
             {"views": ["gated", "sparse"]},

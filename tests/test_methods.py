@@ -456,7 +456,7 @@ OPTIMIZERS = {
     "lars": {"name": "lars", "kwargs": {"exclude_bias_n_norm": True}},
     "adamw": {"name": "adamw", "kwargs": {"betas": [0.9, 0.999], "momentum": None}},
 }
-TOLD = {"target_budget": [0.05, 0.9], "open_start": True}
+TOLD = {"target_budget": [0.05, 0.9], "gate_kwargs": {"bias": 4.0}}
 
 
 def with_optimizer(name, method="vicreg_dual", **overrides):

@@ -11,7 +11,7 @@ from solo.losses.barlow import barlow_loss_func
 from torch._dynamo.testing import CompileCounter
 
 from solo_gating import InputError
-from solo_gating.backbones import gated_resnet
+from solo_gating.backbones import masking
 from solo_gating.config import prepare_config
 from solo_gating.gates import spatial_mean
 from solo_gating.solo_learn.fixes import barlow_loss, covariance_loss
@@ -153,7 +153,7 @@ def test_keeping_factors_instead_of_the_product_changes_no_gradient(monkeypatch)
 
     kept = gradients(model.backbone)
     monkeypatch.setattr(
-        gated_resnet, "_kept_as", lambda *tensors: torch.autograd.graph.save_on_cpu()
+        masking, "_kept_as_product", lambda *tensors: torch.autograd.graph.save_on_cpu()
     )
     for one, another in zip(kept, gradients(other.backbone), strict=True):
         torch.testing.assert_close(one, another, rtol=0, atol=0)

@@ -100,7 +100,7 @@ def test_training_gives_the_losses_and_gradients_of_the_reference(name, kwargs):
     channels = selected_channels(masks).mean(dim=0)
     selected = selected_channels(masks, "selected").mean(dim=0)
     cost = count_flops(backbone, (SIZE, SIZE))
-    total = torch.tensor([block.channels for block in cost.blocks])
+    total = cost.all_channels
     our_budget = budget_loss(cost.share(channels), BUDGET, WEIGHT)
     our_bound = bound_loss(selected / total, BUDGET**0.5, EPOCH)
     our_natural_bound = bound_loss(channels / total, BUDGET**0.5, EPOCH)

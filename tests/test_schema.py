@@ -159,7 +159,7 @@ def test_an_interpolation_that_leads_nowhere_is_refused(value):
         ("backbone.kwargs.temperature", 1.0, "gating.temperature alone"),
         ("backbone.kwargs.separate_bn", False, "gating.separate_bn alone"),
         ("backbone.kwargs.budget_range", [0.1, 0.5], "gating.target_budget alone"),
-        ("backbone.kwargs.open_start", True, "gating.open_start alone"),
+        ("backbone.kwargs.gate", "top_k", "gating.gate alone"),
         ("enable_checkpointing", True, "checkpoint.enabled alone"),
         ("default_root_dir", "elsewhere", "checkpoint.dir alone"),
         ("logger", False, "accepted is"),

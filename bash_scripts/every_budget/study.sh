@@ -51,7 +51,7 @@ common+=(max_epochs="$epochs" check_val_every_n_epoch="$epochs")
 # The last two as in the runs of docs/every_budget.md.
 gated="gating.sparsity_weight=100 gating.warmup_epochs=$((epochs / 10)) gating.bound_gradient=all gating.weight_decay=1e-4"
 range="gating.target_budget=[0.05,0.9]"
-annealed="$range gating.open_start=true gating.budget_anneal=0.5"
+annealed="$range gating.gate_kwargs.bias=4 gating.budget_anneal=0.5"
 declare -A overrides=(
     [fixed_0.1]="gating.target_budget=0.1" [fixed_0.3]="gating.target_budget=0.3" [fixed_0.5]="gating.target_budget=0.5"
     [range]="$range"
@@ -68,7 +68,7 @@ declare -A overrides=(
     [annealed_diverse]="$annealed method=vicreg_diverse"
     [annealed_detached]="$annealed method=vicreg_detached_dense"
     [annealed_half_dense]="$annealed method=vicreg_half_dense"
-    [warm_half]="$range gating.open_start=true gating.warmup_epochs=$((epochs / 2)) method=vicreg_inherited_bn"
+    [warm_half]="$range gating.gate_kwargs.bias=4 gating.warmup_epochs=$((epochs / 2)) method=vicreg_inherited_bn"
     # Dense networks of the FLOPs that the shares mean: width × √share.
     [dense]="" [dense_0.1]="" [dense_0.3]="" [dense_0.5]=""
 )

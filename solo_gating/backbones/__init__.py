@@ -2,55 +2,123 @@
 
 | name | paths | what it is |
 |---|---|---|
-| `resnet18_gated`, `resnet34_gated` | dense, gated | one encoder; gates choose its channels |
-| `resnet18_two_encoders`, `resnet34_two_encoders` | dense, gated | a dense and a gated one |
-| `resnet18_plain`, `resnet34_plain` | dense | torchvision's, with `width` and `stem` |
+| `<resnet>_gated` | dense, gated | one encoder; gates choose its channels |
+| `<resnet>_two_encoders` | dense, gated | a dense and a gated one |
+| `<resnet>_plain` | dense | torchvision's, with `width` and `stem` |
 
-The names start with `resnet` because solo-learn removes `fc` and reads `inplanes` for those.
+<resnet> is resnet18, resnet34, resnet50, resnet101, or what `register_resnet` adds. All names start
+with `resnet` because solo-learn removes `fc` and reads `inplanes` for those.
 """
 
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from .gated_resnet import GatedBasicBlock, GatedResNet, TwoEncoderResNet, TwoPathResNet
+from torch import nn
+
+from ..checks import one_of, require
+from .blocks import BLOCKS, GatedBasicBlock, GatedBlock, GatedBottleneck, Stage, convolutions
 from .paths import PATHS, ForwardPass, checked_path
 from .resnet import ResNet
-from .sliced_resnet import SlicedResNet
+from .sliced import SlicedResNet
+from .two_encoders import TwoEncoderResNet
+from .two_path import GatedResNet, TwoPathResNet
 
-_DEPTHS = {"resnet18": [2, 2, 2, 2], "resnet34": [3, 4, 6, 3]}
 _KINDS: dict[str, type[ResNet]] = {
     "gated": GatedResNet,
     "two_encoders": TwoEncoderResNet,
     "plain": ResNet,
 }
 
+# One dictionary for its life: solo-learn's registry is filled from it, and follows it.
+BACKBONES: dict[str, Callable[..., ResNet]] = {}
+_LISTENERS: list[dict[str, Callable[..., ResNet]]] = []
+
 
 def _build(
-    cls: type[ResNet], layers: list[int], method: str | None = None, **kwargs: Any
+    cls: type[ResNet],
+    layers: list[int],
+    block: str | type[nn.Module],
+    method: str | None = None,
+    **kwargs: Any,
 ) -> ResNet:
     """Build a backbone as solo-learn's registry does: `factory(method, **backbone.kwargs)`."""
-    return cls(layers, **kwargs)
+    return cls(layers, block=block, **kwargs)
 
 
-BACKBONES: dict[str, Callable[..., ResNet]] = {
-    f"{depth}_{kind}": partial(_build, cls, layers)
-    for kind, cls in _KINDS.items()
-    for depth, layers in _DEPTHS.items()
-}
+def register_resnet(name: str, block: str | type[nn.Module], layers: list[int]) -> None:
+    """Give a ResNet a name: `<name>_gated`, `<name>_two_encoders` and `<name>_plain`.
 
-GATED_BACKBONES = tuple(name for name in BACKBONES if not name.endswith("_plain"))
+    Args:
+        name: starts with "resnet".
+        block: a class of residual blocks as `blocks.gated_block` describes it, or a name in `BLOCKS`.
+        layers: number of blocks of the four stages.
+
+    Raises:
+        InputError: for a name that does not start with "resnet".
+    """
+    wording = "a name that starts with resnet, for which solo-learn removes the classifier"
+    require(
+        "register_resnet", name, lambda v: isinstance(v, str) and v.startswith("resnet"), wording
+    )
+    made = {f"{name}_{kind}": partial(_build, cls, layers, block) for kind, cls in _KINDS.items()}
+    for registry in (BACKBONES, *_LISTENERS):
+        registry.update(made)
+
+
+def keep_registered(registry: dict[str, Callable[..., Any]]) -> None:
+    """Fill another registry with all backbones, those that are registered later included."""
+    registry.update(BACKBONES)
+    _LISTENERS.append(registry)
+
+
+def gated_backbones() -> tuple[str, ...]:
+    """The names of the backbones with gates."""
+    return tuple(name for name in BACKBONES if not name.endswith("_plain"))
+
+
+def create_backbone(name: str, **kwargs: Any) -> ResNet:
+    """A backbone without a classifier, with fresh weights.
+
+        backbone = create_backbone("resnet18_gated", width=16, stem="cifar")
+        features = backbone(images)
+
+    Args:
+        name: one of `BACKBONES`.
+        kwargs: those of its class: `ResNet`, `GatedResNet` or `TwoEncoderResNet`.
+
+    Raises:
+        InputError: for a name or a value that is not accepted.
+    """
+    one_of("backbone", name, BACKBONES)
+    backbone = BACKBONES[name](**kwargs)
+    backbone.fc = nn.Identity()
+    return backbone
+
+
+register_resnet("resnet18", "basic", [2, 2, 2, 2])
+register_resnet("resnet34", "basic", [3, 4, 6, 3])
+register_resnet("resnet50", "bottleneck", [3, 4, 6, 3])
+register_resnet("resnet101", "bottleneck", [3, 4, 23, 3])
 
 __all__ = [
     "BACKBONES",
-    "GATED_BACKBONES",
+    "BLOCKS",
     "PATHS",
     "ForwardPass",
     "GatedBasicBlock",
+    "GatedBlock",
+    "GatedBottleneck",
     "GatedResNet",
     "ResNet",
     "SlicedResNet",
+    "Stage",
     "TwoEncoderResNet",
     "TwoPathResNet",
     "checked_path",
+    "convolutions",
+    "create_backbone",
+    "gated_backbones",
+    "keep_registered",
+    "register_resnet",
 ]

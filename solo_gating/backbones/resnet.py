@@ -4,10 +4,11 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock
+from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.resnet import ResNet as TorchvisionResNet
 
 from ..errors import InputError
+from .blocks import BLOCKS, convolutions, plain_block
 
 STEMS = ("imagenet", "cifar")
 
@@ -42,7 +43,7 @@ class ResNet(TorchvisionResNet):
         width: channels of the first stage (64 in torchvision); the stages have width × 1, 2, 4, 8.
         stem: "imagenet" (7×7, stride 2, max-pool) or "cifar", solo-learn's stem for small images:
             3×3, stride 1, padding 2, no max-pool (`solo/methods/base.py` of vturrisi/solo-learn).
-        block: the class of the residual blocks.
+        block: the class of the residual blocks, or its name in `BLOCKS`.
         zero_init_residual: start every residual branch at zero, as torchvision's argument.
         kwargs: torchvision's other arguments (`num_classes`, `norm_layer`, ...).
 
@@ -56,7 +57,7 @@ class ResNet(TorchvisionResNet):
         *,
         width: int = 64,
         stem: str = "imagenet",
-        block: type[BasicBlock] = BasicBlock,
+        block: str | type[nn.Module] = "basic",
         zero_init_residual: bool = False,
         **kwargs: Any,
     ):
@@ -64,7 +65,9 @@ class ResNet(TorchvisionResNet):
             raise InputError(f"backbone.kwargs.width: found {width!r}, accepted is an integer ≥ 1")
         if stem not in STEMS:
             raise InputError(f"backbone.kwargs.stem: found {stem!r}, accepted are {STEMS}")
-        super().__init__(block, layers, zero_init_residual=zero_init_residual, **kwargs)
+        block = BLOCKS[block] if isinstance(block, str) else block
+        super().__init__(block, layers, zero_init_residual=zero_init_residual, **kwargs)  # type: ignore[arg-type]
+        self._block = plain_block(block)
         if width != self.bn1.num_features:
             self._resize(layers, width, block, zero_init_residual)
         if stem == "cifar":
@@ -79,7 +82,7 @@ class ResNet(TorchvisionResNet):
         return layer
 
     def _resize(
-        self, layers: list[int], width: int, block: type[BasicBlock], zero_init_residual: bool
+        self, layers: list[int], width: int, block: type[nn.Module], zero_init_residual: bool
     ) -> None:
         """Rebuild every layer at another width, initialised as torchvision does."""
         self.inplanes = width
@@ -92,8 +95,56 @@ class ResNet(TorchvisionResNet):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            elif zero_init_residual and isinstance(module, BasicBlock):
-                nn.init.zeros_(module.bn2.weight)
+            elif zero_init_residual and isinstance(module, (BasicBlock, Bottleneck)):
+                *_, (_, _, last) = convolutions(module)
+                nn.init.zeros_(last.weight)
+
+    @property
+    def stages(self) -> list[nn.Sequential]:
+        """The four stages."""
+        return [self.layer1, self.layer2, self.layer3, self.layer4]
+
+    @property
+    def blocks(self) -> list[Any]:
+        """The blocks of the four stages, one after another."""
+        return [block for stage in self.stages for block in stage]
+
+    def encoder(self, path: str) -> "ResNet":
+        """The network that a path goes through; another one only where there are two encoders.
+
+        Args:
+            path: "gated" or "dense".
+        """
+        return self
+
+    @property
+    def gated_only(self) -> list[nn.Module]:
+        """The modules that a gated path alone uses; none for a network without one."""
+        return []
+
+    def dense_state_dict(self) -> dict[str, Tensor]:
+        """The dense path's weights under torchvision's names, without `fc`."""
+        prefixes = tuple(
+            f"{name}."
+            for name, module in self.named_modules()
+            if any(module is one for one in self.gated_only)
+        )
+        return {
+            name: value
+            for name, value in self.state_dict().items()
+            if not name.startswith(("fc.", *prefixes))
+        }
+
+    @property
+    def architecture(self) -> dict[str, Any]:
+        """`ResNet(**architecture)` is the dense path's like, apart from its `fc`."""
+        names = {cls: name for name, cls in BLOCKS.items()}
+        return {
+            "layers": [len(stage) for stage in self.stages],
+            "block": names.get(self._block, self._block),
+            "width": self.bn1.num_features,
+            "stem": "cifar" if isinstance(self.maxpool, nn.Identity) else "imagenet",
+        }
 
     def __setattr__(self, name: str, value: Any) -> None:
         # solo-learn's BaseMethod gives every `resnet*` on CIFAR a new stem of 64 channels,

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backbones import ForwardPass, GatedBasicBlock, TwoPathResNet
-from ..backbones.gated_resnet import apply_mask
+from ..backbones import ForwardPass, TwoPathResNet, convolutions
+from ..backbones.masking import apply_mask
+from ..gates import Gate
 from .machine import median_seconds
 from .step import TrainingStep
 
@@ -24,7 +25,7 @@ def part_milliseconds(step: TrainingStep) -> dict[str, float]:
         step: of any method; one without gates has the optimiser only.
 
     Returns:
-        "gates" (all blocks of all gated views), "masks" (their multiplication), "losses" (budget
+        "gates" (all of them, for all gated views), "masks" (their multiplication), "losses" (budget
         and bound) and "optimiser".
     """
     step()
@@ -34,7 +35,8 @@ def part_milliseconds(step: TrainingStep) -> dict[str, float]:
         return times
     views = step.model.gating.views.count("gated")
     shapes = _shapes(backbone, step.batch[1][0])
-    gates = _milliseconds(lambda: _run_gates(shapes), step.device)
+    told = backbone.budget_told
+    gates = _milliseconds(lambda: _run_gates(shapes, told), step.device)
     masks = _milliseconds(lambda: _run_masks(shapes), step.device)
     passes = [_random_pass(shapes, step.batch[1][0]) for _ in range(views)]
 
@@ -54,34 +56,36 @@ def _milliseconds(call: Callable[[], Any], device: torch.device) -> float:
     return 1000 * median_seconds(call, device, _ROUNDS)
 
 
-Shapes = list[tuple[GatedBasicBlock, Tensor, Tensor]]
+Shapes = list[tuple[Gate, Tensor, Tensor]]
 
 
 def _shapes(backbone: TwoPathResNet, images: Tensor) -> Shapes:
-    """For each gated block a random input and a random hidden tensor, as its step has them."""
-    inputs: dict[Any, Tensor] = {}
-    hidden: dict[Any, Tensor] = {}
+    """For each gate a random input, and a random map that it masks, as its step has them."""
+    found: dict[Any, Tensor] = {}
     hooks = []
+    pairs = []
     for block in backbone.gated_blocks:
-        for module, found in ((block.gate, inputs), (block.conv2, hidden)):
-            hook = module.register_forward_pre_hook(
-                lambda m, args, found=found: found.update({m: torch.rand_like(args[0])})
-            )
-            hooks.append(hook)
+        for gate, (_, conv, _) in zip(block.gates, convolutions(block)[1:], strict=True):
+            pairs.append((gate, conv))
+            for module in (gate, conv):
+                hook = module.register_forward_pre_hook(
+                    lambda m, args: found.update({m: torch.rand_like(args[0])})
+                )
+                hooks.append(hook)
     with torch.no_grad():
         backbone.forward_gated(images, backbone.budget_told)
     for hook in hooks:
         hook.remove()
     return [
-        (block, inputs[block.gate].requires_grad_(), hidden[block.conv2].requires_grad_())
-        for block in backbone.gated_blocks
+        (gate, found[gate].requires_grad_(), found[conv].requires_grad_()) for gate, conv in pairs
     ]
 
 
-def _run_gates(shapes: Shapes) -> None:
-    for block, x, _ in shapes:
-        budget = None if block.gate.embedding is None else x.new_full((), 0.5)
-        block.gate(x, budget).sum().backward()
+def _run_gates(shapes: Shapes, budget: Tensor | None) -> None:
+    for gate, x, _ in shapes:
+        mask = gate(x, budget)
+        if mask.requires_grad:
+            mask.sum().backward()
         x.grad = None
 
 

@@ -22,16 +22,9 @@ def dense_state_dict(encoder: Encoder) -> dict[str, Tensor]:
         encoder: its width and stem are what they are; at width 64 with the ImageNet stem the
             weights fit `torchvision.models.resnet18` strictly, apart from its `fc`.
     """
-    return _dense_weights(encoder.backbone)
-
-
-def _dense_weights(backbone: nn.Module) -> dict[str, Tensor]:
-    # The gated path's own weights all have "gate" in their names: gate, gated_bn1, gated_net.
-    return {
-        name: value
-        for name, value in backbone.state_dict().items()
-        if not any(part.startswith("gate") for part in name.split("."))
-    }
+    if isinstance(encoder.backbone, ResNet):
+        return encoder.backbone.dense_state_dict()
+    return encoder.backbone.state_dict()
 
 
 def dense_network(encoder: Encoder) -> ResNet:
@@ -51,13 +44,9 @@ def dense_network(encoder: Encoder) -> ResNet:
 
 def dense_resnet(backbone: ResNet) -> ResNet:
     """The dense path of a backbone without `fc`, as a ResNet of its own in evaluation mode."""
-    net = ResNet(
-        [len(getattr(backbone, f"layer{stage}")) for stage in (1, 2, 3, 4)],
-        width=backbone.bn1.num_features,
-        stem="cifar" if isinstance(backbone.maxpool, nn.Identity) else "imagenet",
-    )
+    net = ResNet(**backbone.architecture)
     net.fc = nn.Identity()
-    net.load_state_dict(_dense_weights(backbone))
+    net.load_state_dict(backbone.dense_state_dict())
     return net.eval().requires_grad_(False)
 
 
@@ -89,7 +78,7 @@ def solo_learn_args(encoder: Encoder) -> dict[str, Any]:
         method = next(name for name, cls in METHODS.items() if cls is plain)
     depth, _, kind = args["backbone"]["name"].partition("_")
     own = {"width", "stem", "path", "threshold", "budget", "budget_range", "open_start"}
-    own |= {"reduction", "temperature", "separate_bn"}
+    own |= {"reduction", "temperature", "separate_bn", "gate", "gate_kwargs"}
     args["method"] = method
     args["backbone"] = {
         "name": depth if kind in _OURS else args["backbone"]["name"],

@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backbones import SlicedResNet, TwoEncoderResNet, TwoPathResNet
+from ..backbones import SlicedResNet, TwoPathResNet, convolutions
 from ..errors import InputError
 from ..evaluate.policy import Policy
 from ..flops import BackboneFlops, count_flops
-from ..gates import ChannelGate
 
 KEEP = "dynamic, always_on or top:SHARE"
 
@@ -21,7 +20,7 @@ class Kept:
     """The channels that stay in each block, in order of their numbers.
 
     Attributes:
-        channels: for each block int64, the indices.
+        channels: for each gate int64, the indices.
         share: F / F^O with all of them computed, without gates.
     """
 
@@ -46,11 +45,11 @@ def kept_channels(policy: Policy, flops: BackboneFlops, keep: str, multiple: int
         InputError: for a policy of another architecture, or a `keep` that is not accepted.
     """
     if [(b.name, b.channels) for b in policy.blocks] != [
-        (b.name, b.channels) for b in flops.blocks
+        (gate.name, gate.channels) for gate in flops.gates
     ]:
         raise InputError(
             f"policy: found blocks of {[b.channels for b in policy.blocks]} channels, the encoder "
-            f"has {[b.channels for b in flops.blocks]}"
+            f"has {flops.all_channels.tolist()}"
         )
     if multiple < 1:
         raise InputError(f"multiple: found {multiple}, accepted is an integer ≥ 1")
@@ -69,7 +68,7 @@ def kept_channels(policy: Policy, flops: BackboneFlops, keep: str, multiple: int
         order = counts.argsort(descending=True, stable=True)
         kept.append(order[:rounded].sort().values)
     channels = torch.tensor([len(indices) for indices in kept], dtype=torch.float64)
-    share = (float(flops.gated(channels)) - flops.gates) / flops.dense
+    share = (float(flops.gated(channels)) - flops.decisions) / flops.dense
     return Kept(tuple(kept), share)
 
 
@@ -77,22 +76,21 @@ def _most_selected(
     selected: list[Tensor], images: int, flops: BackboneFlops, share: float
 ) -> list[int]:
     """Numbers of channels with which the FLOPs are at most a share: one bar for all blocks."""
-    available = share * flops.dense - (flops.fixed - flops.gates)
-    if available < 0:
-        lowest = (flops.fixed - flops.gates) / flops.dense
+    available = share * flops.dense + flops.decisions
+    if available < flops.fixed:
+        lowest = (flops.fixed - flops.decisions) / flops.dense
         raise InputError(f"keep: found top:{share}, accepted are shares from {lowest:.4f} to 1")
     ranked = sorted(
         (-count / images, index)
         for index, counts in enumerate(selected)
         for count in counts.tolist()
     )
-    numbers = [0] * len(selected)
-    for _, index in ranked:
-        available -= flops.blocks[index].per_channel
-        if available < 0:
-            break
-        numbers[index] += 1
-    return numbers
+    # How many channels of each gate there are among the first so many.
+    gates = torch.tensor([index for _, index in ranked])
+    steps = torch.nn.functional.one_hot(gates, len(selected)).cumsum(0)
+    numbers = torch.cat([torch.zeros_like(steps[:1]), steps])
+    affordable = int((flops.gated(numbers) <= available).sum())  # costs rise
+    return numbers[affordable - 1].tolist()
 
 
 def slice_encoder(backbone: TwoPathResNet, kept: Kept, gates: bool) -> SlicedResNet:
@@ -107,58 +105,57 @@ def slice_encoder(backbone: TwoPathResNet, kept: Kept, gates: bool) -> SlicedRes
         kept: from `kept_channels`.
         gates: whether the gates stay, at the backbone's threshold and for good at its budget.
     """
-    source = backbone.gated_net if isinstance(backbone, TwoEncoderResNet) else backbone
-    first = source.gated_blocks[0]
-    gate_bias = gates and first.gate.expand.bias is not None
+    source = backbone.encoder("gated")
+    cut = []
+    if gates:
+        budget = backbone.budget
+        cut = [
+            gate.sliced(indices, budget)
+            for gate, indices in zip(backbone.gates, kept.channels, strict=True)
+        ]
     net = SlicedResNet(
-        [len(getattr(source, f"layer{stage}")) for stage in (1, 2, 3, 4)],
+        **source.architecture,
         hidden=[len(indices) for indices in kept.channels],
-        gates=gates,
-        gate_bias=gate_bias,
-        reduction=max(1, first.gate.reduce.in_channels // first.gate.reduce.out_channels),
-        width=source.bn1.num_features,
-        stem="cifar" if isinstance(source.maxpool, nn.Identity) else "imagenet",
+        gate=backbone.gates[0].kind if gates else None,
+        gate_kwargs=[one["kwargs"] for one in cut],
     )
     net.fc = nn.Identity()
-    state = {}
-    for name, value in source.state_dict().items():
-        if "gate" not in name and not name.startswith("fc."):
-            state[name] = value
-    for (name, block), indices in zip(_named_blocks(source), kept.channels, strict=True):
-        bn1, bn2 = (
-            (block.gated_bn1, block.gated_bn2) if block.separate_bn else (block.bn1, block.bn2)
-        )
-        for key, value in bn1.state_dict().items():
-            state[f"{name}.bn1.{key}"] = value if value.dim() == 0 else value[indices]
-        for key, value in bn2.state_dict().items():
-            state[f"{name}.bn2.{key}"] = value
-        state[f"{name}.conv1.weight"] = block.conv1.weight[indices]
-        state[f"{name}.conv2.weight"] = block.conv2.weight[:, indices]
-        if gates:
-            for key, value in block.gate.state_dict().items():
-                if not key.startswith("embedding."):
-                    state[f"{name}.gate.{key}"] = value
-            state[f"{name}.gate.expand.weight"] = block.gate.expand.weight[indices]
-            if gate_bias:
-                state[f"{name}.gate.expand.bias"] = _bias(block.gate, backbone)[indices]
+    state = source.dense_state_dict()
+    remaining = list(kept.channels)
+    for block, original in zip(net.blocks, backbone.gated_blocks, strict=True):
+        number = len(original.gates)
+        sides, remaining = [None, *remaining[:number], None], remaining[number:]
+        weights = _block_weights(original, sides)
+        name = next(name for name, module in net.named_modules() if module is block)
+        state = {k: v for k, v in state.items() if not k.startswith((f"{name}.conv", f"{name}.bn"))}
+        state |= {f"{name}.{key}": value for key, value in weights.items()}
+        for place, gate in zip(_places(block), original.gates, strict=False):
+            one, cut = cut[0], cut[1:]
+            block.get_submodule(place).threshold = gate.threshold
+            state |= {f"{name}.{place}.{key}": value for key, value in one["state"].items()}
     net.load_state_dict(state)
-    for block, original in zip(net.blocks, source.gated_blocks, strict=True):
-        if block.gate is not None:
-            block.gate.threshold = original.gate.threshold
     return net.eval().requires_grad_(False)
 
 
-def _bias(gate: ChannelGate, backbone: TwoPathResNet) -> Tensor:
-    """What the budget adds to the logits, as if it were part of the gate's bias."""
-    if gate.embedding is None:
-        return gate.bias
-    with torch.no_grad():
-        return gate.bias + gate.embedding(backbone.budget_told)
+def _places(block: Any) -> list[str]:
+    """The names of a block's gates in it."""
+    return [name for name, module in block.named_children() if module in block.gates]
 
 
-def _named_blocks(source: TwoPathResNet) -> list[tuple[str, Any]]:
-    names = {module: name for name, module in source.named_modules()}
-    return [(names[block], block) for block in source.gated_blocks]
+def _block_weights(block: Any, sides: list[Tensor | None]) -> dict[str, Tensor]:
+    """A gated block's convolutions and BatchNorms, cut to the channels between them."""
+    weights: dict[str, Tensor] = {}
+    for number, ((name, conv, _), norm) in enumerate(
+        zip(convolutions(block), block.gated_norms, strict=True)
+    ):
+        inputs, outputs = sides[number], sides[number + 1]
+        weight = conv.get_parameter("weight")
+        weight = weight if inputs is None else weight[:, inputs]
+        weights[f"{name}.weight"] = weight if outputs is None else weight[outputs]
+        for key, value in norm.state_dict().items():
+            whole = value.dim() == 0 or outputs is None
+            weights[f"bn{number + 1}.{key}"] = value if whole else value[outputs]
+    return weights
 
 
 def static_flops(net: SlicedResNet, resolution: tuple[int, int]) -> int:
@@ -169,4 +166,4 @@ def static_flops(net: SlicedResNet, resolution: tuple[int, int]) -> int:
         resolution: height and width of the image.
     """
     flops = count_flops(net, resolution)
-    return flops.dense + flops.gates
+    return flops.dense + flops.decisions

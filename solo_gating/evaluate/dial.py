@@ -1,7 +1,8 @@
 """The dial: makes the gated path use a given share of the FLOPs.
 
-A threshold on the gates' logits does so for any network. Where the gates can be told a budget, they
-are told the share first, and the threshold corrects what is left.
+What is turned, the gates say (`Gate.dial`): a threshold on their logits, or the budget. Where gates
+with a threshold can be told a budget, they are told the share first, and the threshold corrects what
+is left.
 """
 
 import math
@@ -53,8 +54,8 @@ def calibrate(
 ) -> Setting:
     """Find the position at which the gated path uses a share of the dense FLOPs.
 
-    The threshold by bisection, since a gate sees what the gates before it let through. The
-    backbone's own position is put back afterwards.
+    The threshold, or the budget of gates without one, by bisection, since a gate sees what the gates
+    before it let through. The backbone's own position is put back afterwards.
 
     Args:
         backbone: a gated encoder; evaluated in evaluation mode.
@@ -66,8 +67,14 @@ def calibrate(
             be met, and the nearest that was found is returned.
 
     Raises:
-        InputError: for a share that no threshold gives, or a budget outside of the range.
+        InputError: for a share that no threshold gives, a budget outside of the range, or gates that
+            have no dial.
     """
+    kind = backbone.gates[0]
+    if kind.dial is None:
+        raise InputError(
+            f"calibrate: got {share}, gates of kind {kind.kind!r} have nothing to turn"
+        )
     flops = count_flops(backbone, (images.shape[-2], images.shape[-1]))
     lowest = flops.lowest_share
     if not lowest <= share <= 1:
@@ -78,6 +85,8 @@ def calibrate(
 
     before = current(backbone)
     try:
+        if kind.dial == "budget":
+            return _budget_for(backbone, images, flops, share, tolerance)
         if budget is None and backbone.budget_range is not None:
             low, high = backbone.budget_range
             budget = min(max(share, low), high)
@@ -88,6 +97,25 @@ def calibrate(
         )
     finally:
         before.apply(backbone)
+
+
+def _budget_for(
+    backbone: TwoPathResNet, images: Tensor, flops: BackboneFlops, share: float, tolerance: float
+) -> Setting:
+    """The budget at which gates that only know budgets use a share; the nearest of the range."""
+
+    def at(budget: float) -> Setting:
+        backbone.budget = budget
+        return Setting(backbone.threshold, _measured_share(backbone, images, flops), budget)
+
+    low, high = backbone.budget_range  # type: ignore[misc]
+    fewer, more = at(low), at(high)
+    best = min((fewer, more), key=lambda s: abs(s.share - share))
+    while abs(best.share - share) > tolerance and more.budget - fewer.budget > 1e-4:  # type: ignore[operator]
+        setting = at((fewer.budget + more.budget) / 2)  # type: ignore[operator]
+        best = min((best, setting), key=lambda s: abs(s.share - share))
+        fewer, more = (setting, more) if setting.share < share else (fewer, setting)
+    return best
 
 
 def threshold_for(

@@ -27,8 +27,8 @@ class Extraction:
         features: float32, N × C.
         targets: int64, N; -1 for an unlabelled image.
         resolution: height and width of the images.
-        channels: int64, N × L, selected channels of each image in each block; None on the dense path.
-        selected: for each block int64, C_out: by how many images each channel was selected.
+        channels: int64, N × L, selected channels of each image for each gate; None on the dense path.
+        selected: for each gate int64, C_out: by how many images each channel was selected.
         flops: mean multiply-accumulates per image, exact over the set; None for a backbone that
             is not one of this package's.
     """

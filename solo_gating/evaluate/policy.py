@@ -112,20 +112,20 @@ def policy_of(
     shares = flops.share(found.channels.double())
     images = len(found.channels)
     blocks = []
-    for block, active, selected in zip(
-        flops.blocks, found.channels.double().T, found.selected, strict=True
+    for gate, active, selected in zip(
+        flops.gates, found.channels.double().T, found.selected, strict=True
     ):
         on, off = int((selected == images).sum()), int((selected == 0).sum())
         blocks.append(
             BlockPolicy(
-                name=block.name,
-                channels=block.channels,
+                name=gate.name,
+                channels=gate.channels,
                 selected=selected.tolist(),
                 always_on=on,
                 always_off=off,
-                input_dependent=block.channels - on - off,
-                active=float(active.mean()) / block.channels,
-                active_std=float(active.std(correction=0)) / block.channels,
+                input_dependent=gate.channels - on - off,
+                active=float(active.mean()) / gate.channels,
+                active_std=float(active.std(correction=0)) / gate.channels,
             )
         )
     return Policy(

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from ..backbones import GATED_BACKBONES, ForwardPass
+from ..backbones import ForwardPass, gated_backbones
 from ..distributed import rank_and_processes
 from ..errors import InputError
 from ..flops import BackboneFlops, count_flops, selected_channels
@@ -41,6 +41,7 @@ class GatedMethod(BaseMethod):
 
     def __init__(self, cfg: DictConfig):
         self.gating = GatingConfig.from_config(cfg, self.default_views)
+        self._losses = self.gating.kind.losses
         cfg.backbone.kwargs = {**(cfg.backbone.get("kwargs") or {}), **self.gating.backbone_kwargs}
         check_gated_backbone(cfg)
         super().__init__(cfg)
@@ -72,7 +73,7 @@ class GatedMethod(BaseMethod):
 
     @property
     def _gate_parameters(self) -> set[nn.Parameter]:
-        return {p for block in self.backbone.gated_blocks for p in block.gate.parameters()}
+        return {p for gate in self.backbone.gates for p in gate.parameters()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Fit the optimiser's state of an earlier version to today's parameter groups."""
@@ -115,12 +116,13 @@ class GatedMethod(BaseMethod):
             random.Random(f"views, seed {self._seed}, step {self.global_step}").shuffle(views)
         return tuple(views)
 
-    def _budgets(self, epoch: int, targets: Tensor) -> tuple[float, float | Tensor | None]:
+    def _budgets(self, epoch: int, targets: Tensor) -> tuple[float, Tensor | None]:
         """The step's budget, the mean over all processes' images, and what its gates are told."""
         schedule, step = self.budget_schedule, self.global_step
         if not (self.gating.budget_per_image and self.gating.told):
             budget = schedule.at(self._seed, step, epoch)
-            return budget, budget if self.gating.told else None
+            told = torch.full((), budget, device=targets.device) if self.gating.told else None
+            return budget, told
         rank, processes = rank_and_processes()
         images = len(targets)
         every = schedule.each(self._seed, step, epoch, images * processes)
@@ -128,45 +130,46 @@ class GatedMethod(BaseMethod):
         return sum(every) / len(every), send(torch.tensor(own), targets.device)
 
     def _gates_loss(
-        self, passes: list[ForwardPass], epoch: int, target: float, told: float | Tensor | None
+        self, passes: list[ForwardPass], epoch: int, target: float, told: Tensor | None
     ) -> Tensor:
-        channels = [selected_channels(view.masks) for view in passes]
-        bounded = [selected_channels(v.masks, self.gating.bound_gradient) for v in passes]
-        means = torch.stack([of_images.mean(dim=0) for of_images in (*channels, *bounded)])
-        means, bounded_means = global_mean(means).chunk(2)
-        shares, budgets, bounds = [], [], []
-        for view, of_images, selected, in_bounds in zip(
-            passes, channels, means, bounded_means, strict=True
-        ):
+        every_share, means = [], []
+        for view in passes:
             flops = self.flops(view.resolution)
-            shares.append(flops.share(selected))
-            if isinstance(told, Tensor):
-                own = flops.share(of_images)
-                off = budget_loss(own, told.to(own), self.gating.sparsity_weight)
+            every_share.append(flops.share(selected_channels(view.masks)))
+            # The bound loss has a gradient of its own.
+            counted = selected_channels(view.masks, self.gating.bound_gradient).mean(dim=0)
+            means.append(torch.cat([every_share[-1].mean()[None], flops.channel_shares(counted)]))
+        shares, budgets, bounds = [], [], []
+        for of_images, mean in zip(every_share, global_mean(torch.stack(means)), strict=True):
+            share, in_bounds = mean[0], mean[1:]
+            shares.append(share)
+            if told is not None and told.ndim:
+                off = budget_loss(of_images, told.to(of_images), self.gating.sparsity_weight)
                 budgets.append(global_mean(off.mean()))
             else:
-                budgets.append(budget_loss(shares[-1], target, self.gating.sparsity_weight))
+                budgets.append(budget_loss(share, target, self.gating.sparsity_weight))
             bounds.append(
                 bound_loss(
-                    flops.channel_shares(in_bounds),
+                    in_bounds,
                     self.gating.bound_share(target),
                     epoch,
                     self.gating.bound_weight,
                     self.gating.bound_decay,
                 )
             )
-        budget, bound = torch.stack(budgets).sum(), torch.stack(bounds).sum()
-        metrics = {
-            "train_budget_loss": budget,
-            "train_bound_loss": bound,
-            "train_flops_share": torch.stack(shares).mean(),
+        losses = {
+            "budget": torch.stack(budgets).sum(),
+            "bound": torch.stack(bounds).sum(),
         }
+        losses = {name: loss for name, loss in losses.items() if name in self._losses}
+        metrics = {f"train_{name}_loss": loss for name, loss in losses.items()}
+        metrics["train_flops_share"] = torch.stack(shares).mean()
         if not self.budget_schedule.constant:
-            metrics["train_target_budget"] = torch.full_like(budget, target)
+            metrics["train_target_budget"] = torch.full_like(shares[0], target)
         # Already the same on every process. Not for Lightning's own bar, which reads its figures
         # whenever anything asks for one of the step's.
         self.log_dict({k: v.detach() for k, v in metrics.items()}, on_epoch=True)
-        return budget + bound
+        return sum(losses.values(), shares[0].new_zeros(()))
 
     def _remember(self, passes: Iterable[ForwardPass], targets: Tensor) -> None:
         labelled = targets != -1
@@ -237,10 +240,10 @@ def check_gated_backbone(cfg: DictConfig) -> None:
         InputError: for a backbone without gates, or a dense encoder that no view would train.
     """
     name, views = cfg.backbone.name, cfg.gating.views
-    if name not in GATED_BACKBONES:
+    if name not in gated_backbones():
         raise InputError(
             f"backbone.name: found {name!r}, method {cfg.method!r} needs gates; "
-            f"accepted are {', '.join(GATED_BACKBONES)}"
+            f"accepted are {', '.join(gated_backbones())}"
         )
     if "two_encoders" in name and "dense" not in views:
         raise InputError(

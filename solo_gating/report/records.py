@@ -142,7 +142,7 @@ def variant_of(pretraining: dict[str, Any]) -> str:
     method, backbone = pretraining["method"], pretraining["backbone"]
     gated = method.endswith(("_dual", "_gated"))
     name = method
-    if gated and backbone == "resnet18_two_encoders":
+    if gated and backbone.endswith("_two_encoders"):
         name += "_two_encoders"
     elif backbone not in (("resnet18_gated",) if gated else ("resnet18", "resnet18_plain")):
         name += f" ({backbone})"

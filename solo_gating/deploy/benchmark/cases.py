@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ...backbones import BACKBONES, TwoEncoderResNet, TwoPathResNet
+from ...backbones import BACKBONES, TwoPathResNet
 from ...evaluate.dial import threshold_for
 from ...evaluate.features import extract
 from ...evaluate.policy import policy_of
 from ...flops import BackboneFlops, count_flops, selected_channels
-from ...gates import ChannelGate
+from ...gates import ScoringGate
 from ..onnx import to_onnx
 from ..static import kept_channels, slice_encoder, static_flops
 
@@ -60,7 +60,7 @@ class GatedCase:
         backbone: with gates and threshold set, in evaluation mode.
         images: B × 3 × H × W.
         features: what PyTorch computes on the gated path, B × C.
-        masks: for each block B × channels, zeros and ones.
+        masks: for each gate B × channels, zeros and ones.
         flops: of the backbone.
         static: the physically smaller network of the channels that any calibration image selects,
             with gates, which give the gated path's features.
@@ -89,7 +89,7 @@ class GatedCase:
     def static_density(self, network: Network) -> float:
         """Share of the channels that a static network keeps."""
         hidden = network.module.architecture["hidden"]  # type: ignore[union-attr,index]
-        return sum(hidden) / sum(block.channels for block in self.flops.blocks)  # type: ignore[arg-type]
+        return sum(hidden) / int(self.flops.all_channels.sum())  # type: ignore[arg-type]
 
     def static_share(self, network: Network) -> float:
         """A static network's FLOPs, gates included, divided by the dense encoder's."""
@@ -137,7 +137,7 @@ def random_encoder(name: str, width: int, stem: str, images: Tensor, seed: int) 
     """An untrained encoder whose BatchNorms differ and have the images' statistics.
 
     Args:
-        name: one of `GATED_BACKBONES`.
+        name: of a backbone with gates.
         width: of the first stage, at least `LEAST_WIDTH`.
         stem: "cifar" or "imagenet".
         images: N × 3 × H × W.
@@ -151,7 +151,7 @@ def random_encoder(name: str, width: int, stem: str, images: Tensor, seed: int) 
             norm.bias.uniform_(-0.5, 0.5)
     backbone.fc = nn.Identity()
     backbone.eval().requires_grad_(False)
-    for net in {backbone, _gated_encoder(backbone)}:
+    for net in {backbone, backbone.encoder("gated")}:
         with _measuring(_norms(net)), net.path("dense"):
             net(images)
     return backbone
@@ -163,7 +163,7 @@ def with_random_gates(
 ) -> TwoPathResNet:
     """A copy whose gates decide by image and compute a wanted share of the channels.
 
-    In each block a third of the share is computed for every image, and of twice as many channels as
+    For each gate a third of the share is computed for every image, and of twice as many channels as
     are still wanted each image selects half, on average; the others are never computed. So trained
     gates of the papers behave. The gates are ordinary ones: their masks follow from their logits.
 
@@ -176,25 +176,23 @@ def with_random_gates(
     """
     backbone = copy.deepcopy(backbone)
     backbone.threshold = 0.0
-    encoder: Any = _gated_encoder(backbone)
+    encoder: Any = backbone.encoder("gated")
     generator = torch.Generator().manual_seed(seed)
     x = encoder.maxpool(encoder.relu(encoder.bn1(encoder.conv1(images))))
     missing = 0.0
-    for block in encoder.gated_blocks:
-        wanted = missing + density * batch * block.conv1.out_channels
-        _set_gate(block.gate, x, batch, density, wanted, generator)
-        missing = wanted - float(block.gate(x[:batch]).sum())
-        norms = [block.bn1, block.bn2]
-        if block.separate_bn:
-            norms = [block.gated_bn1, block.gated_bn2]
-        with _measuring(norms):
+    for block in encoder.blocks:
+        for gate in block.gates:
+            wanted = missing + density * batch * gate.expand.out_channels
+            _set_gate(gate, x, batch, density, wanted, generator)
+            missing = wanted - float(gate(x[:batch]).sum())
+        with _measuring(block.gated_norms):
             block.forward_gated(x)
         x, _ = block.forward_gated(x)
     return backbone
 
 
 def _set_gate(
-    gate: ChannelGate,
+    gate: ScoringGate,
     x: Tensor,
     batch: int,
     density: float,
@@ -242,9 +240,9 @@ def _cut(values: Tensor, number: int) -> float:
 
 @torch.no_grad()
 def with_threshold(backbone: TwoPathResNet, images: Tensor, density: float | None) -> TwoPathResNet:
-    """A copy at the threshold that gives a share of the channels on a batch.
+    """A copy at the threshold, or the budget, that gives a share of the channels on a batch.
 
-    The threshold is put half way between the nearest logits, where rounding changes no mask.
+    A threshold is put half way between the nearest logits, where rounding changes no mask.
 
     Args:
         backbone: a trained gated encoder.
@@ -252,6 +250,11 @@ def with_threshold(backbone: TwoPathResNet, images: Tensor, density: float | Non
         density: the share, in (0, 1]; None to stay at the threshold that the backbone has.
     """
     backbone = copy.deepcopy(backbone)
+    if backbone.gates[0].dial != "threshold":
+        if density is not None:
+            low, high = backbone.budget_range  # type: ignore[misc]
+            backbone.budget = min(max(density, low), high)
+        return backbone
 
     def share() -> float:
         with backbone.path("gated") as passes:
@@ -262,8 +265,8 @@ def with_threshold(backbone: TwoPathResNet, images: Tensor, density: float | Non
         backbone.threshold = threshold_for(backbone, share, density, tolerance=1e-3).threshold
     seen: list[Tensor] = []
     hooks = [
-        block.gate.register_forward_hook(lambda m, x, mask: seen.append(m.logits(*x).flatten()))
-        for block in backbone.gated_blocks
+        gate.register_forward_hook(lambda m, x, mask: seen.append(m.logits(*x).flatten()))
+        for gate in backbone.gates
     ]
     share()
     for hook in hooks:
@@ -278,10 +281,6 @@ def with_threshold(backbone: TwoPathResNet, images: Tensor, density: float | Non
 
 def _share(masks: tuple[Tensor, ...]) -> float:
     return float(torch.cat(masks, dim=1).mean())
-
-
-def _gated_encoder(backbone: TwoPathResNet) -> TwoPathResNet:
-    return backbone.gated_net if isinstance(backbone, TwoEncoderResNet) else backbone
 
 
 def _norms(module: nn.Module) -> list[Any]:

@@ -30,7 +30,7 @@ class RandomSource:
     """Untrained encoders with gates set to the densities.
 
     Args:
-        backbone: one of `GATED_BACKBONES`.
+        backbone: one of `backbones.gated_backbones()`.
         width: of the first stage.
         stem: "cifar" or "imagenet"; None for cifar up to 64 pixels, and imagenet above.
         densities: shares of the channels.

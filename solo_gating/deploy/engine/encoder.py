@@ -15,9 +15,8 @@ from ...budgets import checked_budget
 from ...checks import checked_threshold, is_int, one_of, require
 from ...errors import InputError
 from .fallback import TorchEngine
-from .fold import FoldedNetwork, fold
+from .fold import Decisions, FoldedNetwork, fold
 from .forks import is_forked, one_thread_if_forked
-from .known import encoder_of, named_blocks
 from .library import PYTORCH, TOO_LARGE, BuildError, chosen_engine, load_library
 from .pack import PackedNetwork, Shapes
 
@@ -25,6 +24,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 # OpenMP ends the process when it cannot start so many threads as it is told.
 MOST_THREADS = max(256, os.cpu_count() or 1)
+
+_UNKNOWN = "the kernel knows blocks of two 3×3 convolutions, with gates that say how they fold"
 
 Images = TypeVar("Images", Tensor, np.ndarray)
 
@@ -51,6 +52,7 @@ class KernelEngine:
         )
         self._weights = PackedNetwork(net, shapes, dtype)
         self._features, self._channels = net.features, sum(net.hidden)
+        self._gates = len(net.hidden)
         self._open()
         self.nbytes = self._weights.nbytes
 
@@ -61,13 +63,14 @@ class KernelEngine:
         weakref.finalize(self, self._library.gated_close, self._engine)
         self._process = os.getpid()
 
-    def run(self, images: Tensor, thresholds: Tensor | None, threads: int) -> tuple[Tensor, Tensor]:
+    def run(
+        self, images: Tensor, decisions: Decisions | None, threads: int
+    ) -> tuple[Tensor, Tensor]:
         """Features and masks of some images.
 
         Args:
             images: B × C × H × W, float32, contiguous.
-            thresholds: float32, one for each channel that a gate chooses from, of all blocks one
-                after another; None to compute all channels.
+            decisions: what the gates go by; None to compute all channels.
             threads: to use at most.
 
         Returns:
@@ -84,11 +87,16 @@ class KernelEngine:
             return features, masks
         if os.getpid() != self._process:
             self._open()  # another thread may have been using it when this process was forked
+        thresholds = counts = None
+        if decisions is not None:
+            thresholds = _address(decisions.thresholds, torch.float32, self._channels)
+            if decisions.counted:
+                counts = _address(decisions.counts, torch.int64, self._gates)
         failed = self._library.gated_run(
             self._engine,
             _address(images, torch.float32, images.numel()),
             *(number, height, width),
-            None if thresholds is None else _address(thresholds, torch.float32, self._channels),
+            *(thresholds, counts),
             _address(features, torch.float32, number * self._features),
             _address(masks, torch.bool, number * self._channels),
             1 if is_forked() else threads,
@@ -122,7 +130,7 @@ class CompiledEncoder(nn.Module):
         dtype: "float32" or "bfloat16", of the convolutions' weights.
         engine: what it runs on: "avx512", "avx2", "portable" or "pytorch".
         features: F, length of the features.
-        channels: for each block, how many its gate chooses from.
+        channels: for each gate, how many it chooses from.
         threads: used at most; may be set. In a forked process it is one.
     """
 
@@ -142,7 +150,7 @@ class CompiledEncoder(nn.Module):
         self._in_channels = net.stem.weight.shape[1]
         self._smallest = net.smallest_image
         self.threads = min(torch.get_num_threads(), MOST_THREADS)
-        self._shifts = net.shifts
+        self._net = net
         self._budget = None if budget is None else self._checked_budget(budget)
         self.threshold = threshold
 
@@ -153,8 +161,11 @@ class CompiledEncoder(nn.Module):
 
     @threshold.setter
     def threshold(self, value: float) -> None:
-        self._threshold = checked_threshold(value)
-        self._set_thresholds()
+        threshold = checked_threshold(value)
+        if threshold and self._net.dial != "threshold":
+            raise InputError(f"threshold: got {value}, these gates decide without one; expected 0")
+        self._threshold = threshold
+        self._turn()
 
     @property
     def budget(self) -> float | None:
@@ -164,18 +175,15 @@ class CompiledEncoder(nn.Module):
     @budget.setter
     def budget(self, value: float) -> None:
         self._budget = self._checked_budget(value)
-        self._set_thresholds()
+        self._turn()
 
     def _checked_budget(self, value: float) -> float:
-        return checked_budget(value, None if self._shifts is None else self._shifts.budget_range)
+        return checked_budget(value, self._net.budget_range)
 
-    def _set_thresholds(self) -> None:
-        if self._shifts is None:
-            self._thresholds = None
-            return
+    def _turn(self) -> None:
         with one_thread_if_forked():
-            # A new tensor: a call in another thread goes on with the one that it has.
-            self._thresholds = self.threshold - self._shifts.at(self.budget)
+            # New ones: a call in another thread goes on with those that it has.
+            self._decisions = self._net.decisions(self.threshold, self.budget)
 
     def forward(self, images: Images) -> Images:
         """B × C × H × W float32 → features B × F.
@@ -192,7 +200,7 @@ class CompiledEncoder(nn.Module):
             images: B × C × H × W, float32.
 
         Returns:
-            Features, B × F, and for each block a mask, B × channels, bool; all of them true on the
+            Features, B × F, and for each gate a mask, B × channels, bool; all of them true on the
             dense path.
 
         Raises:
@@ -200,7 +208,7 @@ class CompiledEncoder(nn.Module):
         """
         require("threads", self.threads, _is_threads, f"an integer from 1 to {MOST_THREADS}")
         batch = self._checked(images)
-        features, masks = self._engine.run(batch, self._thresholds, int(self.threads))
+        features, masks = self._engine.run(batch, self._decisions, int(self.threads))
         parts: Any = masks.split(self.channels, dim=1)
         if isinstance(images, np.ndarray):
             return features.numpy(), tuple(part.numpy() for part in parts)
@@ -312,7 +320,7 @@ def compile(
         net = fold(backbone, path)
         if threshold is None:
             threshold = _of_all_gates("threshold", backbone) if path == "gated" else 0.0
-        if budget is None and net.shifts is not None and net.shifts.budget_range is not None:
+        if budget is None and net.budget_range is not None:
             budget = _of_all_gates("budget", backbone)
         return CompiledEncoder(net, path, threshold, budget, dtype, engine)
 
@@ -332,10 +340,7 @@ def _backbone(checkpoint: str | Path) -> nn.Module:
 
 
 def _of_all_gates(attribute: str, backbone: Any) -> Any:
-    gates = [block.gate for _, block in named_blocks(encoder_of(backbone, "gated"))]
-    value, *others = [
-        getattr(gate, attribute, getattr(backbone, attribute, None)) for gate in gates
-    ]
+    value, *others = [getattr(gate, attribute) for gate in backbone.gates]
     if any(other != value for other in others):
         raise InputError(
             f"{attribute}: found gates with different ones, accepted is one for all gates"
@@ -348,6 +353,8 @@ def _engine(
 ) -> tuple[str, KernelEngine | TorchEngine]:
     if name != PYTORCH:
         try:
+            if not all(block.is_basic for block in net.blocks):
+                raise BuildError(_UNKNOWN)
             return name, KernelEngine(net, name, dtype)
         except BuildError as error:
             warnings.warn(

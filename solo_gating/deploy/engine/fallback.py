@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .fold import FoldedBlock, FoldedGate, FoldedNetwork
+from ...gates import FoldedGate, Gate
+from .fold import Decisions, FoldedBlock, FoldedConvolution, FoldedNetwork
 from .forks import one_thread_if_forked
 
 
@@ -24,7 +25,9 @@ class TorchEngine:
         self._net = net.with_weights_rounded_to(dtype)
 
     @torch.no_grad()
-    def run(self, images: Tensor, thresholds: Tensor | None, threads: int) -> tuple[Tensor, Tensor]:
+    def run(
+        self, images: Tensor, decisions: Decisions | None, threads: int
+    ) -> tuple[Tensor, Tensor]:
         """As `KernelEngine.run`; the number of threads is PyTorch's own."""
         net = self._net
         features = torch.empty(len(images), net.features, dtype=torch.float32, device="cpu")
@@ -32,59 +35,90 @@ class TorchEngine:
         with torch.autocast("cpu", enabled=False), one_thread_if_forked():
             for index, image in enumerate(images):
                 # Copies, because PyTorch's sums depend on how an image lies in memory.
-                one = self._one(image[None].clone(), thresholds)
+                one = self._one(image[None].clone(), decisions)
                 features[index : index + 1], masks[index] = one
         return features, masks
 
-    def _one(self, image: Tensor, thresholds: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _one(self, image: Tensor, decisions: Decisions | None) -> tuple[Tensor, Tensor]:
         net = self._net
-        x = functional.conv2d(image, net.stem.weight, net.stem.bias, net.stride, net.padding)
-        x = x.relu_()
+        x = _convolved(net.stem, image).relu_()
         if net.max_pool:
             x = functional.max_pool2d(x, 3, 2, 1)
         # In an image with NaN or infinity channels that are not chosen count: NaN · 0 = NaN.
         extreme = not bool(image.isfinite().all())
-        pieces = [None] * len(net.blocks) if thresholds is None else thresholds.split(net.hidden)
+        gates = iter(_with_thresholds(net, decisions))
         masks = []
-        for block, piece in zip(net.blocks, pieces, strict=True):
-            if block.gate is None or piece is None:
-                mask = torch.ones(len(block.conv1.bias), dtype=torch.bool, device="cpu")
-            else:
-                mask = _logits(block.gate, x) >= piece
-            masks.append(mask)
-            x = _masked_block(block, x, mask) if extreme else _gathered_block(block, x, mask)
+        for block in net.blocks:
+            own = [
+                torch.ones(channels, dtype=torch.bool, device="cpu")
+                if decisions is None
+                else _mask(*next(gates), decisions.budget, x)
+                for channels in block.hidden
+            ]
+            masks += own
+            x = _masked_block(block, x, own) if extreme else _gathered_block(block, x, own)
         features = x.mean((2, 3))
         if net.linear is not None:
             features = functional.linear(features, *net.linear)
         return features, torch.cat(masks)
 
 
-def _logits(gate: FoldedGate, x: Tensor) -> Tensor:
+def _with_thresholds(
+    net: FoldedNetwork, decisions: Decisions | None
+) -> list[tuple[FoldedGate | Gate, Tensor, int]]:
+    """Each gate with its thresholds and its count."""
+    if decisions is None:
+        return []
+    thresholds = decisions.thresholds.split(net.hidden)
+    return list(zip(net.gates, thresholds, decisions.counts.tolist(), strict=True))
+
+
+def _mask(
+    gate: FoldedGate | Gate, thresholds: Tensor, count: int, budget: float | None, x: Tensor
+) -> Tensor:
+    """The mask for one image, C_out, bool."""
+    if isinstance(gate, Gate):
+        return gate(x, None if budget is None else x.new_tensor(budget))[0] > 0
     hidden = functional.linear(x.mean((2, 3)), gate.reduce, gate.bias).relu_()
-    return functional.linear(hidden, gate.expand)[0]
+    logits = functional.linear(hidden, gate.expand)[0]
+    if count < 0:
+        return logits >= thresholds
+    chosen = (logits - thresholds).sort(descending=True, stable=True).indices[:count]
+    return torch.zeros_like(logits, dtype=torch.bool).index_fill_(0, chosen, True)
 
 
-def _gathered_block(block: FoldedBlock, x: Tensor, mask: Tensor) -> Tensor:
-    conv1, conv2 = block.conv1.weight, block.conv2.weight
-    bias1 = block.conv1.bias
-    if not mask.all():
-        chosen = mask.nonzero().flatten()
-        conv1, bias1, conv2 = conv1[chosen], bias1[chosen], conv2[:, chosen]
-    out = _shortcut(block, x)
-    if len(bias1) == 0:
-        return (out + block.conv2.bias[:, None, None]).relu_()
-    hidden = functional.conv2d(x, conv1, bias1, block.stride, 1).relu_()
-    return (functional.conv2d(hidden, conv2, block.conv2.bias, 1, 1) + out).relu_()
+def _convolved(conv: FoldedConvolution, x: Tensor) -> Tensor:
+    return functional.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding)
 
 
-def _masked_block(block: FoldedBlock, x: Tensor, mask: Tensor) -> Tensor:
-    hidden = functional.conv2d(x, block.conv1.weight, block.conv1.bias, block.stride, 1).relu_()
-    hidden = hidden * mask[:, None, None]
-    out = functional.conv2d(hidden, block.conv2.weight, block.conv2.bias, 1, 1)
+def _gathered_block(block: FoldedBlock, x: Tensor, masks: list[Tensor]) -> Tensor:
+    out, inputs = x, None
+    for conv, mask in zip(block.convolutions, [*masks, None], strict=True):
+        weight, bias = conv.weight, conv.bias
+        if inputs is not None:
+            weight = weight[:, inputs]
+        inputs = None if mask is None or bool(mask.all()) else mask.nonzero().flatten()
+        if inputs is not None:
+            weight, bias = weight[inputs], bias[inputs]
+        # PyTorch has no convolution of no channels.
+        if weight.shape[1] == 0 or weight.shape[0] == 0:
+            size = [-(-side // conv.stride) for side in out.shape[2:]]
+            out = bias[None, :, None, None].expand(1, -1, *size)
+        else:
+            out = functional.conv2d(out, weight, bias, conv.stride, conv.padding)
+        if mask is not None:
+            out = out.relu()
+    return (out + _shortcut(block, x)).relu_()
+
+
+def _masked_block(block: FoldedBlock, x: Tensor, masks: list[Tensor]) -> Tensor:
+    out = x
+    for conv, mask in zip(block.convolutions, [*masks, None], strict=True):
+        out = _convolved(conv, out)
+        if mask is not None:
+            out = out.relu_() * mask[:, None, None]
     return (out + _shortcut(block, x)).relu_()
 
 
 def _shortcut(block: FoldedBlock, x: Tensor) -> Tensor:
-    if block.shortcut is None:
-        return x
-    return functional.conv2d(x, block.shortcut.weight, block.shortcut.bias, block.stride)
+    return x if block.shortcut is None else _convolved(block.shortcut, x)

@@ -1,17 +1,18 @@
 """A ResNet's weights with every BatchNorm folded into the convolution before it."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from ...backbones import checked_path
+from ...backbones import ResNet, checked_path, convolutions
 from ...budgets import Range
 from ...errors import InputError
-from ...gates import BudgetEmbedding, ChannelGate
-from .known import check_network, encoder_of, named_blocks
+from ...gates import FoldedGate, Gate
+from .known import check_network, named_blocks
 
 
 @dataclass(frozen=True)
@@ -21,74 +22,62 @@ class FoldedConvolution:
     Attributes:
         weight: C_out × C_in × k × k.
         bias: C_out.
+        stride: for rows and columns.
+        padding: in pixels.
     """
 
     weight: Tensor
     bias: Tensor
-
-
-@dataclass(frozen=True)
-class FoldedGate:
-    """A gate on pooled inputs: logits = expand · relu(reduce · x + bias), apart from their shift.
-
-    Attributes:
-        reduce: hidden × C_in.
-        bias: hidden.
-        expand: C_out × hidden.
-    """
-
-    reduce: Tensor
-    bias: Tensor
-    expand: Tensor
+    stride: int = 1
+    padding: int = 0
 
 
 @dataclass(frozen=True)
 class FoldedBlock:
-    """relu(conv2(mask · relu(conv1 x)) + shortcut x), of 3×3 convolutions with padding 1.
-
-    The mask, for each channel of conv1, is gate(x) ≥ threshold.
+    """relu(c_N(m_(N−1) · relu(c_(N−1)(... m_1 · relu(c_1 x)))) + shortcut x), with masks m_i = gate_i(x).
 
     Attributes:
-        stride: of conv1 and the shortcut.
-        shortcut: a 1×1 convolution; None for the identity.
-        gate: None on the dense path.
+        convolutions: c_1 to c_N.
+        shortcut: a convolution; None for the identity.
+        gates: one between each two convolutions; none on the dense path. A gate that cannot be
+            folded is a module, with which only PyTorch can run the network.
     """
 
-    stride: int
-    conv1: FoldedConvolution
-    conv2: FoldedConvolution
+    convolutions: tuple[FoldedConvolution, ...]
     shortcut: FoldedConvolution | None
-    gate: FoldedGate | None
+    gates: tuple[FoldedGate | Gate, ...] = ()
+
+    @property
+    def hidden(self) -> tuple[int, ...]:
+        """Channels between the convolutions."""
+        return tuple(len(conv.bias) for conv in self.convolutions[:-1])
+
+    @property
+    def is_basic(self) -> bool:
+        """Whether it is two 3×3 convolutions, the second of stride 1, with folded gates or none."""
+        kernels = [(c.weight.shape[-1], c.padding) for c in self.convolutions]
+        folded = all(isinstance(gate, FoldedGate) for gate in self.gates)
+        return kernels == [(3, 1), (3, 1)] and self.convolutions[1].stride == 1 and folded
 
 
 @dataclass(frozen=True)
-class Shifts:
-    """What is added to the logits of gates that have a bias or are told a budget.
-
-    The kernel knows nothing of it: a shift of the logits is one of their thresholds.
+class Decisions:
+    """What gates go by at a setting of the dial, for all channels, one gate after another.
 
     Attributes:
-        bias: of the channels of all blocks, one block after another.
-        embeddings: one for each block; empty for gates that are told no budget.
-        budget_range: of the budgets that the gates can be told, None without one.
+        thresholds: float32, of each channel's logit before it is shifted.
+        counts: for each gate how many channels it chooses; -1 for those that reach the threshold.
+        budget: what gates that are not folded are told.
     """
 
-    bias: Tensor
-    embeddings: tuple[BudgetEmbedding, ...] = ()
-    budget_range: Range | None = None
+    thresholds: Tensor
+    counts: Tensor
+    budget: float | None
 
-    @torch.no_grad()
-    def at(self, budget: float | None) -> Tensor:
-        """The shift of each channel, in the order of `bias`.
-
-        Args:
-            budget: in the range; None without one.
-        """
-        if budget is None:
-            return self.bias
-        told = self.bias.new_tensor(budget)
-        with torch.autocast("cpu", enabled=False):  # decisions are no place for half precision
-            return self.bias + torch.cat([embedding(told) for embedding in self.embeddings])
+    @property
+    def counted(self) -> bool:
+        """Whether any gate chooses a number of channels."""
+        return bool((self.counts >= 0).any())
 
 
 @dataclass(frozen=True)
@@ -97,49 +86,70 @@ class FoldedNetwork:
 
     Attributes:
         stem: the first convolution.
-        stride: of the stem.
-        padding: of the stem, in pixels.
         max_pool: whether a 3×3 max-pool of stride 2 and padding 1 follows.
         blocks: those of the four stages, one after another.
         linear: weight (classes × C) and bias of the classifier; None without one.
-        shifts: of the gates' logits; None on the dense path.
+        budget_range: of the budgets that the gates can be told, None without one.
+        dial: as in `Gate`.
     """
 
     stem: FoldedConvolution
-    stride: int
-    padding: int
     max_pool: bool
     blocks: tuple[FoldedBlock, ...]
     linear: tuple[Tensor, Tensor] | None
-    shifts: Shifts | None = None
+    budget_range: Range | None = None
+    dial: str | None = "threshold"
 
     @property
     def features(self) -> int:
         """Length of the features of one image."""
-        last = self.blocks[-1].conv2.bias if self.linear is None else self.linear[1]
+        last = self.blocks[-1].convolutions[-1].bias if self.linear is None else self.linear[1]
         return len(last)
 
     @property
     def hidden(self) -> tuple[int, ...]:
-        """For each block, the channels that its gate chooses from."""
-        return tuple(len(block.conv1.bias) for block in self.blocks)
+        """For each gate, or where it would be, the channels that it chooses from."""
+        return tuple(number for block in self.blocks for number in block.hidden)
+
+    @property
+    def gates(self) -> list[FoldedGate | Gate]:
+        """All gates; none on the dense path."""
+        return [gate for block in self.blocks for gate in block.gates]
+
+    def decisions(self, threshold: float, budget: float | None) -> Decisions | None:
+        """What the gates go by; None on the dense path.
+
+        Args:
+            threshold: of the logits, for gates that have one.
+            budget: in the range; None without one.
+        """
+        if not self.gates:
+            return None
+        thresholds, counts = [], []
+        for gate, channels in zip(self.gates, self.hidden, strict=True):
+            folded = isinstance(gate, FoldedGate)
+            shift = gate.shift(budget).float() if folded else torch.zeros(channels)
+            count = gate.count(budget) if folded and gate.count is not None else -1
+            counts.append(count)
+            # With a count logits are compared with each other, and their shifts are no thresholds.
+            thresholds.append(-shift if count >= 0 else threshold - shift)
+        return Decisions(torch.cat(thresholds), torch.tensor(counts), budget)
 
     @property
     def smallest_image(self) -> int:
         """The height and width that the stem needs at least, in pixels."""
-        return max(1, self.stem.weight.shape[-1] - 2 * self.padding)
+        return max(1, self.stem.weight.shape[-1] - 2 * self.stem.padding)
 
     def with_weights_rounded_to(self, dtype: torch.dtype) -> "FoldedNetwork":
         """The same network with the convolutions' weights rounded, in float32 as before."""
 
         def rounded(conv: FoldedConvolution) -> FoldedConvolution:
-            return FoldedConvolution(conv.weight.to(dtype).float(), conv.bias)
+            return replace(conv, weight=conv.weight.to(dtype).float())
 
         blocks = tuple(
             replace(
                 block,
-                conv1=rounded(block.conv1),
-                conv2=rounded(block.conv2),
+                convolutions=tuple(map(rounded, block.convolutions)),
                 shortcut=None if block.shortcut is None else rounded(block.shortcut),
             )
             for block in self.blocks
@@ -161,52 +171,57 @@ def fold(backbone: nn.Module, path: str) -> FoldedNetwork:
     """
     checked_path(path, "path")
     check_network(backbone, path)
-    encoder = encoder_of(backbone, path)
-    conv, fc = encoder.conv1, backbone.get_submodule("fc")
-    blocks = list(named_blocks(encoder))
+    encoder: Any = backbone.encoder(path) if isinstance(backbone, ResNet) else backbone
+    fc = backbone.get_submodule("fc")
     return FoldedNetwork(
-        stem=_folded(conv, encoder.bn1, "conv1"),
-        stride=_number(conv.stride),
-        padding=_number(conv.padding),
+        stem=_folded(encoder.conv1, encoder.bn1, "conv1"),
         max_pool=not isinstance(encoder.maxpool, nn.Identity),
-        blocks=tuple(_folded_block(block, path, name) for name, block in blocks),
+        blocks=tuple(_folded_block(block, path, name) for name, block in named_blocks(encoder)),
         linear=_linear(fc) if isinstance(fc, nn.Linear) else None,
-        shifts=_shifts(backbone, [block.gate for _, block in blocks]) if path == "gated" else None,
-    )
-
-
-def _shifts(backbone: nn.Module, gates: list[ChannelGate]) -> Shifts:
-    embeddings = [
-        copy.deepcopy(gate.embedding).to("cpu", torch.float32) for gate in gates if gate.embedding
-    ]
-    for embedding in embeddings:
-        for value in embedding.parameters():
-            _float(value, "a gate's embedding")
-    return Shifts(
-        _float(torch.cat([gate.bias for gate in gates]), "a gate's bias"),
-        tuple(embeddings),
-        getattr(backbone, "budget_range", None),
+        budget_range=getattr(backbone, "budget_range", None) if path == "gated" else None,
+        dial=cast(Any, backbone).gates[0].dial if path == "gated" else "threshold",
     )
 
 
 def _folded_block(block: Any, path: str, name: str) -> FoldedBlock:
-    bn1, bn2, gate = block.bn1, block.bn2, None
+    layers = convolutions(block)
+    norms = [norm for _, _, norm in layers]
+    gates: list[FoldedGate | Gate] = []
     if path == "gated":
-        if getattr(block, "separate_bn", False):
-            bn1, bn2 = block.gated_bn1, block.gated_bn2
-        reduce = _folded(block.gate.reduce, block.gate.norm, f"{name}.gate.reduce")
-        expand = _float(block.gate.expand.weight, f"{name}.gate.expand")
-        gate = FoldedGate(reduce.weight.flatten(1), reduce.bias, expand.flatten(1))
+        norms = getattr(block, "gated_norms", norms)
+        gates = [_folded_gate(gate, f"{name}'s gate") for gate in block.gates]
     shortcut = None
     if block.downsample is not None:
         shortcut = _folded(block.downsample[0], block.downsample[1], f"{name}.downsample")
     return FoldedBlock(
-        stride=_number(block.conv1.stride),
-        conv1=_folded(block.conv1, bn1, f"{name}.conv1"),
-        conv2=_folded(block.conv2, bn2, f"{name}.conv2"),
-        shortcut=shortcut,
-        gate=gate,
+        tuple(
+            _folded(conv, norm, f"{name}.{conv_name}")
+            for (conv_name, conv, _), norm in zip(layers, norms, strict=True)
+        ),
+        shortcut,
+        tuple(gates),
     )
+
+
+def _folded_gate(gate: Gate, name: str) -> FoldedGate | Gate:
+    # A copy: later changes to the backbone have no effect.
+    gate = copy.deepcopy(gate).to("cpu").eval()
+    folded = gate.fold()
+    if folded is None:
+        return gate.float()
+    return replace(
+        folded,
+        reduce=_float(folded.reduce, name),
+        bias=_float(folded.bias, name),
+        expand=_float(folded.expand, name),
+        shift=_shift(gate.float(), name),
+    )
+
+
+def _shift(gate: Gate, name: str) -> Callable[[float | None], Tensor]:
+    for value in gate.parameters():
+        _float(value, name)
+    return gate.fold().shift  # type: ignore[union-attr]
 
 
 def _folded(conv: nn.Conv2d, norm: Any, name: str) -> FoldedConvolution:
@@ -220,7 +235,10 @@ def _folded(conv: nn.Conv2d, norm: Any, name: str) -> FoldedConvolution:
     if conv.bias is not None:
         shift = shift + conv.bias.double() * scale
     return FoldedConvolution(
-        _float(conv.weight.double() * scale[:, None, None, None], name), _float(shift, name)
+        _float(conv.weight.double() * scale[:, None, None, None], name),
+        _float(shift, name),
+        _number(conv.stride),
+        _number(conv.padding),
     )
 
 

@@ -10,31 +10,36 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
-from torchvision.models.resnet import BasicBlock
+from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.resnet import ResNet as TorchvisionResNet
 
 from ...backbones import (
     GatedBasicBlock,
+    GatedBottleneck,
     GatedResNet,
     ResNet,
     SlicedResNet,
+    Stage,
     TwoEncoderResNet,
     TwoPathResNet,
+    convolutions,
 )
-from ...backbones.gated_resnet import Stage
 from ...backbones.resnet import PickingConv2d
-from ...backbones.sliced_resnet import SlicedBasicBlock
+from ...backbones.sliced import SlicedBlock, sliced_block
 from ...errors import InputError
-from ...gates import BudgetEmbedding, ChannelGate
+from ...gates import GATES, BudgetEmbedding, ChannelGate, Gate, ScoringGate
 
 # The networks, and their blocks.
 _BLOCKS: dict[type[nn.Module], tuple[type[nn.Module], ...]] = {
-    TorchvisionResNet: (BasicBlock,),
-    ResNet: (BasicBlock,),
-    GatedResNet: (GatedBasicBlock,),
-    TwoEncoderResNet: (BasicBlock, GatedBasicBlock),
-    SlicedResNet: (SlicedBasicBlock,),
+    TorchvisionResNet: (BasicBlock, Bottleneck),
+    ResNet: (BasicBlock, Bottleneck),
+    GatedResNet: (GatedBasicBlock, GatedBottleneck),
+    TwoEncoderResNet: (GatedBasicBlock, GatedBottleneck),
+    SlicedResNet: (sliced_block(BasicBlock), sliced_block(Bottleneck)),
 }
+
+# Kernel sizes of the blocks' convolutions; stride is the first 3×3's.
+_KERNELS = {2: (3, 3), 3: (1, 3, 1)}
 
 _STAGES = (nn.Sequential, Stage)
 
@@ -55,7 +60,7 @@ def check_network(backbone: nn.Module, path: str) -> None:
         cls = type(backbone)
         raise InputError(
             f"backbone: found {cls.__name__} of {cls.__module__}, accepted are this package's "
-            "ResNets and torchvision's resnet18 and resnet34, and no subclasses"
+            "ResNets and torchvision's resnet18, 34, 50 and 101, and no subclasses"
         )
     accepted = _paths(backbone)
     if path not in accepted:
@@ -63,13 +68,6 @@ def check_network(backbone: nn.Module, path: str) -> None:
             f"path: found {path}, this {type(backbone).__name__} has {' and '.join(accepted)} only"
         )
     _Inspection(backbone).network(path)
-
-
-def encoder_of(backbone: Any, path: str) -> Any:
-    """The ResNet that a path goes through: the backbone, or the gated one of two encoders."""
-    if isinstance(backbone, TwoEncoderResNet) and path == "gated":
-        return backbone.gated_net
-    return backbone
 
 
 def named_blocks(encoder: Any) -> Iterator[tuple[str, Any]]:
@@ -82,7 +80,7 @@ def named_blocks(encoder: Any) -> Iterator[tuple[str, Any]]:
 def _paths(backbone: nn.Module) -> tuple[str, ...]:
     if isinstance(backbone, TwoPathResNet):
         return ("gated", "dense")
-    if isinstance(backbone, SlicedResNet) and backbone.architecture["gates"]:
+    if isinstance(backbone, SlicedResNet) and backbone.gates:
         return ("gated",)
     return ("dense",)
 
@@ -96,7 +94,9 @@ class _Inspection:
     def network(self, path: str) -> None:
         backbone: Any = self._backbone
         self._as_defined(backbone, "the network")
-        encoder, prefix = encoder_of(backbone, path), ""
+        encoder, prefix = backbone, ""
+        if isinstance(backbone, ResNet):
+            encoder = backbone.encoder(path)
         if encoder is not backbone:
             prefix = "gated_net."
             self._part("gated_net", GatedResNet)
@@ -114,7 +114,7 @@ class _Inspection:
         if isinstance(self._part("fc", nn.Identity, nn.Linear), nn.Linear):
             self._linear("fc", channels)
         if path == "gated":
-            self._budgets([f"{name}.gate" for name in names])
+            self._budgets(names)
 
     def _stem(self, prefix: str) -> int:
         name = f"{prefix}conv1"
@@ -138,11 +138,21 @@ class _Inspection:
         block: Any = self._backbone.get_submodule(name)
         self._part(f"{name}.relu", nn.ReLU)
         own = "gated_" if path == "gated" and getattr(block, "separate_bn", False) else ""
-        stride = 2 if self._part(f"{name}.conv1", nn.Conv2d).stride == (2, 2) else 1
-        hidden = self._convolution(
-            f"{name}.conv1", f"{name}.{own}bn1", channels, 3, stride=stride, padding=1
-        )
-        out = self._convolution(f"{name}.conv2", f"{name}.{own}bn2", hidden, 3, stride=1, padding=1)
+        layers = convolutions(block)
+        widths, stride = [channels], 1
+        for number, ((conv, _, _), kernel) in enumerate(
+            zip(layers, _KERNELS[len(layers)], strict=True), 1
+        ):
+            step = 1
+            if kernel == 3 and stride == 1 and number < 3:
+                step = 2 if self._part(f"{name}.{conv}", nn.Conv2d).stride == (2, 2) else 1
+                stride = step
+            norm = f"{name}.{own}bn{number}"
+            width = self._convolution(
+                f"{name}.{conv}", norm, widths[-1], kernel, stride=step, padding=kernel // 2
+            )
+            widths.append(width)
+        out = widths[-1]
         if block.downsample is None:
             if (stride, out) != (1, channels):
                 self._refuse("no shortcut", "one that changes the map's shape", name)
@@ -157,13 +167,25 @@ class _Inspection:
             if width != out:
                 self._refuse(f"{width} output channels", str(out), conv)
         if path == "gated":
-            self._gate(f"{name}.gate", channels, hidden)
-        elif isinstance(block, SlicedBasicBlock) and block.gate is not None:
+            gates = self._gates(name)
+            if len(gates) != len(layers) - 1:
+                self._refuse(f"{len(gates)} gates", str(len(layers) - 1), name)
+            for gate, hidden in zip(gates, widths[1:], strict=False):
+                self._gate(gate, channels, hidden)
+        elif isinstance(block, SlicedBlock) and block.gates:
             self._refuse("a gate", "none on the dense path", name)
         return out
 
+    def _gates(self, name: str) -> list[str]:
+        """The names of a block's gates."""
+        children = self._backbone.get_submodule(name).named_children()
+        return [f"{name}.{child}" for child, module in children if isinstance(module, Gate)]
+
     def _gate(self, name: str, channels: int, hidden: int) -> None:
-        gate = self._part(name, ChannelGate)
+        gate: Any = self._backbone.get_submodule(name)
+        self._part(name, *GATES.values())
+        if not isinstance(gate, ScoringGate):
+            return
         self._part(f"{name}.relu", nn.ReLU)
         reduced = self._convolution(
             f"{name}.reduce", f"{name}.norm", channels, 1, stride=1, padding=0
@@ -177,10 +199,13 @@ class _Inspection:
             if self._linear(f"{name}.embedding.expand", between) != hidden:
                 self._refuse("another number of channels", str(hidden), f"{name}.embedding")
 
-    def _budgets(self, gates: list[str]) -> None:
-        told = [self._backbone.get_submodule(gate).embedding is not None for gate in gates]
+    def _budgets(self, blocks: list[str]) -> None:
         expected = getattr(self._backbone, "budget_range", None) is not None
-        for gate, is_told in zip(gates, told, strict=True):
+        for gate in [gate for block in blocks for gate in self._gates(block)]:
+            module = self._backbone.get_submodule(gate)
+            if type(module) is not ChannelGate:
+                continue
+            is_told = module.embedding is not None
             if is_told != expected:
                 found = "a budget embedding" if is_told else "no budget embedding"
                 accepted = "one in each gate, with a budget_range, or none"

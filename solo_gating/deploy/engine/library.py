@@ -323,6 +323,6 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     library.gated_run.restype = ctypes.c_int
     library.gated_run.argtypes = [
         *(pointer, pointer, number, number, number),
-        *(pointer, pointer, pointer, number),
+        *(pointer, pointer, pointer, pointer, number),
     ]
     return library

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import mmap
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,8 +83,8 @@ class PackedNetwork:
             in_channels=weight.shape[1],
             width=weight.shape[0],
             kernel=weight.shape[2],
-            stride=net.stride,
-            padding=net.padding,
+            stride=net.stem.stride,
+            padding=net.stem.padding,
             max_pool=net.max_pool,
             features=net.features,
             num_blocks=len(net.blocks),
@@ -95,12 +96,13 @@ class PackedNetwork:
         )
 
     def _block(self, block: FoldedBlock) -> Block:
-        conv1, conv2, shortcut, gate = block.conv1, block.conv2, block.shortcut, block.gate
+        (conv1, conv2), shortcut = block.convolutions, block.shortcut
+        gate: Any = block.gates[0] if block.gates else None
         return Block(
             in_channels=conv1.weight.shape[1],
             hidden_channels=conv1.weight.shape[0],
             out_channels=conv2.weight.shape[0],
-            stride=block.stride,
+            stride=conv1.stride,
             gate_channels=0 if gate is None else len(gate.bias),
             conv1=self._blocked(conv1.weight),
             bias1=self._floats(conv1.bias),

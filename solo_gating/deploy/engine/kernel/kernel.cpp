@@ -109,6 +109,13 @@ struct Workspace {
 // Inputs beyond this take the careful way, on which NaN and infinity do what they do in PyTorch.
 constexpr float kExtreme = 1e18f;
 
+// What the gates go by; pointers move on from block to block.
+struct Decisions {
+  const float* thresholds;  // of each hidden channel's logit; null to compute all channels
+  const int64_t* counts;    // how many channels each block computes, or -1 for those that reach
+                            // their thresholds; null where no block has a count
+};
+
 class Engine {
  public:
   explicit Engine(const Network& net)
@@ -123,7 +130,7 @@ class Engine {
   }
 
   void run(const float* images, int64_t number, int64_t height, int64_t width,
-           const float* thresholds, float* features, uint8_t* masks, int threads) {
+           Decisions decisions, float* features, uint8_t* masks, int threads) {
     const int64_t image_size = net_.in_channels * height * width;
     // Each thread takes whole images; what is left over, all threads compute together.
     const int64_t apart = threads == 1 ? number : number / threads * threads;
@@ -132,7 +139,7 @@ class Engine {
       spaces.push_back(borrow(height, width, i == 0 && apart < number ? threads : 1));
     }
     const auto one = [&](Workspace& w, int64_t i, Team team) {
-      forward(w, images + i * image_size, thresholds, features + i * net_.features,
+      forward(w, images + i * image_size, decisions, features + i * net_.features,
               masks == nullptr ? nullptr : masks + i * mask_size_, team);
     };
     // Without a parallel region, so that a process that was forked may call this.
@@ -182,14 +189,15 @@ class Engine {
     free_.push_back(std::move(space));
   }
 
-  void forward(Workspace& w, const float* image, const float* thresholds, float* features,
+  void forward(Workspace& w, const float* image, Decisions decisions, float* features,
                uint8_t* mask, Team team) const {
     const bool extreme = read_image(w, image, team);
     stem(w, extreme, team);
     if (extreme) clear_padding(w, 0, net_.width, team);
     for (int64_t i = 0; i < net_.num_blocks; ++i) {
-      block(w, i, thresholds, mask, extreme, team);
-      if (thresholds != nullptr) thresholds += blocks_[i].hidden_channels;
+      block(w, i, decisions, mask, extreme, team);
+      if (decisions.thresholds != nullptr) decisions.thresholds += blocks_[i].hidden_channels;
+      if (decisions.counts != nullptr) ++decisions.counts;
       if (mask != nullptr) mask += blocks_[i].hidden_channels;
     }
     head(w, features, team);
@@ -294,7 +302,7 @@ class Engine {
     }
   }
 
-  void block(Workspace& w, int64_t index, const float* thresholds, uint8_t* mask, bool extreme,
+  void block(Workspace& w, int64_t index, const Decisions& decisions, uint8_t* mask, bool extreme,
              Team team) const {
     const Block& b = blocks_[index];
     const Layout& l = *w.layout;
@@ -302,15 +310,16 @@ class Engine {
     const Hidden& hidden = l.hidden[at.out_map];
     Scratch& own = w.scratch[team.rank];
 
-    if (thresholds != nullptr) pool(l.maps[at.in_map], w.map(at.in_map), w.pooled.data(), team);
+    const bool gated = decisions.thresholds != nullptr;
+    if (gated && b.gate_channels > 0) pool(l.maps[at.in_map], w.map(at.in_map), w.pooled.data(), team);
     if (b.shortcut != nullptr) transpose_shortcut(w, at, team);
     team.wait();
 
     const int32_t* chosen = all_.data();
     int64_t number = b.hidden_channels;
     const float* scale = nullptr;
-    if (thresholds != nullptr) {
-      number = choose(b, w.pooled.data(), thresholds, own);
+    if (gated) {
+      number = choose(b, w.pooled.data(), decisions, own);
       chosen = own.chosen.data();
       if (mask != nullptr && team.rank == 0) write_mask(b, chosen, number, mask);
       if (extreme) {
@@ -412,7 +421,7 @@ class Engine {
   }
 
   // Which channels the gate chooses; returns their number.
-  static int64_t choose(const Block& b, const float* pooled, const float* thresholds,
+  static int64_t choose(const Block& b, const float* pooled, const Decisions& decisions,
                         Scratch& own) {
     const int64_t in = padded_channels(b.in_channels), out = padded_channels(b.hidden_channels);
     float* logits = own.logits.data();
@@ -428,11 +437,34 @@ class Engine {
         store(logits + c, load(logits + c) + broadcast(hidden) * load(b.gate_expand + k * out + c));
       }
     }
+    const float* thresholds = decisions.thresholds;
+    if (decisions.counts != nullptr && *decisions.counts >= 0) {
+      for (int64_t c = 0; c < b.hidden_channels; ++c) logits[c] -= thresholds[c];
+      return choose_largest(logits, b.hidden_channels, *decisions.counts, own.chosen);
+    }
     int64_t number = 0;
     for (int64_t c = 0; c < b.hidden_channels; ++c) {
       if (logits[c] >= thresholds[c]) own.chosen[number++] = c;
     }
     return number;
+  }
+
+  // Some of the largest logits; of equal ones those that come first. NaN is the largest, as
+  // PyTorch sorts it.
+  static int64_t choose_largest(const float* logits, int64_t channels, int64_t count,
+                                std::vector<int32_t>& chosen) {
+    for (int64_t c = 0; c < channels; ++c) chosen[c] = c;
+    const auto larger = [&](int32_t a, int32_t b) {
+      const float x = logits[a], y = logits[b];
+      const bool x_nan = x != x, y_nan = y != y;
+      if (x_nan != y_nan) return x_nan;
+      return x_nan || x == y ? a < b : x > y;
+    };
+    if (count < channels) {
+      std::nth_element(chosen.begin(), chosen.begin() + count, chosen.begin() + channels, larger);
+    }
+    std::sort(chosen.begin(), chosen.begin() + count);
+    return count;
   }
 
   static void write_mask(const Block& b, const int32_t* chosen, int64_t number, uint8_t* mask) {
@@ -671,11 +703,11 @@ EXPORT void gated_close(void* engine) { delete static_cast<gated::Engine*>(engin
 
 // Returns 0, or 1 if there is not enough memory, or 2 if images have too many pixels.
 EXPORT int gated_run(void* engine, const float* images, int64_t number, int64_t height,
-                     int64_t width, const float* thresholds, float* features, uint8_t* masks,
-                     int64_t threads) {
+                     int64_t width, const float* thresholds, const int64_t* counts,
+                     float* features, uint8_t* masks, int64_t threads) {
   try {
-    static_cast<gated::Engine*>(engine)->run(images, number, height, width, thresholds, features,
-                                             masks, static_cast<int>(threads));
+    static_cast<gated::Engine*>(engine)->run(images, number, height, width,
+                                             {thresholds, counts}, features, masks, static_cast<int>(threads));
     return 0;
   } catch (const std::length_error&) {
     return 2;

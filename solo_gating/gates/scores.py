@@ -1,4 +1,4 @@
-"""Channel gates: which channels of a residual block one image needs."""
+"""What gates with weights have in common: a score for each channel, from the block's input."""
 
 from typing import Any
 
@@ -7,11 +7,8 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .errors import InputError
-
-# torch.fx keeps calls of these as they are: what they do depends on the tensors' dtype.
-torch.fx.wrap("gumbel_sigmoid")
-torch.fx.wrap("thresholded")
+from ..errors import InputError
+from .base import FoldedGate, Gate
 
 
 def logistic_noise(logits: Tensor) -> Tensor:
@@ -24,28 +21,9 @@ def logistic_noise(logits: Tensor) -> Tensor:
     return torch.logit(uniform, eps=torch.finfo(dtype).eps)
 
 
-def gumbel_sigmoid(logits: Tensor, temperature: float) -> Tensor:
-    """Sample binary masks with a straight-through gradient.
-
-    soft = sigmoid((logits + noise) / temperature), hard = soft ≥ 0.5; the value is hard, the
-    gradient that of soft. (Jang et al., "Categorical Reparameterization with Gumbel-Softmax",
-    arXiv:1611.01144, for two categories; DGNet, `models/mask.py` of lfr-0531/DGNet.)
-
-    Args:
-        logits: any shape.
-        temperature: τ > 0; the papers use 2/3.
-
-    Returns:
-        A tensor of zeros and ones, of the logits' shape, in at least float32.
-    """
-    soft = torch.sigmoid((logits + logistic_noise(logits)) / temperature)
-    hard = (soft >= 0.5).to(soft.dtype)
+def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
+    """The value of one, the gradient of the other (arXiv:1308.3432)."""
     return hard - soft.detach() + soft
-
-
-def thresholded(logits: Tensor, threshold: float) -> Tensor:
-    """Ones where logits reach the threshold, else zeros; of their shape, in at least float32."""
-    return (logits >= threshold).to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def spatial_mean(x: Tensor) -> Tensor:
@@ -86,59 +64,52 @@ class BudgetEmbedding(nn.Module):
 
         No network needs less than a hundredth, and 1 has no log-odds: t stays within ±4.6.
         """
-        log_odds = torch.logit(budget, eps=0.01)
+        log_odds = torch.logit(budget, eps=0.01).to(self.reduce.weight.dtype)
         shifts = self.expand(torch.relu(self.reduce(log_odds.reshape(-1, 1))))
         return shifts.reshape(budget.shape + (-1,))  # noqa: RUF005 - torch.fx unpacks no shape
 
 
-class ChannelGate(nn.Module):
-    """Predicts from a block's input which of its hidden channels to compute.
+class ScoringGate(Gate):
+    """Scores each channel by a squeeze-and-excitation bottleneck.
 
     logits = W₂ · relu(BN(W₁ · avgpool(x))), with W₁ of C_in → C_in / reduction and
-    W₂ of C_in / reduction → C_out (unification paper, Eq. 2; a squeeze-and-excitation
-    bottleneck). In training the mask is sampled (`gumbel_sigmoid`); in evaluation it is
-    logits ≥ threshold, so that it is known before the block's first convolution runs.
+    W₂ of C_in / reduction → C_out (unification paper, Eq. 2). The mask is known before the block's
+    first convolution runs.
 
     Args:
         in_channels: C_in, channels of the block's input.
-        out_channels: C_out, channels that the block's first convolution computes.
+        out_channels: C_out, channels that the gated convolution computes.
         reduction: r, the bottleneck's reduction rate.
-        temperature: τ of the sampling in training.
-        bias: whether W₂ has a bias, which starts at 0; the papers' has none.
+        bias: what W₂'s bias starts at; None for no bias.
 
     Attributes:
-        threshold: of the logits in evaluation; 0 in the papers, higher means fewer channels.
-        embedding: what a budget adds to the logits; None for a gate that is told none.
-        budget: what a gate with an embedding is told unless a pass says otherwise.
+        embedding: what a budget adds to the logits; None for logits that no budget shifts.
     """
 
     embedding: BudgetEmbedding | None
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        reduction: int = 4,
-        temperature: float = 2 / 3,
-        bias: bool = False,
+        self, in_channels: int, out_channels: int, reduction: int = 4, bias: float | None = None
     ):
         super().__init__()
         hidden = max(1, in_channels // reduction)
-        self.temperature = temperature
-        self.threshold = 0.0
         self.reduce = nn.Conv2d(in_channels, hidden, kernel_size=1, bias=False)
         self.norm = nn.BatchNorm2d(hidden)
         self.relu = nn.ReLU(inplace=True)
-        self.expand = nn.Conv2d(hidden, out_channels, kernel_size=1, bias=bias)
+        self.expand = nn.Conv2d(hidden, out_channels, kernel_size=1, bias=bias is not None)
         for conv in (self.reduce, self.expand):  # as torchvision initialises a ResNet's
             nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-        if self.expand.bias is not None:
-            nn.init.zeros_(self.expand.bias)
+        if self.expand.bias is not None and bias is not None:
+            nn.init.constant_(self.expand.bias, bias)
         self.embedding = None
-        self.budget: float | None = None
+
+    @property
+    def flops(self) -> int:
+        """Both 1×1 convolutions. What a budget adds is the same for all images, and not counted."""
+        return self.reduce.weight.numel() + self.expand.weight.numel()
 
     def logits(self, x: Tensor, budget: Tensor | None = None) -> Tensor:
-        """B × C_in × H × W → B × C_out; at least the threshold means: compute the channel.
+        """B × C_in × H × W → B × C_out.
 
         Args:
             x: the block's input.
@@ -162,19 +133,47 @@ class ChannelGate(nn.Module):
             budget = logits.new_full((), self.budget)
         return logits + self.embedding(budget)
 
-    def forward(self, x: Tensor, budget: Tensor | None = None) -> Tensor:
-        """B × C_in × H × W, and the budget of `logits` → the binary mask, B × C_out."""
-        logits = self.logits(x, budget)
-        if self.training:
-            return gumbel_sigmoid(logits, self.temperature)
-        return thresholded(logits, self.threshold)
-
     @property
     def bias(self) -> Tensor:
         """W₂'s, C_out; zeros without one."""
         if self.expand.bias is None:
             return self.expand.weight.new_zeros(self.expand.out_channels)
         return self.expand.bias
+
+    @torch.no_grad()
+    def shift(self, budget: float | None) -> Tensor:
+        """What bias and budget add to the logits, C_out."""
+        if self.embedding is None:
+            return self.bias.detach()
+        device = self.bias.device.type
+        with torch.autocast(device, enabled=False):  # as in `logits`
+            return self.bias + self.embedding(self.bias.new_tensor(budget))
+
+    @torch.no_grad()
+    def fold(self) -> FoldedGate:
+        """The BatchNorm folded into W₁, in float64 so that it costs one rounding and no more."""
+        norm: Any = self.norm
+        scale = (norm.running_var.double() + norm.eps).rsqrt()
+        shift = -norm.running_mean.double() * scale
+        if norm.weight is not None:
+            scale, shift = scale * norm.weight.double(), shift * norm.weight.double()
+        if norm.bias is not None:
+            shift = shift + norm.bias.double()
+        if self.reduce.bias is not None:
+            shift = shift + self.reduce.bias.double() * scale
+        reduce = self.reduce.weight.flatten(1).double() * scale[:, None]
+        return FoldedGate(reduce, shift, self.expand.weight.flatten(1), self.shift)
+
+    def sliced(self, channels: Tensor, budget: float | None) -> dict[str, Any]:
+        """As in `Gate`; bias and budget become the bias."""
+        state = {k: v for k, v in self.state_dict().items() if not k.startswith("embedding.")}
+        state["expand.weight"] = self.expand.weight.detach()[channels]
+        has_bias = self.expand.bias is not None or self.embedding is not None
+        if has_bias:
+            state["expand.bias"] = self.shift(budget)[channels]
+        reduction = max(1, self.reduce.in_channels // self.reduce.out_channels)
+        kwargs: dict[str, Any] = {"reduction": reduction}
+        return {"kwargs": {**kwargs, "bias": 0.0 if has_bias else None}, "state": state}
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         # solo-learn's main_linear.py loads what fits and drops the rest without a word.

@@ -1,0 +1,136 @@
+"""ResNets whose blocks compute fewer hidden channels: what is left of a gated encoder."""
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import InputError
+from ..gates import Gate, make_gate
+from .blocks import BLOCKS, BlockMixin, convolutions
+from .masking import apply_mask
+from .resnet import ResNet
+
+
+class SlicedBlock(BlockMixin):
+    """A residual block with any numbers of channels between its convolutions.
+
+    out = relu(bn_N(conv_N h_(N−1)) + shortcut(x)), h_i = relu(bn_i(conv_i h_(i−1))) with `hidden[i]`
+    channels; where gates stay, h_i is multiplied by their masks as in `GatedBlock`.
+    """
+
+    def slice(self, hidden: Sequence[int], gates: Sequence[Gate]) -> None:
+        """Replace the convolutions by ones with so many channels between them."""
+        layers = convolutions(self)
+        first, last = layers[0][1], layers[-1][1]
+        widths = [first.in_channels, *hidden, last.out_channels]
+        for number, (_, conv, norm) in enumerate(layers, 1):
+            channels = (widths[number - 1], widths[number])
+            new = nn.Conv2d(
+                *channels,  # type: ignore[arg-type]
+                conv.kernel_size,  # type: ignore[arg-type]
+                conv.stride,  # type: ignore[arg-type]
+                conv.padding,  # type: ignore[arg-type]
+                bias=False,
+            )
+            # As torchvision initialises a ResNet's.
+            nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
+            setattr(self, f"conv{number}", new)
+            setattr(self, f"bn{number}", type(norm)(widths[number]))
+        for number, gate in enumerate(gates, 1):
+            setattr(self, "gate" if number == 1 else f"gate{number}", gate)
+
+    @property
+    def gates(self) -> list[Gate]:
+        """The gates that stayed, in order."""
+        return [module for module in self._modules.values() if isinstance(module, Gate)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """B × C_in × H × W → B × C_out × H' × W'."""
+        masks = [gate(x) for gate in self.gates]
+        layers = convolutions(self)
+        out = x
+        for number, (_, conv, norm) in enumerate(layers, 1):
+            out = norm(conv(out))
+            if number < len(layers):
+                out = self.relu(out)
+                if masks:
+                    out = apply_mask(out, masks[number - 1])
+        out = out + (x if self.downsample is None else self.downsample(x))
+        return self.relu(out)
+
+
+@cache
+def sliced_block(block: type[nn.Module]) -> type[nn.Module]:
+    """The sliced version of a class of residual blocks, as `blocks.gated_block`."""
+    return type(f"Sliced{block.__name__}", (SlicedBlock, block), {"__module__": __name__})
+
+
+class SlicedResNet(ResNet):
+    """A ResNet that is physically smaller inside its blocks; what flows between them is the same.
+
+    The sub-network of a channel policy, and the architecture of a student that is "sampled by the
+    policy" (unification paper, section 3.1, "Comparison with self-supervised KD").
+
+    Args:
+        layers: number of blocks of the four stages.
+        hidden: channels between the convolutions of each block, in order: one number for each
+            BasicBlock, two for each Bottleneck.
+        block: as in `ResNet`.
+        gate: the kind of the gates over these channels; None for no gates.
+        gate_kwargs: arguments of the kind's, for each gate.
+        kwargs: those of `ResNet`.
+
+    Attributes:
+        architecture: the arguments it was made with; `SlicedResNet(**architecture)` is its like.
+
+    Raises:
+        InputError: for numbers of channels that do not fit the blocks.
+    """
+
+    def __init__(
+        self,
+        layers: list[int],
+        *,
+        hidden: list[int],
+        block: str | type[nn.Module] = "basic",
+        gate: str | None = None,
+        gate_kwargs: Sequence[dict[str, Any]] = (),
+        **kwargs: Any,
+    ):
+        plain = BLOCKS[block] if isinstance(block, str) else block
+        super().__init__(layers, block=sliced_block(plain), **kwargs)
+        self._architecture = {
+            "layers": layers,
+            "hidden": hidden,
+            "block": block,
+            "gate": gate,
+            "gate_kwargs": list(gate_kwargs),
+            **kwargs,
+        }
+        between = [len(convolutions(block)) - 1 for block in self.blocks]
+        if len(hidden) != sum(between) or any(number < 1 for number in hidden):
+            raise InputError(
+                f"hidden: got {hidden}, expected {sum(between)} numbers of channels ≥ 1"
+            )
+        arguments = list(gate_kwargs) or [{} for _ in hidden]
+        for block, number in zip(self.blocks, between, strict=True):
+            widths, hidden = hidden[:number], hidden[number:]
+            own, arguments = arguments[:number], arguments[number:]
+            inputs = convolutions(block)[0][1].in_channels
+            gates = []
+            if gate is not None:
+                for width, one in zip(widths, own, strict=True):
+                    gates.append(make_gate(gate, inputs, width, one, {}))  # type: ignore[arg-type]
+            block.slice(widths, gates)
+
+    @property
+    def architecture(self) -> dict[str, Any]:
+        """As in the class's docstring."""
+        return self._architecture
+
+    @property
+    def gates(self) -> list[Gate]:
+        """All gates, in order; none for a static network."""
+        return [gate for block in self.blocks for gate in block.gates]

@@ -1,0 +1,35 @@
+"""Gates: which channels of a convolution one image needs. One file for each kind.
+
+| kind | chooses | for an image it costs |
+|---|---|---|
+| `channel` (default) | channels whose own logit reaches a threshold | what the image needs |
+| `top_k` | the ⌈b·C⌉ channels with the largest scores | the same for every image |
+| `fixed` | the first ⌈b·C⌉ channels | the same for every image, and no decision |
+
+Another kind is a subclass of `Gate` with a name; docs/guide/extend.md shows one.
+"""
+
+from .base import GATES, FoldedGate, Gate, check_gate_kwargs, gate_class, make_gate, register_gate
+from .channel import ChannelGate, gumbel_sigmoid, thresholded
+from .fixed import FixedGate
+from .scores import BudgetEmbedding, ScoringGate, logistic_noise, spatial_mean
+from .top_k import TopKGate
+
+__all__ = [
+    "GATES",
+    "BudgetEmbedding",
+    "ChannelGate",
+    "FixedGate",
+    "FoldedGate",
+    "Gate",
+    "ScoringGate",
+    "TopKGate",
+    "check_gate_kwargs",
+    "gate_class",
+    "gumbel_sigmoid",
+    "logistic_noise",
+    "make_gate",
+    "register_gate",
+    "spatial_mean",
+    "thresholded",
+]
