@@ -52,7 +52,9 @@ def test_a_checkpoint_gives_the_same_features_masks_and_flops(kind, budgets):
                 )
                 masks = passes[-1].masks
                 assert (torch.cat(masks, dim=1).bool().numpy() == expected[f"masks_{at}"]).all()
-                assert (flops.gated(selected_channels(masks).long()).numpy() == expected[f"flops_{at}"]).all()
+                assert (
+                    flops.gated(selected_channels(masks).long()).numpy() == expected[f"flops_{at}"]
+                ).all()
 
 
 @pytest.mark.parametrize("case", CASES)
