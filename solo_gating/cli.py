@@ -9,7 +9,6 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -17,23 +16,20 @@ import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from .arguments import Arguments, as_typed, flags_to_overrides, read_arguments
-from .checks import no_such_key
+from .config.arguments import Arguments, flags_to_overrides, read_arguments
+from .config.compose import config_names, configs_folder, hydra_sentence, known_keys
+from .config.gating import check_key
 from .distributed import rank_and_processes
 from .errors import InputError
-from .gating_config import check_key
 from .process_state import process_state_kept
-from .schema import EVALUATIONS as EVALUATION_KEYS
-from .schema import own_copy
 from .terminal import lasting_streams
 from .training.callbacks import NonFiniteLossError
 from .training.processes import CONTINUE, ending_signal, lost_process, signals_as_interrupts
 
 _FULL_ERROR = "HYDRA_FULL_ERROR"
-EVALUATIONS = ("linear", "knn", "policy", "umap")
 
 # Like solo-learn's scripts: no folder and no log file of Hydra's own.
 _QUIET_HYDRA = (
@@ -42,68 +38,6 @@ _QUIET_HYDRA = (
     "hydra/job_logging=disabled",
     "hydra/hydra_logging=disabled",
 )
-
-
-def configs_folder() -> Path:
-    """The package's configs, in an installed wheel or in a checkout."""
-    package = Path(__file__).resolve().parent
-    installed = package / "configs"
-    return installed if installed.is_dir() else package.parent / "configs"
-
-
-def config_names(evaluation: str | None = None) -> list[str]:
-    """The configs that `--config-name` accepts without `--config-path`.
-
-    Args:
-        evaluation: "linear", "knn", ... for that evaluation's; None for those of pre-training.
-    """
-    names = sorted(file.stem for file in configs_folder().glob("*.yaml"))
-    kinds = {name: name.split("_")[0] for name in names}
-    if evaluation is None:
-        return [name for name in names if kinds[name] not in (*EVALUATIONS, "run")]
-    return [name for name in names if kinds[name] == evaluation]
-
-
-def composed(name: str, overrides: list[str]) -> DictConfig:
-    """One of the package's configs, for entry points that are not Hydra's own.
-
-    Args:
-        name: as `--config-name` takes it.
-        overrides: `key=value`, in Hydra's language.
-
-    Raises:
-        InputError: for an override that the config does not take, or a value that an evaluation's
-            does not accept.
-    """
-    arguments = Arguments({"config_name": name}, [as_typed(override) for override in overrides])
-    arguments.parsed()
-    try:
-        with hydra.initialize_config_dir(str(configs_folder()), version_base="1.2"):
-            cfg = hydra.compose(name, overrides=[*arguments.overrides, "hydra.run.dir=."])
-    except (HydraException, OmegaConfBaseException) as error:
-        raise InputError(_hydra_sentence(error, _known_keys(arguments, None))) from error
-    return own_copy(cfg, EVALUATION_KEYS.get(name))
-
-
-def user_path(text: str) -> Path:
-    """A path from the command line, its `~` written out, which shells do not after a `=`."""
-    return Path(text).expanduser()
-
-
-def check_overrides(overrides: list[str], decided: Mapping[str, str]) -> None:
-    """Refuse overrides of what an option decides: a setting has one place.
-
-    Args:
-        overrides: `key=value`.
-        decided: the option of each key that has one.
-
-    Raises:
-        InputError: naming the override and the option.
-    """
-    for override in overrides:
-        key = override.partition("=")[0].lstrip("+~")
-        if key in decided:
-            raise InputError(f"found {override}, accepted is {decided[key]}")
 
 
 def run(
@@ -195,7 +129,7 @@ def _run_hydra(
     except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
         if os.environ.get(_FULL_ERROR) or error is jobs.error:
             raise
-        raise InputError(_hydra_sentence(error, _known_keys(arguments, evaluation))) from error
+        raise InputError(hydra_sentence(error, known_keys(arguments, evaluation))) from error
     jobs.report()
 
 
@@ -212,32 +146,6 @@ def _variable(name: str, value: str | None) -> Iterator[None]:
         os.environ.pop(name, None)
         if before is not None:
             os.environ[name] = before
-
-
-def _hydra_sentence(error: Exception, known: list[str]) -> str:
-    """What Hydra says in a paragraph; of an unknown key, with the nearest one."""
-    if key := re.match(r"Could not override '([^'@]+)'", str(error)):
-        return str(no_such_key(key[1], known))
-    text = " ".join(str(error).split())
-    return text if len(text) <= 400 else f"{text[:399]}…"
-
-
-def _known_keys(arguments: Arguments, evaluation: str | None) -> list[str]:
-    """The groups and the keys of the config that was named."""
-    folder = arguments.flags.get("config_path", str(configs_folder()))
-    keys = [path.name for path in configs_folder().iterdir() if path.is_dir()]
-    try:
-        with hydra.initialize_config_dir(folder, version_base="1.2"):
-            cfg = hydra.compose(arguments.flags.get("config_name", evaluation))
-    except (HydraException, OmegaConfBaseException):
-        return keys
-    groups: list[tuple[str, Any]] = [("", OmegaConf.to_container(cfg))]
-    for above, group in groups:
-        for name, value in group.items():
-            keys.append(f"{above}{name}")
-            if isinstance(value, dict):
-                groups.append((f"{above}{name}.", value))
-    return keys
 
 
 class _Jobs:

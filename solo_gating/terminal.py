@@ -57,3 +57,8 @@ class _Lasting:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+def say(text: str) -> None:
+    """Print what a command has to say, at once, also into a pipe."""
+    print(text, flush=True)

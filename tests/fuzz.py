@@ -31,7 +31,7 @@ from omegaconf import DictConfig, OmegaConf
 import solo_gating.main_umap
 import solo_gating.training.model
 from solo_gating import main_flops, main_knn, main_linear, main_policy, main_pretrain, main_umap
-from solo_gating.cli import composed
+from solo_gating.config.compose import composed
 
 from .helpers import write_images
 
@@ -132,8 +132,8 @@ class Fuzz:
                 mock.patch.object(pl.Trainer, "fit", _one_step(pl.Trainer.fit)),
                 mock.patch.object(Fabric, "launch", _alone(Fabric.launch)),
                 mock.patch.object(solo_gating.training.model, "compile_model"),
-                mock.patch.object(solo_gating.main_umap, "load_umap"),
-                mock.patch.object(solo_gating.main_umap, "embed", _embed),
+                mock.patch("solo_gating.evaluate.tasks.umap.load_umap"),
+                mock.patch("solo_gating.evaluate.tasks.umap.embed", _embed),
             ):
                 yield
         finally:

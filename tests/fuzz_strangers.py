@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from solo_gating import InputError
+from solo_gating.checkpoints.reading import read_checkpoint
 from solo_gating.evaluate.evaluation import prepare_evaluation
-from solo_gating.reading import read_checkpoint
 
 SECRET = "a secret of the environment"
 _ODD: tuple[Any, ...] = (

@@ -6,7 +6,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from solo_gating import InputError, main_export, main_flops, main_knn, main_policy
-from solo_gating.arguments import flags_to_overrides, quoted, read_arguments
+from solo_gating.config.arguments import flags_to_overrides, quoted, read_arguments
 
 from .test_cli import assert_one_sentence
 

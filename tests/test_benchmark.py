@@ -13,9 +13,8 @@ from PIL import Image
 
 from solo_gating import InputError
 from solo_gating.benchmark import timing
-from solo_gating.benchmark.machine import torch_threads
-from solo_gating.deploy.benchmark import machine
-from solo_gating.deploy.benchmark.cases import (
+from solo_gating.benchmark.inference import machine
+from solo_gating.benchmark.inference.cases import (
     Network,
     gated_case,
     random_encoder,
@@ -23,8 +22,9 @@ from solo_gating.deploy.benchmark.cases import (
     with_random_gates,
     with_threshold,
 )
-from solo_gating.deploy.benchmark.engines import DENSE
-from solo_gating.deploy.benchmark.measure import Contender, check, rows
+from solo_gating.benchmark.inference.engines import DENSE
+from solo_gating.benchmark.inference.measure import Contender, check, rows
+from solo_gating.benchmark.machine import torch_threads
 from solo_gating.deploy.dense import dense_resnet
 from solo_gating.flops import count_flops
 from solo_gating.main_benchmark import main

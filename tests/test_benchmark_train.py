@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from solo_gating import main_benchmark_train
-from solo_gating.benchmark import peak
-from solo_gating.benchmark.memory import added_bytes, bytes_of
-from solo_gating.benchmark.parts import part_milliseconds
-from solo_gating.benchmark.peak import step_flops
-from solo_gating.benchmark.step import Setup, TrainingStep
+from solo_gating.benchmark.training import peak
+from solo_gating.benchmark.training.memory import added_bytes, bytes_of
+from solo_gating.benchmark.training.parts import part_milliseconds
+from solo_gating.benchmark.training.peak import step_flops
+from solo_gating.benchmark.training.run import rows
+from solo_gating.benchmark.training.step import Setup, TrainingStep
 from solo_gating.flops import count_flops
-from solo_gating.main_benchmark_train import rows
 from solo_gating.training.model import build_model
 
 TINY = Setup(batch=4, resolution=16, width=4, projector=16, accelerator="cpu", optimization="sgd")

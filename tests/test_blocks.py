@@ -9,7 +9,7 @@ from torchvision.models.resnet import BasicBlock
 from solo_gating import BACKBONES, BaseMethod, create_backbone
 from solo_gating.backbones import register_resnet
 from solo_gating.deploy.static import kept_channels, slice_encoder
-from solo_gating.evaluate.features import extract
+from solo_gating.evaluate.extract import extract
 from solo_gating.evaluate.policy import policy_of
 from solo_gating.flops import count_flops, selected_channels
 from solo_gating.main_pretrain import pretrain
@@ -113,7 +113,8 @@ def test_the_gated_path_of_a_bottleneck_by_hand():
         hidden = torch.relu(block.gated_bn2(block.conv2(hidden))) * second[:, :, None, None]
         expected = torch.relu(block.gated_bn3(block.conv3(hidden)) + block.downsample(x))
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
-    assert 0 < float(first.mean()) < 1 and not torch.equal(first, second)
+    assert 0 < float(first.mean()) < 1
+    assert not torch.equal(first, second)
 
 
 def test_masks_of_a_bottleneck_have_gradients():

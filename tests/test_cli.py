@@ -8,7 +8,7 @@ import pytest
 
 from solo_gating import main_flops, main_pretrain
 from solo_gating.__main__ import main as run_script
-from solo_gating.cli import config_names
+from solo_gating.config.compose import config_names
 
 from .helpers import ROOT, package_environment, write_images
 

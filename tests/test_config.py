@@ -12,11 +12,11 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from solo_gating import METHODS, InputError
-from solo_gating.cli import config_names, configs_folder
-from solo_gating.config import prepare_config, scale_learning_rates
+from solo_gating.checkpoints.reading import check_architecture, read_checkpoint
+from solo_gating.config.compose import config_names, configs_folder
+from solo_gating.config.pretraining import prepare_config, scale_learning_rates
 from solo_gating.data.arrays import read_arrays
 from solo_gating.main_pretrain import pretrain
-from solo_gating.reading import check_architecture, read_checkpoint
 
 from .helpers import tiny_config, write_images
 

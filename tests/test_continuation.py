@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from solo_gating import METHODS, InputError, main_pretrain
 from solo_gating.cli import one_sentence_errors
 from solo_gating.main_pretrain import pretrain
+from solo_gating.training import pretrain as training_pretrain
 from solo_gating.training.continuation import changes, find_checkpoint, locked
 from solo_gating.training.processes import CONTINUE
 
@@ -76,14 +77,14 @@ class Recorder(pl.Callback):
 
 @pytest.fixture
 def recorder(monkeypatch):
-    recorder, build = Recorder(), main_pretrain.build_trainer
+    recorder, build = Recorder(), training_pretrain.build_trainer
 
     def build_trainer(cfg):
         trainer = build(cfg)
         trainer.callbacks.append(recorder)
         return trainer
 
-    monkeypatch.setattr(main_pretrain, "build_trainer", build_trainer)
+    monkeypatch.setattr("solo_gating.training.pretrain.build_trainer", build_trainer)
     return recorder
 
 
@@ -265,7 +266,7 @@ def test_a_run_killed_during_its_final_table_keeps_what_it_logged(tmp_path, monk
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(main_pretrain, "final_table", killed)
+        patch.setattr("solo_gating.training.pretrain.final_table", killed)
         with pytest.raises(Killed):
             pretrain(run_config(tmp_path, **settings))
     steps = len(recorder.groups)
@@ -300,7 +301,7 @@ def test_a_run_that_a_limit_stopped_goes_on(limit, recorder, tmp_path):
 
 def test_what_keeps_a_run_from_being_continued_is_said(finished, tmp_path, capsys):
     cfg = run_config(finished, auto_resume={"enabled": True})
-    main_pretrain.prepare_config(cfg)
+    training_pretrain.prepare_config(cfg)
     folder = run_folder(finished)
     args = json.loads((folder / "args.json").read_text())
     cfg = OmegaConf.create(args)
@@ -344,7 +345,7 @@ def test_a_broken_args_json_stops_no_start(finished, text, tmp_path):
 
 
 def test_a_version_s_new_key_had_its_default():
-    cfg = main_pretrain.prepare_config(run_config_without_files())
+    cfg = training_pretrain.prepare_config(run_config_without_files())
     args = OmegaConf.to_container(cfg)
     del args["data"]["pipeline"]
     assert changes(args, cfg) == {}
@@ -467,7 +468,7 @@ def test_a_signal_ends_a_run_at_any_time(name, when, call, monkeypatch, tmp_path
         os.kill(os.getpid(), number)
 
     if when == "final_table":
-        monkeypatch.setattr(main_pretrain, "final_table", send)
+        monkeypatch.setattr("solo_gating.training.pretrain.final_table", send)
     else:
         monkeypatch.setattr(METHODS["vicreg"], when, send, raising=False)
     write_images(tmp_path / "val.npz", 23, seed=1)

@@ -10,7 +10,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from solo_gating import InputError
-from solo_gating.config import prepare_config
+from solo_gating.config.pretraining import prepare_config
 from solo_gating.data import evaluation_loader, training_loader
 from solo_gating.data.arrays import read_arrays
 from solo_gating.data.augmentations import (

@@ -19,7 +19,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as pil
 
 from solo_gating import InputError
-from solo_gating.config import prepare_config
+from solo_gating.config.pretraining import prepare_config
 from solo_gating.data import Place, training_loader
 from solo_gating.data.augmentations import check_augmentations, view_transform
 from solo_gating.data.datasets import fraction_of

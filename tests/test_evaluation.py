@@ -32,15 +32,18 @@ from solo_gating import (
     main_pretrain,
     main_umap,
 )
-from solo_gating.cli import configs_folder
-from solo_gating.config import prepare_config
-from solo_gating.evaluate import dial, evaluation, features, policy
-from solo_gating.evaluate.encoder import load_encoder
+from solo_gating.checkpoints.encoder import load_encoder
+from solo_gating.config.compose import configs_folder
+from solo_gating.config.pretraining import prepare_config
+from solo_gating.evaluate import calibrate as dial
+from solo_gating.evaluate import evaluation, policy
+from solo_gating.evaluate import extract as features
 from solo_gating.evaluate.evaluation import prepare_evaluation
-from solo_gating.evaluate.features import extract
+from solo_gating.evaluate.extract import extract
 from solo_gating.flops import count_flops
 from solo_gating.gates import ChannelGate
 from solo_gating.main_knn import evaluate_knn
+from solo_gating.training import pretrain as training_pretrain
 
 from .helpers import fixed_noise, of_two_processes, randomise_norms, tiny_config
 
@@ -208,13 +211,13 @@ def trained(tmp_path_factory):
         checkpoint={"enabled": True, "dir": str(folder / "runs")},
         optimizer={"batch_size": 16},
     )
-    build, models = main_pretrain.build_model, []
+    build, models = training_pretrain.build_model, []
 
     def kept(cfg):
         models.append(build(cfg))
         return models[0]
 
-    with mock.patch.object(main_pretrain, "build_model", kept):
+    with mock.patch("solo_gating.training.pretrain.build_model", kept):
         main_pretrain.pretrain(cfg)
     (checkpoint,) = (folder / "runs").glob("*/*/last.ckpt")
     return SimpleNamespace(model=models[0].eval(), checkpoint=checkpoint)
@@ -752,7 +755,9 @@ def test_help_of_pre_training_lists_no_evaluation(call):
 
 @pytest.mark.parametrize("module", EVALUATIONS)
 def test_without_a_checkpoint_an_evaluation_asks_for_one(module, call, tmp_path, monkeypatch):
-    monkeypatch.setattr(main_umap, "load_umap", lambda: None)  # it need not be installed
+    monkeypatch.setattr(
+        "solo_gating.evaluate.tasks.umap.load_umap", lambda: None
+    )  # it need not be installed
     code, _, stderr = call(module)
     assert code == 2
     assert stderr.startswith("error: pretrained_feature_extractor: missing")

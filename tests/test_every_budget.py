@@ -16,16 +16,15 @@ from torch._dynamo.utils import counters
 from solo_gating import METHODS, BaseMethod
 from solo_gating.backbones import BACKBONES
 from solo_gating.budgets import BudgetSchedule
-from solo_gating.config import prepare_config
+from solo_gating.checkpoints.encoder import load_encoder
+from solo_gating.config.pretraining import prepare_config
 from solo_gating.deploy import compile as compile_encoder
 from solo_gating.deploy.dense import solo_learn_args
 from solo_gating.deploy.static import kept_channels, slice_encoder
-from solo_gating.evaluate.curves import draw_curves
-from solo_gating.evaluate.dial import calibrate, lowest_share, mean_share, sweep
-from solo_gating.evaluate.encoder import load_encoder
-from solo_gating.evaluate.features import extract
-from solo_gating.evaluate.final_table import format_table
+from solo_gating.evaluate.calibrate import calibrate, lowest_share, mean_share, sweep
+from solo_gating.evaluate.extract import extract
 from solo_gating.evaluate.policy import policy_of, read_policy
+from solo_gating.evaluate.table import format_table
 from solo_gating.flops import count_flops, count_parameters
 from solo_gating.gates import BudgetEmbedding
 from solo_gating.main_flops import report_flops
@@ -33,6 +32,7 @@ from solo_gating.main_knn import evaluate_knn
 from solo_gating.main_policy import evaluate_policy
 from solo_gating.main_pretrain import pretrain
 from solo_gating.main_report import write_report
+from solo_gating.plots.training import draw_curves
 from solo_gating.report.cells import measured_cells
 from solo_gating.report.records import read_records
 

@@ -13,10 +13,10 @@ from torchvision.models import resnet18
 
 from solo_gating import METHODS, InputError, main_export
 from solo_gating.backbones import BACKBONES, SlicedResNet
+from solo_gating.checkpoints.encoder import load_encoder
 from solo_gating.deploy.dense import dense_network, dense_state_dict
 from solo_gating.deploy.static import kept_channels, slice_encoder, static_flops
-from solo_gating.evaluate.encoder import load_encoder
-from solo_gating.evaluate.features import extract
+from solo_gating.evaluate.extract import extract
 from solo_gating.evaluate.policy import policy_of
 from solo_gating.files import write_json
 from solo_gating.flops import count_flops

@@ -14,7 +14,6 @@ import torch
 
 from solo_gating import InputError
 from solo_gating import files as module
-from solo_gating.evaluate.curves import read_logs
 from solo_gating.files import (
     add_name,
     append,
@@ -26,7 +25,7 @@ from solo_gating.files import (
     write_csv,
     write_json,
 )
-from solo_gating.training.logs import CSVLog, next_version
+from solo_gating.training.logs import CSVLog, next_version, read_logs
 
 
 def names(folder):

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from solo_gating import InputError, create_backbone, main_flops
+from solo_gating.checkpoints.encoder import load_encoder
 from solo_gating.deploy import compile as compile_encoder
-from solo_gating.evaluate.dial import calibrate, mean_share
-from solo_gating.evaluate.encoder import load_encoder
+from solo_gating.evaluate.calibrate import calibrate, mean_share
 from solo_gating.flops import count_flops, selected_channels
 from solo_gating.gates import GATES, FixedGate, Gate, TopKGate, register_gate
 from solo_gating.gates.shares import number_of_channels

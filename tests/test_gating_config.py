@@ -6,8 +6,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from solo_gating import InputError
-from solo_gating.config import prepare_config
-from solo_gating.gating_config import GatingConfig, as_it_was
+from solo_gating.config.gating import GatingConfig, as_it_was
+from solo_gating.config.pretraining import prepare_config
 
 from .helpers import tiny_config
 

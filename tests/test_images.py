@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from solo_gating import InputError
-from solo_gating.config import DEFAULTS, prepare_config
+from solo_gating.config.pretraining import DEFAULTS, prepare_config
 from solo_gating.data import (
     classification_loader,
     count_class_folders,

@@ -8,8 +8,8 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import normalize
 
+from solo_gating.checkpoints.encoder import load_encoder
 from solo_gating.data import evaluation_loader
-from solo_gating.evaluate.encoder import load_encoder
 from solo_gating.evaluate.knn import knn_top1
 from solo_gating.main_knn import evaluate_knn
 from solo_gating.solo_learn import WeightedKNNClassifier, fixes

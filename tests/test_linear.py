@@ -15,12 +15,12 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 from torch.utils.data import DataLoader
 
-from solo_gating import main_linear
 from solo_gating.data import classification_loader, evaluation_loader
 from solo_gating.evaluate import linear
 from solo_gating.evaluate.evaluation import prepare_evaluation
-from solo_gating.evaluate.features import Extraction
+from solo_gating.evaluate.extract import Extraction
 from solo_gating.evaluate.linear import classifier_accuracy, train_on_features, train_on_images
+from solo_gating.evaluate.tasks import linear as linear_task
 from solo_gating.main_linear import evaluate_linear
 from solo_gating.solo_learn import LinearModel
 
@@ -355,7 +355,7 @@ def quick(run, *overrides):
 @pytest.fixture
 def trained(monkeypatch):
     """The seeds with which classifiers are trained, in order; `trained.fail_at` stops at one."""
-    train = main_linear.train_on_features
+    train = linear_task.train_on_features
 
     class Seeds(list):
         fail_at = None
@@ -368,7 +368,7 @@ def trained(monkeypatch):
         seeds.append(seed)
         return train(cfg, features, val, seed, device)
 
-    monkeypatch.setattr(main_linear, "train_on_features", recording)
+    monkeypatch.setattr("solo_gating.evaluate.tasks.linear.train_on_features", recording)
     return seeds
 
 

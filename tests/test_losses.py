@@ -6,8 +6,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from solo_gating.config.gating import GatingConfig
 from solo_gating.flops import selected_channels
-from solo_gating.gating_config import GatingConfig
 from solo_gating.losses import bound_loss, budget_loss
 
 

@@ -13,7 +13,7 @@ from solo.losses.vicreg import vicreg_loss_func
 from solo.losses.wmse import wmse_loss_func
 
 from solo_gating import GATED_METHODS, METHODS, InputError
-from solo_gating.config import prepare_config
+from solo_gating.config.pretraining import prepare_config
 from solo_gating.methods import GatedMethod
 from solo_gating.solo_learn import fixes
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from solo_gating.evaluate.encoder import load_encoder
+from solo_gating.checkpoints.encoder import load_encoder
 from solo_gating.flops import count_flops, selected_channels
 
 from .helpers import ROOT, fixed_noise, random_batch, tiny_config, tiny_model

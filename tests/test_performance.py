@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounter
 
 from solo_gating import InputError
 from solo_gating.backbones import masking
-from solo_gating.config import prepare_config
+from solo_gating.config.pretraining import prepare_config
 from solo_gating.gates import spatial_mean
 from solo_gating.solo_learn.fixes import barlow_loss, covariance_loss
 from solo_gating.training.model import build_model, compile_model

@@ -11,14 +11,15 @@ from PIL import Image
 from torch import nn
 
 from solo_gating import InputError, main_policy
-from solo_gating.arguments import flags_to_overrides
-from solo_gating.evaluate import dial
-from solo_gating.evaluate.dial import Setting, calibrate, lowest_share, mean_share, sweep
-from solo_gating.evaluate.features import extract
-from solo_gating.evaluate.policy import draw_policy, policy_of, read_policy
+from solo_gating.config.arguments import flags_to_overrides
+from solo_gating.evaluate import calibrate as dial
+from solo_gating.evaluate.calibrate import Setting, calibrate, lowest_share, mean_share, sweep
+from solo_gating.evaluate.extract import extract
+from solo_gating.evaluate.policy import policy_of, read_policy
 from solo_gating.files import write_json
 from solo_gating.main_knn import evaluate_knn
 from solo_gating.main_policy import evaluate_policy
+from solo_gating.plots.policy import draw_policy
 
 from .test_evaluation import (
     VAL,

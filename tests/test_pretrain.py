@@ -14,10 +14,10 @@ from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
 from solo_gating import METHODS, BaseMethod, InputError
-from solo_gating.config import prepare_config
+from solo_gating.config.pretraining import prepare_config
 from solo_gating.data import evaluation_loader
-from solo_gating.evaluate.final_table import format_table
 from solo_gating.evaluate.knn import knn_top1, knn_top1_few_labels
+from solo_gating.evaluate.table import format_table
 from solo_gating.flops import count_flops
 from solo_gating.main_flops import report_flops
 from solo_gating.main_pretrain import pretrain
@@ -491,7 +491,7 @@ def test_the_end_of_a_run_is_saved(frequency, limit, saved, tmp_path, monkeypatc
             attach_outputs(trainer, *args)
             trainer.callbacks.append(limit["callback"])
 
-        monkeypatch.setattr("solo_gating.main_pretrain.attach_outputs", attach)
+        monkeypatch.setattr("solo_gating.training.pretrain.attach_outputs", attach)
     cfg = short_config(tmp_path, checkpoint={"frequency": frequency, "keep_prev": True})
     cfg.merge_with({key: value for key, value in limit.items() if key != "callback"})
     metrics = pretrain(cfg)

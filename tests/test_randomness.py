@@ -14,13 +14,14 @@ import torch
 from lightning.pytorch import Callback
 from omegaconf import OmegaConf
 
-from solo_gating import METHODS, data, main_pretrain
-from solo_gating.config import prepare_config
+from solo_gating import METHODS, data
+from solo_gating.config.pretraining import prepare_config
 from solo_gating.data import classification_loader, evaluation_loader, training_loader
 from solo_gating.data.workers import SeededImages, SeededSampler
 from solo_gating.main_pretrain import pretrain
 from solo_gating.randomness import StepSeeds
 from solo_gating.solo_learn import LINE
+from solo_gating.training import pretrain as training_pretrain
 
 from .helpers import tiny_config, write_images
 
@@ -87,7 +88,7 @@ def last_checkpoint(cfg: Any) -> dict[str, Any]:
 
 def logged_by(cfg: Any, *kills: tuple[int, int]) -> dict[str, float]:
     """What a run logs that is killed, and continued as often."""
-    killer, build = Killer(list(kills)), main_pretrain.build_trainer
+    killer, build = Killer(list(kills)), training_pretrain.build_trainer
 
     def with_killer(cfg: Any) -> Any:
         trainer = build(cfg)
@@ -95,8 +96,8 @@ def logged_by(cfg: Any, *kills: tuple[int, int]) -> dict[str, float]:
         return trainer
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(main_pretrain, "build_trainer", with_killer)
-        patch.setattr(main_pretrain, "draw_curves", lambda *args: None)
+        patch.setattr("solo_gating.training.pretrain.build_trainer", with_killer)
+        patch.setattr("solo_gating.training.pretrain.draw_curves", lambda *args: None)
         for _ in kills:
             with pytest.raises(Killed):
                 pretrain(cfg.copy())

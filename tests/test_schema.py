@@ -5,9 +5,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from solo_gating import InputError
-from solo_gating.cli import composed
-from solo_gating.config import DEFAULTS, prepare_config
-from solo_gating.schema import EVALUATIONS, PRETRAINING, own_copy
+from solo_gating.config.compose import composed
+from solo_gating.config.pretraining import DEFAULTS, prepare_config
+from solo_gating.config.schema import EVALUATIONS, PRETRAINING, own_copy
 from solo_gating.training.model import build_method
 from solo_gating.training.trainer import build_trainer
 

@@ -12,16 +12,16 @@ import torch
 from omegaconf import OmegaConf
 from torchvision.models import resnet18
 
-from solo_gating import main_linear, main_umap
+from solo_gating.checkpoints.encoder import load_encoder
+from solo_gating.checkpoints.reading import read_args, read_checkpoint
 from solo_gating.deploy.dense import solo_learn_args
-from solo_gating.evaluate.encoder import load_encoder
 from solo_gating.evaluate.evaluation import evaluation_of, prepare_evaluation
-from solo_gating.evaluate.features import NonFiniteFeaturesError, extract
-from solo_gating.evaluate.final_table import final_table, format_table
+from solo_gating.evaluate.extract import NonFiniteFeaturesError, extract
+from solo_gating.evaluate.table import final_table, format_table
+from solo_gating.evaluate.tasks import linear as linear_task
 from solo_gating.main_knn import evaluate_knn
 from solo_gating.main_linear import evaluate_linear
 from solo_gating.main_umap import evaluate_umap
-from solo_gating.reading import read_args, read_checkpoint
 
 from . import fuzz_strangers as fuzz
 from .test_evaluation import (
@@ -377,7 +377,7 @@ def test_more_neighbours_than_training_images_are_refused(run, tmp_path):
 
 @pytest.mark.parametrize(("images", "options"), [(3, []), (9, []), (31, ["classes=1"])])
 def test_too_few_images_for_umap_are_refused(images, options, run, tmp_path, monkeypatch):
-    monkeypatch.setattr(main_umap, "load_umap", lambda: None)
+    monkeypatch.setattr("solo_gating.evaluate.tasks.umap.load_umap", lambda: None)
     file = write_arrays(tmp_path / "few.npz", *(part[:images] for part in digits(VAL)))
     cfg = evaluation_config("umap", run.checkpoint, f"data.val_path={file}", *options)
     assert_refused(lambda: evaluate_umap(cfg), "data.val_path: found ", "at least 10 images")
@@ -385,11 +385,11 @@ def test_too_few_images_for_umap_are_refused(images, options, run, tmp_path, mon
 
 @pytest.mark.parametrize("value", [1e9, float("nan"), "60", None, -1, 10**400, [60]])
 def test_a_planted_classifier_is_refused_before_training(value, run, tmp_path, monkeypatch):
-    monkeypatch.setattr(main_linear, "train_on_features", None)
+    monkeypatch.setattr("solo_gating.evaluate.tasks.linear.train_on_features", None)
     options = ("augment=false", "path=dense", "seeds=2", f"output={tmp_path}")
     cfg = evaluation_config("linear", run.checkpoint, *options)
     identity = prepare_evaluation(
-        cfg.copy(), "linear", main_linear._SETTINGS, ("train", "val")
+        cfg.copy(), "linear", linear_task._SETTINGS, ("train", "val")
     ).identity
     planted = tmp_path / f"dense-seed{cfg.seed + 1}.json"
     planted.write_text(json.dumps({"settings": identity, "top1": value, "top5": 99.0}))

@@ -9,12 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from solo_gating import main_umap
 from solo_gating.data import evaluation_loader
-from solo_gating.evaluate import embedding
-from solo_gating.evaluate.embedding import draw_embeddings, embed
-from solo_gating.evaluate.features import extract
-from solo_gating.main_umap import choose, evaluate_umap
+from solo_gating.evaluate.embed import embed
+from solo_gating.evaluate.extract import extract
+from solo_gating.evaluate.tasks.umap import choose, evaluate_umap
+from solo_gating.plots import embeddings as embedding
+from solo_gating.plots.embeddings import draw_embeddings
 
 from .test_evaluation import (
     VAL,
@@ -42,8 +42,8 @@ def projected(monkeypatch):
         seen.append((features, neighbours, min_dist, seed))
         return features[:, :2].numpy()
 
-    monkeypatch.setattr(main_umap, "embed", fake)
-    monkeypatch.setattr(main_umap, "load_umap", lambda: None)
+    monkeypatch.setattr("solo_gating.evaluate.tasks.umap.embed", fake)
+    monkeypatch.setattr("solo_gating.evaluate.tasks.umap.load_umap", lambda: None)
     return seen
 
 

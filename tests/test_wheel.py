@@ -15,7 +15,7 @@ from pathlib import Path
 import solo_gating
 from hydra import compose, initialize_config_dir
 from solo_gating.cli import EVALUATIONS, config_names, configs_folder
-from solo_gating.config import prepare_config
+from solo_gating.config.pretraining import prepare_config
 
 site = Path(sys.argv[1])
 assert Path(solo_gating.__file__).is_relative_to(site), solo_gating.__file__

@@ -16,7 +16,7 @@ from torch import nn
 
 from solo_gating.checks import is_positive, one_of, require
 from solo_gating.cli import composed, config_names, one_sentence_errors
-from solo_gating.config import prepare_config
+from solo_gating.config.pretraining import prepare_config
 from solo_gating.training.model import build_model
 
 IMAGES = {"ImageNet-100": 126_689, "ImageNet-1k": 1_281_167}

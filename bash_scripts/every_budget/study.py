@@ -20,9 +20,9 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from solo_gating.backbones import TwoPathResNet
-from solo_gating.evaluate.dial import calibrate
+from solo_gating.evaluate.calibrate import calibrate
 from solo_gating.evaluate.evaluation import evaluation_of
-from solo_gating.evaluate.features import extract
+from solo_gating.evaluate.extract import extract
 from solo_gating.evaluate.knn import knn_top1
 from solo_gating.files import write_json
 from solo_gating.flops import count_flops

@@ -6,10 +6,10 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from ..backbones import ResNet
+from ..checkpoints.encoder import Encoder
+from ..checkpoints.reading import read_checkpoint
 from ..errors import InputError
-from ..evaluate.encoder import Encoder
 from ..methods import GATED_METHODS
-from ..reading import read_checkpoint
 from ..solo_learn import METHODS
 
 _OURS = ("gated", "two_encoders", "plain")

@@ -12,9 +12,11 @@ from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader
 
 from ..backbones import TwoPathResNet
+from ..checkpoints.encoder import Encoder, load_encoder
+from ..checkpoints.reading import as_text
 from ..checks import at_least, is_number, one_of, require, true_or_false
-from ..cli import composed
-from ..config import DEFAULTS, number_of_classes
+from ..config.compose import composed
+from ..config.pretraining import DEFAULTS, number_of_classes
 from ..data import (
     DATASETS,
     FORMATS,
@@ -26,11 +28,9 @@ from ..data import (
 from ..errors import InputError
 from ..files import make_folder, read_json, write_json
 from ..flops import count_flops
-from ..reading import as_text
 from ..training.checkpoints import plain
 from ..training.trainer import refusal
-from .encoder import Encoder, load_encoder
-from .features import Extraction, extract
+from .extract import Extraction, extract
 
 # The sizes at which solo-learn's main_linear.py shows the images of a data set.
 _CROP_SIZES = {"cifar10": 32, "cifar100": 32, "stl10": 96, "imagenet100": 224, "imagenet": 224}

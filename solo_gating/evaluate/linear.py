@@ -19,7 +19,7 @@ from ..solo_learn import LinearModel
 from ..training.callbacks import RunProgress
 from ..training.logs import CSVLog
 from .evaluation import Evaluation
-from .features import Extraction
+from .extract import Extraction
 
 
 class FeatureBackbone(nn.Identity):

@@ -10,14 +10,14 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from ..backbones import ForwardPass, gated_backbones
+from ..checkpoints.older import add_gates_group
+from ..config.gating import GatingConfig
 from ..distributed import rank_and_processes
 from ..errors import InputError
 from ..flops import BackboneFlops, count_flops, selected_channels
-from ..gating_config import GatingConfig
 from ..losses import bound_loss, budget_loss
 from ..solo_learn import BaseMethod, WeightedKNNClassifier
 from ..transfer import send
-from .older_checkpoints import add_gates_group
 
 
 class GatedMethod(BaseMethod):

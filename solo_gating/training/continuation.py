@@ -22,11 +22,11 @@ from omegaconf import DictConfig
 from torch import nn
 from torch.optim import Optimizer
 
-from ..config import DEFAULTS
+from ..checkpoints.reading import check_architecture
+from ..config.gating import as_it_was
+from ..config.pretraining import DEFAULTS
 from ..errors import InputError
 from ..files import make_folder, read_json
-from ..gating_config import as_it_was
-from ..reading import check_architecture
 from .checkpoints import plain, read_args
 
 # A run with another value here is still the run that `auto_resume` looks for: the result is the

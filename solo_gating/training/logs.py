@@ -2,6 +2,8 @@
 
 import csv
 from argparse import Namespace
+from collections import defaultdict
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -70,3 +72,25 @@ def version_number(folder: Path) -> int:
     """n of a folder `version_<n>`; -1 for any other."""
     number = folder.name.removeprefix("version_")
     return int(number) if number.isdecimal() else -1
+
+
+def read_logs(folder: Path) -> dict[str, dict[int, float]]:
+    """Epoch → value of every figure in a run's CSV logs, continued runs included.
+
+    Args:
+        folder: the run's folder, with `logs/version_*/metrics.csv`.
+    """
+    series: dict[str, dict[int, float]] = defaultdict(dict)
+    files = sorted(
+        folder.glob("logs/version_*/metrics.csv"), key=lambda f: version_number(f.parent)
+    )
+    for file in filter(Path.is_file, files):
+        with file.open(newline="", errors="replace") as lines:
+            for row in csv.DictReader(lines):
+                # Earlier versions could leave a line that is cut short.
+                with suppress(TypeError, ValueError, OverflowError):
+                    epoch = int(float(row.pop("epoch")))
+                    for name, value in row.items():
+                        if name != "step" and value:
+                            series[name][epoch] = float(value)
+    return dict(series)

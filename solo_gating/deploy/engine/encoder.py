@@ -327,7 +327,7 @@ def compile(
 
 def _backbone(checkpoint: str | Path) -> nn.Module:
     # Only here: whoever compiles a module needs nothing of solo-learn.
-    from ...evaluate.encoder import load_encoder
+    from ...checkpoints.encoder import load_encoder
 
     require("source", checkpoint, lambda v: isinstance(v, (str, Path)), "a module or a checkpoint")
     dtype = torch.get_default_dtype()

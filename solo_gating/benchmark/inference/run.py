@@ -1,0 +1,212 @@
+"""How fast an encoder is on this CPU: ours beside PyTorch, ONNX Runtime and OpenVINO.
+
+    python -m solo_gating.main_benchmark --checkpoint PATH/last.ckpt --densities 0.1 0.3 0.5 \\
+        --batch 1 64 --resolution 32 224 --threads 1 2 --output DIR [key=value ...]
+    python -m solo_gating.main_benchmark --random --densities 0.1 0.3 0.5 --output DIR
+
+    --checkpoint PATH   a trained gated encoder; densities are reached with the gates' threshold, and
+                        without --densities it keeps its own. With key=value (data.val_path=...) the
+                        images are those of the validation set, otherwise random ones
+    --random            an untrained one (--backbone, --width, --stem, --seed) whose gates decide by image
+                        and are set to the densities: a third of a density is the same channels for all
+                        images. Stem: cifar up to 64 pixels, imagenet above
+    --densities         shares of the channels to compute, of those that gates choose from
+    --engines           of the following; the first four run the dense encoder, and the fastest of them
+                        is the baseline:
+        torch           PyTorch, in the faster memory format
+        compile         torch.compile; it needs a C++ compiler and a minute for each case
+        onnxruntime     ONNX Runtime
+        openvino        OpenVINO; where the CPU has bfloat16, this also, for bfloat16 rows to compare with
+        ours            dense                 our engine, all channels
+                        dynamic               our engine, for each image its own channels (float32, bfloat16)
+                        static                main_export --keep dynamic of the images: the smaller network
+                                              on ONNX Runtime or OpenVINO, the faster of the two
+                        static without gates  the same with --gates drop: an approximation
+                        dynamic on static     our engine on the smaller network
+    --isa avx2          keep to an instruction set (also: portable). ONNX Runtime cannot and is left out;
+                        OpenVINO's convolutions can, its own kernels, as for pooling, cannot
+
+All engines take turns of 10 ms or one call in a new order each round, for --seconds per case or five rounds;
+speed-up is the median over rounds of baseline time / own time in the same round. The ceiling is dense FLOPs /
+FLOPs of what was computed, gates included (Amdahl), and efficiency is speed-up / ceiling. Every engine's
+features are compared with PyTorch's first. bfloat16 rows say how far theirs are off and how many masks
+flip (with --random that is of random gates, and says nothing of trained ones). Writes benchmark.json and
+benchmark.png.
+"""
+
+import argparse
+from typing import Any
+
+from ...backbones import gated_backbones
+from ...backbones.resnet import STEMS
+from ...checks import at_least, is_share, one_of, require
+from ...config.compose import check_overrides, user_path
+from ...config.schema import SEED
+from ...deploy.engine.library import chosen_engine
+from ...errors import InputError
+from ...files import make_folder, write_json
+from ...plots.benchmark import draw_chart
+from ...terminal import say
+from ..machine import check_effort, cores, cpu_name, versions
+from .cases import LEAST_WIDTH
+from .engines import ENGINES, OURS
+from .machine import NOT_RESTRICTED
+from .measure import Case, measure
+from .sources import CheckpointSource, RandomSource
+from .table import format_case
+
+# The options that decide what overrides would, too.
+_DECIDED_BY = {
+    "pretrained_feature_extractor": "--checkpoint",
+    "threshold": "--densities",
+    "crop_size": "--resolution",
+    "batch_size": "--batch",
+    "seed": "--seed",
+    "output": "--output",
+}
+_DENSITIES = [0.1, 0.3, 0.5]
+
+
+def benchmark(options: argparse.Namespace) -> dict[str, Any]:
+    """Time all cases; print each one's table and write the files after it.
+
+    Args:
+        options: as parsed by `main`.
+
+    Returns:
+        What `benchmark.json` holds.
+
+    Raises:
+        InputError: before any timing, for what cannot be used; or for an engine that is wrong.
+    """
+    _check(options)
+    source = _source(options)
+    make_folder(options.output)
+    report: dict[str, Any] = {
+        "cpu": cpu_name(),
+        "isa": chosen_engine(options.isa),
+        "cores": cores(),
+        "versions": versions(("torch", "onnxruntime", "openvino")),
+        "network": source.description,
+        "images": source.images,
+        "seconds": options.seconds,
+        "rows": [],
+    }
+    say(_heading(report))
+    engines, say_once = _engines(options), _Once()
+    for name in set(options.engines) - set(engines):
+        say_once(f"{name} is left out: it cannot be kept to {options.isa}")
+    for resolution in options.resolution or source.resolutions:
+        for dense, gated in source.batches(resolution, options.batch):
+            for threads in options.threads:
+                rows = measure(Case(dense, gated, threads), engines, options.seconds, say_once)
+                report["rows"] += rows
+                write_json(options.output / "benchmark.json", report)
+                draw_chart(report["rows"], options.output / "benchmark.png", report["cpu"])
+                say("\n" + format_case(rows))
+    return report
+
+
+class _Once:
+    """Prints each sentence the first time that it is said."""
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+
+    def __call__(self, sentence: str) -> None:
+        if sentence not in self._said:
+            self._said.add(sentence)
+            say(sentence)
+
+
+def _source(options: argparse.Namespace) -> RandomSource | CheckpointSource:
+    if options.random:
+        return RandomSource(
+            options.backbone or "resnet18_gated",
+            options.width or 64,
+            options.stem,
+            options.densities or _DENSITIES,
+            options.seed,
+        )
+    return CheckpointSource(
+        options.checkpoint, options.densities or [], options.overrides, options.seed
+    )
+
+
+def _check(options: argparse.Namespace) -> None:
+    if options.random == (options.checkpoint is not None):
+        found = "both" if options.random else "neither"
+        raise InputError(f"checkpoint, random: found {found}, accepted is one of them")
+    check_overrides(options.overrides, _DECIDED_BY)
+    SEED.check("seed", options.seed)
+    for name in options.engines:
+        one_of("engines", name, ENGINES)
+    if not set(_engines(options)) - {OURS}:
+        raise InputError(
+            "engines: found none to compare with, accepted is at least one besides ours"
+            + (f", and not {', '.join(NOT_RESTRICTED)} with --isa" if options.isa else "")
+        )
+    for density in options.densities or []:
+        require("densities", density, is_share, "a number in (0, 1]")
+    for key in ("batch", "resolution"):
+        for number in getattr(options, key) or []:
+            at_least(key, number, 1)
+    for threads in options.threads:
+        check_effort(threads, options.seconds)
+    if options.checkpoint is not None:
+        for key in ("backbone", "width", "stem"):
+            if getattr(options, key) is not None:
+                found = getattr(options, key)
+                raise InputError(
+                    f"{key}: found {found} for a checkpoint, accepted is with --random"
+                )
+        return
+    if options.overrides:
+        raise InputError(f"found {options.overrides[0]!r}, accepted is only with --checkpoint")
+    if options.backbone is not None:
+        one_of("backbone", options.backbone, gated_backbones())
+    if options.width is not None:
+        at_least("width", options.width, LEAST_WIDTH)
+    if options.stem is not None:
+        one_of("stem", options.stem, STEMS)
+
+
+def _engines(options: argparse.Namespace) -> tuple[str, ...]:
+    left_out = NOT_RESTRICTED if options.isa else ()
+    return tuple(name for name in ENGINES if name in options.engines and name not in left_out)
+
+
+def _heading(report: dict[str, Any]) -> str:
+    known = [f"{name} {number}" for name, number in report["versions"].items() if number]
+    network = ", ".join(f"{key} {value}" for key, value in report["network"].items())
+    return (
+        f"{report['cpu']}, {report['isa']}, {report['cores']} cores\n{', '.join(known)}\n"
+        f"{network}; {report['images']} images"
+    )
+
+
+def parser() -> argparse.ArgumentParser:
+    """What the command understands."""
+    made = argparse.ArgumentParser(
+        prog="python -m solo_gating.main_benchmark",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("--checkpoint", type=user_path)
+    made.add_argument("--random", action="store_true")
+    made.add_argument("--densities", type=float, nargs="+", help="random: default 0.1 0.3 0.5")
+    made.add_argument("--batch", type=int, nargs="+", default=[1])
+    made.add_argument(
+        "--resolution", type=int, nargs="+", help="default: 32, or pre-training's crop size"
+    )
+    made.add_argument("--threads", type=int, nargs="+", default=[1])
+    made.add_argument("--engines", nargs="+", default=list(ENGINES))
+    made.add_argument("--seconds", type=float, default=20.0, help="for each case; default 20")
+    made.add_argument("--isa")
+    made.add_argument("--backbone", help="default resnet18_gated")
+    made.add_argument("--width", type=int, help="default 64")
+    made.add_argument("--stem")
+    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--output", type=user_path, required=True)
+    made.add_argument("overrides", nargs="*", metavar="key=value")
+    return made

@@ -1,0 +1,138 @@
+"""Where a benchmark's encoders and images come from: random ones, or a checkpoint."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+from torch import Tensor
+
+from ...checkpoints.encoder import load_encoder
+from ...deploy.dense import dense_resnet
+from ...errors import InputError
+from ...evaluate.evaluation import evaluation_of
+from .cases import (
+    GatedCase,
+    Network,
+    gated_case,
+    random_encoder,
+    random_images,
+    with_random_gates,
+    with_threshold,
+)
+
+_CALIBRATION = 64
+_LARGEST_CIFAR = 64
+
+Batch = tuple[Network, tuple[GatedCase, ...]]
+
+
+class RandomSource:
+    """Untrained encoders with gates set to the densities.
+
+    Args:
+        backbone: one of `backbones.gated_backbones()`.
+        width: of the first stage.
+        stem: "cifar" or "imagenet"; None for cifar up to 64 pixels, and imagenet above.
+        densities: shares of the channels.
+        seed: of weights, gates and images.
+
+    Attributes:
+        description: of the network, for the report.
+        images: which ones, in a word.
+        resolutions: those used by default.
+    """
+
+    images = "random"
+    resolutions = (32,)
+
+    def __init__(
+        self, backbone: str, width: int, stem: str | None, densities: list[float], seed: int
+    ):
+        self._backbone, self._width, self._stem = backbone, width, stem
+        self._densities, self._seed = densities, seed
+        self.description = {
+            "source": "random",
+            "backbone": backbone,
+            "width": width,
+            "seed": seed,
+        }
+
+    def batches(self, resolution: int, sizes: list[int]) -> Iterator[Batch]:
+        """The dense encoder and the gated ones, for each number of images."""
+        stem = self._stem or ("cifar" if resolution <= _LARGEST_CIFAR else "imagenet")
+        images = random_images(max(_CALIBRATION, *sizes), resolution, self._seed)
+        backbone = random_encoder(
+            self._backbone, self._width, stem, images[:_CALIBRATION], self._seed
+        )
+        for size in sizes:
+            some = images[: max(_CALIBRATION, size)]
+            gated = []
+            for density in self._densities:
+                net = with_random_gates(backbone, some, size, density, self._seed)
+                gated.append(gated_case(net, some, size, density))
+            yield Network(dense_resnet(backbone), images[:size]), tuple(gated)
+
+
+class CheckpointSource:
+    """A trained encoder, its threshold set to the densities.
+
+    Args:
+        checkpoint: of a gated encoder.
+        densities: shares of the channels; none for the threshold that it has.
+        overrides: `key=value` that name validation images; none for random ones.
+        seed: of random images.
+
+    Attributes:
+        description: of the network, for the report.
+        images: which ones, in a word.
+        resolutions: those used by default: pre-training's crop size.
+
+    Raises:
+        InputError: for a checkpoint that cannot be read or has no gates.
+    """
+
+    def __init__(self, checkpoint: Path, densities: list[float], overrides: list[str], seed: int):
+        encoder = load_encoder(checkpoint, key="--checkpoint")
+        encoder.paths("gated")
+        self._backbone = cast(Any, encoder.backbone)
+        self._checkpoint, self._densities = checkpoint, densities
+        self._overrides, self._seed = overrides, seed
+        self.description = {
+            "source": str(checkpoint),
+            "backbone": encoder.args.backbone.name,
+            "width": self._backbone.bn1.num_features,
+            "threshold": self._backbone.threshold,
+        }
+        self.images = "validation" if overrides else "random"
+        self.resolutions = (encoder.crop_size,)
+
+    def batches(self, resolution: int, sizes: list[int]) -> Iterator[Batch]:
+        """The dense encoder and the gated ones, for each number of images.
+
+        Raises:
+            InputError: for data that cannot be used, or too few images.
+        """
+        images = self._images(resolution, max(sizes))
+        dense = dense_resnet(self._backbone)
+        wanted: list[float | None] = [*self._densities] or [None]
+        for size in sizes:
+            some, first = images[: max(_CALIBRATION, size)], images[:size]
+            gated = tuple(
+                gated_case(with_threshold(self._backbone, first, density), some, size, density)
+                for density in wanted
+            )
+            yield Network(dense, first), gated
+
+    def _images(self, resolution: int, least: int) -> Tensor:
+        number = max(_CALIBRATION, least)
+        if not self._overrides:
+            return random_images(number, resolution, self._seed)
+        overrides = [
+            *(f"crop_size={resolution}", f"batch_size={number}"),
+            *("accelerator=cpu", "devices=1", *self._overrides),
+        ]
+        evaluation = evaluation_of(self._checkpoint, overrides, ("val",))
+        images, _ = next(iter(evaluation.loaders["val"]))
+        if len(images) < least:
+            raise InputError(f"batch: found {least}, there are {len(images)} validation images")
+        return images

@@ -1,0 +1,174 @@
+"""Encoders from checkpoints, ready to be evaluated."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from ..backbones import PATHS, TwoPathResNet
+from ..errors import InputError
+from ..solo_learn import METHODS, BaseMethod
+from .reading import check_architecture, read_args, read_checkpoint, weights_of
+
+KEY = "pretrained_feature_extractor"
+HEADS = ("backbone", "projector")
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A frozen encoder and where it comes from.
+
+    Attributes:
+        backbone: without a classifier, in evaluation mode.
+        head: what follows it: nothing (`nn.Identity`) or the projector of pre-training.
+        args: the pre-training's complete config, its `args.json`.
+        checkpoint: the file.
+        epochs: epochs of pre-training.
+    """
+
+    backbone: nn.Module
+    head: nn.Module
+    args: DictConfig
+    checkpoint: Path
+    epochs: int
+
+    @property
+    def trained_paths(self) -> tuple[str, ...]:
+        """The paths that pre-training took, dense first; ("dense",) for a network with one."""
+        if not isinstance(self.backbone, TwoPathResNet):
+            return ("dense",)
+        views = (self.args.get("gating") or {}).get("views") or PATHS
+        return tuple(path for path in ("dense", "gated") if path in views)
+
+    def paths(self, wanted: str) -> tuple[str, ...]:
+        """The paths that a config's `path` means.
+
+        Args:
+            wanted: "dense", "gated", or "both" for all that were trained.
+
+        Raises:
+            InputError: for another word, or a gated path that the network does not have.
+        """
+        if wanted == "both":
+            return self.trained_paths
+        if wanted not in PATHS:
+            raise InputError(f"path: found {wanted!r}, accepted are dense, gated and both")
+        if wanted == "gated" and not isinstance(self.backbone, TwoPathResNet):
+            raise InputError(
+                f"path: found gated, the encoder of {str(self.checkpoint)!r} "
+                f"({self.args.backbone.name}) has no gates; accepted is dense"
+            )
+        return (wanted,)
+
+    @property
+    def crop_size(self) -> int:
+        """Side of the images of pre-training's first view, in pixels.
+
+        Raises:
+            InputError: if the args.json does not say.
+        """
+        size = OmegaConf.select(self.args, "augmentations[0].crop_size")
+        if size is None:
+            file = self.checkpoint.parent / "args.json"
+            raise InputError(f"{str(file)!r} lacks augmentations[0].crop_size")
+        return size
+
+    def description(self) -> dict[str, Any]:
+        """The key `pretraining` of every `metrics.json`: which pre-training this was."""
+        return describe_pretraining(self.args, self.epochs, self.checkpoint)
+
+
+def describe_pretraining(args: DictConfig, epochs: int, checkpoint: Path | None) -> dict[str, Any]:
+    """What identifies a pre-training among others: method, data, network, length, budget, seed.
+
+    The target budget is a number, or a list of both ends of a range.
+
+    Args:
+        args: a complete pre-training config.
+        epochs: epochs done.
+        checkpoint: its file, if there is one.
+    """
+
+    def group(key: str) -> Any:
+        return OmegaConf.to_container(args[key], resolve=True) if args.get(key) else None
+
+    return {
+        "name": args.get("name"),
+        "method": args.method,
+        "dataset": args.data.dataset,
+        "backbone": args.backbone.name,
+        "width": (args.backbone.get("kwargs") or {}).get("width", 64),
+        "epochs": epochs,
+        "target_budget": (group("gating") or {}).get("target_budget"),
+        "gating": group("gating"),
+        "method_kwargs": group("method_kwargs"),
+        "optimizer": group("optimizer"),
+        "fraction": args.data.get("fraction", -1),
+        "seed": args.get("seed"),
+        "checkpoint": None if checkpoint is None else str(checkpoint),
+    }
+
+
+def load_encoder(checkpoint: str | Path, head: str = "backbone", key: str = KEY) -> Encoder:
+    """Load the encoder of any pre-training of this package or of solo-learn's modern line.
+
+    Args:
+        checkpoint: a Lightning checkpoint with solo-learn's `args.json` beside it.
+        head: "backbone" for the backbone's features, "projector" for the projections.
+        key: that names the checkpoint, for messages.
+
+    Raises:
+        InputError: for files that are missing, damaged, or do not belong together.
+    """
+    if head not in HEADS:
+        raise InputError(f"features: found {head!r}, accepted are {', '.join(HEADS)}")
+    path = Path(checkpoint)
+    content = read_checkpoint(path, key)
+    args = _read_args(path, key)
+    if head != "backbone" and args.method not in METHODS:
+        raise InputError(f"features: method {args.method!r} is not known, accepted is backbone")
+    if args.backbone.name in ("resnet18", "resnet34"):  # the same network, whose FLOPs are known
+        args.backbone.name += "_plain"
+    with torch.device("meta"):  # whatever sizes the files speak of, it takes no memory
+        check_architecture(_build(head, args, path, key), content, path, ("backbone", head))
+    model = _build(head, args, path, key)
+    model.load_state_dict(weights_of(content["state_dict"], ("backbone", head)), strict=False)
+    model.eval().requires_grad_(False)
+    projector = nn.Identity() if head == "backbone" else model.projector
+    return Encoder(model.backbone, projector, args, path, int(content.get("epoch", -1)) + 1)
+
+
+def _read_args(checkpoint: Path, key: str) -> DictConfig:
+    file = checkpoint.parent / "args.json"
+    if not file.exists():
+        raise InputError(
+            f"{key}: there is no args.json beside {str(checkpoint)!r}; solo-learn writes it there, "
+            "and it says which network this is"
+        )
+    return read_args(file, key)
+
+
+def _build(head: str, args: DictConfig, path: Path, key: str) -> Any:
+    if args.backbone.name not in BaseMethod._BACKBONES:
+        raise InputError(
+            f"{key}: the backbone {args.backbone.name!r} of {str(path)!r} is not known, accepted "
+            f"are {', '.join(sorted(BaseMethod._BACKBONES))}"
+        )
+    args = args.copy()
+    args.data.num_classes = 2  # of solo-learn's online classifier, which is not loaded
+    try:
+        # The base class is the backbone with solo-learn's changes to it, whatever the method.
+        model = METHODS["base" if head == "backbone" else args.method](args)
+    except InputError as error:
+        raise InputError(f"{key}: the args.json beside {str(path)!r}: {error}") from error
+    except Exception as error:  # whatever a foreign file makes solo-learn and torchvision say
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"{key}: the args.json beside {str(path)!r} describes no network ({reason})"
+        ) from error
+    if not hasattr(model, head):
+        raise InputError(f"features: method {args.method!r} has no {head}")
+    return model

@@ -1,0 +1,1 @@
+"""Pre-training configs: grammar of the command line, schema, defaults, checks."""

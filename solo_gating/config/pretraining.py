@@ -1,0 +1,298 @@
+"""solo-learn's config schema: defaults and checks, before any long work begins."""
+
+import inspect
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from ..budgets import checked_budget
+from ..checks import at_least, is_not_negative, no_such_key, one_of, require, shown
+from ..data import (
+    DATASETS,
+    FORMATS,
+    NUM_CLASSES,
+    PIPELINES,
+    check_augmentations,
+    check_data,
+    check_device_pipeline,
+    count_class_folders,
+)
+from ..errors import InputError
+from ..methods import GATED_METHODS, check_gated_backbone
+from ..solo_learn import METHODS, BaseMethod, VICReg
+from ..training.model import PERFORMANCE
+from .gating import GatingConfig
+from .schema import METHOD_KWARGS, PRETRAINING, VIEW, check_values
+
+# Where solo-learn has a default, this is it.
+DEFAULTS: dict[str, Any] = {
+    "name": "run",
+    "seed": 5,
+    "max_epochs": 100,
+    "resume_from_checkpoint": None,
+    "accelerator": "auto",
+    "devices": 1,
+    "num_nodes": 1,
+    "strategy": "auto",
+    "precision": "32-true",
+    "sync_batchnorm": False,
+    "accumulate_grad_batches": 1,
+    "backbone": {"kwargs": {}},
+    "data": {
+        "val_path": None,
+        "format": "image_folder",
+        "pipeline": "workers",
+        "no_labels": False,
+        "fraction": -1,
+        "on_damaged": "stop",
+        "num_workers": 4,
+        "num_classes": None,
+        "split": "train+unlabeled",
+    },
+    "optimizer": {"classifier_lr": 0.1, "weight_decay": 0.0, "kwargs": {}},
+    "scheduler": {"name": "warmup_cosine", "warmup_epochs": 10},
+    "checkpoint": {"enabled": False, "dir": "trained_models", "frequency": 1, "keep_prev": False},
+    "auto_resume": {"enabled": False, "max_hours": 36},
+    "wandb": {"enabled": False, "entity": None, "project": "solo-learn", "offline": False},
+    "knn_eval": {"enabled": False, "k": 20, "distance_func": "euclidean"},
+    "performance": PERFORMANCE,
+    "method_kwargs": {},
+    "final_knn": {"enabled": False, "labels_per_class": 10, "draws": 20, "budgets": []},
+    "flops": {"checkpoint": None, "images": 1000, "budget": None, "output": None},
+}
+_OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {
+    "sgd": {"momentum": 0.9},
+    "lars": {"momentum": 0.9, "eta": 1e-3, "clip_lr": False, "exclude_bias_n_norm": False},
+    "adamw": {"betas": [0.9, 0.999]},
+}
+
+
+# A Trainer argument, and the key that decides the same.
+_DECIDED_BY = {
+    "enable_checkpointing": "checkpoint.enabled",
+    "default_root_dir": "checkpoint.dir",
+}
+
+
+def prepare_config(cfg: DictConfig) -> DictConfig:
+    """Complete and check a pre-training config, in place.
+
+    Fills in solo-learn's defaults, counts the crops, sets `data.num_classes`, checks everything
+    that can be checked without opening the data, and completes the group `gating`. Learning rates
+    are left alone; `scale_learning_rates` does those once it is known how many processes there are.
+
+    Args:
+        cfg: solo-learn's schema, plus `gating`.
+
+    Returns:
+        The same config.
+
+    Raises:
+        InputError: naming the key, what was found and what is accepted.
+    """
+    OmegaConf.set_struct(cfg, False)
+    check_values(cfg, PRETRAINING)
+    for key in ("backbone.kwargs", "optimizer.kwargs", "method_kwargs"):
+        if OmegaConf.select(cfg, key, default={}) is None:
+            OmegaConf.update(cfg, key, {})
+    cfg.merge_with(OmegaConf.merge(DEFAULTS, cfg))
+    cfg.name = str(cfg.name)
+    for key in ("method", "backbone.name", "data.dataset", "data.train_path", "optimizer.name"):
+        if OmegaConf.select(cfg, key, default=None) is None or OmegaConf.is_missing(cfg, key):
+            raise InputError(f"{key}: missing, a pre-training config needs it")
+    one_of("method", cfg.method, [m for m in METHODS if m not in ("base", "linear")])
+    one_of("backbone.name", cfg.backbone.name, BaseMethod._BACKBONES)
+    one_of("data.dataset", cfg.data.dataset, DATASETS)
+    one_of("data.format", cfg.data.format, FORMATS)
+    one_of("data.pipeline", cfg.data.pipeline, PIPELINES)
+    if cfg.data.pipeline == "device":
+        check_device_pipeline(cfg.data)
+    check_optimizer(cfg.optimizer, least_batch=2)  # for BatchNorm
+    if cfg.scheduler.name == "step" and not cfg.scheduler.get("lr_decay_steps"):
+        raise InputError(
+            "scheduler.lr_decay_steps: missing, scheduler.name=step needs a list of epochs"
+        )
+    check_data(cfg.data)
+    _check_trainer(cfg)
+    _check_method_kwargs(cfg)
+    _check_views(cfg)
+    big = cfg.augmentations[0].crop_size
+    crops = {True: 0, False: 0}
+    for view in cfg.augmentations:
+        crops[view.crop_size == big] += view.num_crops
+    cfg.data.num_large_crops, cfg.data.num_small_crops = crops[True], crops[False]
+    if crops[True] != 2 and cfg.method.split("_")[0] not in ("wmse", "mae"):
+        raise InputError(
+            f"augmentations: found {crops[True]} crops of {big} pixels, {cfg.method!r} compares 2"
+        )
+    _check_statistics(cfg)
+    cfg.data.num_classes = number_of_classes(cfg.data)
+    if cfg.final_knn.enabled and (cfg.data.val_path is None or cfg.data.no_labels):
+        raise InputError("final_knn.enabled: found true, which needs data.val_path and labels")
+
+    if cfg.method in GATED_METHODS:
+        gating = GatingConfig.from_config(cfg, GATED_METHODS[cfg.method].default_views)
+        check_gated_backbone(cfg)
+        _check_final_budgets(cfg.final_knn, gating)
+    elif cfg.get("gating") is not None:
+        raise InputError(
+            f"gating: method {cfg.method!r} has no gates; those that do are "
+            f"{', '.join(sorted(GATED_METHODS))}"
+        )
+    return cfg
+
+
+def _check_statistics(cfg: DictConfig) -> None:
+    key, images = "method_kwargs.statistics_images", cfg.method_kwargs.get("statistics_images")
+    if images is None:
+        cfg.method_kwargs.pop("statistics_images", None)  # as runs from before it came are recorded
+        return
+    if not issubclass(METHODS[cfg.method], VICReg):
+        raise InputError(
+            f"{key}: found {images!r}, method {cfg.method!r} is no VICReg; accepted is null"
+        )
+    at_least(key, images, 2)
+    batch = cfg.optimizer.batch_size
+    if batch % images and images % batch:
+        raise InputError(
+            f"{key}: found {images}, accepted is a divisor or a multiple of "
+            f"optimizer.batch_size={batch}"
+        )
+
+
+def _check_trainer(cfg: DictConfig) -> None:
+    """Refuse a Trainer argument against the key that decides the same."""
+    for argument, key in _DECIDED_BY.items():
+        decided = OmegaConf.select(cfg, key)
+        if cfg.get(argument) not in (None, decided):
+            raise InputError(
+                f"{argument}: found {shown(cfg[argument])} with {key}={decided}; accepted is {key} "
+                "alone"
+            )
+    if (cfg.get("min_epochs") or 1) > cfg.max_epochs:
+        raise InputError(
+            f"min_epochs: found {cfg.min_epochs}, accepted is at most max_epochs={cfg.max_epochs}"
+        )
+
+
+def _check_method_kwargs(cfg: DictConfig) -> None:
+    known = METHODS[cfg.method].__module__.startswith(("solo.", "solo_gating."))
+    for key, value in cfg.method_kwargs.items():
+        if key in METHOD_KWARGS:
+            value = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+            METHOD_KWARGS[key].check(f"method_kwargs.{key}", value)
+        elif known:
+            raise no_such_key(f"method_kwargs.{key}", [f"method_kwargs.{k}" for k in METHOD_KWARGS])
+
+
+def _check_views(cfg: DictConfig) -> None:
+    views = cfg.get("augmentations")
+    if not OmegaConf.is_list(views) or not all(OmegaConf.is_dict(view) for view in views):
+        raise InputError(
+            f"augmentations: found {shown(views) if views else 'none'}, accepted is a list of groups"
+        )
+    check_augmentations(views)
+    for number, view in enumerate(views):
+        try:
+            check_values(view, VIEW)
+        except InputError as error:
+            raise InputError(f"augmentations[{number}].{error}") from error
+
+
+def _check_final_budgets(final_knn: DictConfig, gating: GatingConfig) -> None:
+    """They are a range's: a run for one budget, in which a config may be changed, has none."""
+    if not gating.told:
+        final_knn.budgets = []
+    elif not OmegaConf.is_list(final_knn.budgets):
+        raise InputError(
+            f"final_knn.budgets: found {final_knn.budgets!r}, accepted is a list like [0.1, 0.3]"
+        )
+    for budget in final_knn.budgets:
+        checked_budget(budget, gating.budget_range, "final_knn.budgets")
+
+
+def check_optimizer(optimizer: DictConfig, least_batch: int = 1) -> None:
+    """Complete and check a config's group `optimizer`, in place.
+
+    Args:
+        optimizer: name, batch_size, lr, weight_decay, kwargs.
+        least_batch: the smallest batch that is accepted.
+
+    Raises:
+        InputError: naming the key, what was found and what is accepted.
+    """
+    one_of("optimizer.name", optimizer.get("name"), BaseMethod._OPTIMIZERS)
+    at_least("optimizer.batch_size", optimizer.get("batch_size"), least_batch)
+    require("optimizer.lr", optimizer.get("lr"), is_not_negative, "a number ≥ 0")
+    for key, value in _OPTIMIZER_DEFAULTS.get(optimizer.name, {}).items():
+        optimizer.kwargs.setdefault(key, value)
+    cls = BaseMethod._OPTIMIZERS[optimizer.name]
+    parameters = inspect.signature(cls).parameters
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    known = [key for key in parameters if key not in ("params", "lr", "weight_decay")]
+    for key in optimizer.kwargs:
+        if key in ("lr", "weight_decay"):
+            raise InputError(f"optimizer.kwargs.{key}: accepted is optimizer.{key} alone")
+        if key not in known and not open_ended:
+            raise InputError(
+                f"optimizer.kwargs.{key}: {optimizer.name} has no such argument, accepted are "
+                f"{', '.join(known)}; `~optimizer.kwargs.{key}` removes it"
+            )
+    _try(cls, optimizer)
+
+
+def _try(cls: Any, optimizer: DictConfig) -> None:
+    """One step of the optimiser: what it refuses, it refuses there at the latest."""
+    weight = torch.nn.Parameter(torch.ones(1, 1))
+    weight.grad = torch.ones(1, 1)
+    rates = {key: float(optimizer.get(key) or 0) for key in ("lr", "weight_decay")}
+    kwargs: Any = OmegaConf.to_container(optimizer.kwargs)
+    try:
+        cls([weight], **rates, **kwargs).step()
+    except Exception as error:  # whatever a value makes PyTorch say
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"optimizer.kwargs: {optimizer.name} refuses them ({reason})") from error
+
+
+def scale_learning_rates(cfg: DictConfig, world_size: int) -> None:
+    """Multiply learning rates, given per 256 images, by the global batch size / 256, in place.
+
+    solo-learn's rule (`solo/args/pretrain.py`), except that the online classifier's rate is
+    scaled without validation data too.
+
+    Args:
+        cfg: a complete config.
+        world_size: number of processes.
+    """
+    scale = cfg.optimizer.batch_size * world_size / 256
+    cfg.optimizer.lr *= scale
+    cfg.optimizer.classifier_lr *= scale
+
+
+def number_of_classes(data: DictConfig) -> int:
+    """The number of classes that a config's `data` has.
+
+    Args:
+        data: known data sets have theirs, folders of labelled images are counted, else
+            `num_classes` says it.
+
+    Raises:
+        InputError: if it is missing, or not the data set's.
+    """
+    if data.dataset in NUM_CLASSES:
+        known = NUM_CLASSES[data.dataset]
+        if data.num_classes not in (None, known):
+            raise InputError(
+                f"data.num_classes: found {data.num_classes}, {data.dataset} has {known}"
+            )
+        return known
+    if data.num_classes is None and data.format == "image_folder" and not data.no_labels:
+        folders = count_class_folders(str(data.train_path))
+        if not folders:
+            raise InputError(
+                f"data.train_path: {str(data.train_path)!r} does not exist or has no class folders"
+            )
+        return folders
+    at_least("data.num_classes", data.num_classes, 1)
+    return data.num_classes

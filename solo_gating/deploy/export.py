@@ -1,0 +1,266 @@
+"""Turn a checkpoint into a network that others can run.
+
+    python -m solo_gating.main_export --checkpoint PATH/last.ckpt --path dense --output DIR
+    python -m solo_gating.main_export --checkpoint PATH/last.ckpt --policy PATH/policy.json \\
+        --keep dynamic --gates keep --format onnx --output DIR [key=value ...]
+
+The gated path becomes a physically smaller network, from a policy of main_policy, at the threshold and,
+for a network that was trained for a range of budgets, at the budget of that policy:
+
+    --keep dynamic      the channels that at least one of the policy's images selected (default)
+    --keep always_on    those that all images selected
+    --keep top:0.3      the most often selected ones, with which the network has 0.3 of the FLOPs
+    --gates keep        gates choose among them: exactly the gated path on the policy's images, and on
+                        every image that needs no removed channel
+    --gates drop        all of them are computed for every image: an approximation
+    --multiple 8        numbers of channels are rounded up to a multiple
+
+Formats:
+
+    torch               dense: model.pt, a state dict for torchvision.models.resnet18 (without `fc`);
+                        gated: model.pt2, which torch.export.load reads without this package, and
+                        model.pt with `architecture` and `state_dict` of backbones.SlicedResNet
+    onnx                model.onnx, any batch size; compared with PyTorch under ONNX Runtime, on
+                        images where there are some
+    openvino-via-onnx   model.xml and model.bin
+    solo-learn          dense: args.json and last.ckpt of the method without gates (vicreg for
+                        vicreg_dual), which solo-learn's scripts read without this plugin
+
+With --evaluate, or with key=value (data.train_path=..., data.val_path=..., dataset=cifar10), 1-NN
+accuracy before and after is measured on the validation images. export.json says what was made.
+"""
+
+import argparse
+import io
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..backbones import TwoPathResNet
+from ..checkpoints.encoder import Encoder, load_encoder
+from ..checks import at_least
+from ..config.compose import check_overrides, user_path
+from ..config.schema import CROP
+from ..errors import InputError
+from ..evaluate.calibrate import Setting
+from ..evaluate.evaluation import Evaluation, evaluation_of
+from ..evaluate.extract import extract
+from ..evaluate.knn import knn_top1
+from ..evaluate.policy import Policy, read_policy
+from ..evaluate.table import figure
+from ..files import make_folder, write_bytes, write_json
+from ..flops import count_flops
+from ..process_state import process_state_kept
+from .dense import dense_network, dense_state_dict, solo_learn_args, solo_learn_checkpoint
+from .onnx import run_onnx, to_onnx, to_openvino
+from .static import kept_channels, slice_encoder, static_flops
+
+# The options that decide what overrides would, too.
+_DECIDED_BY = {
+    "pretrained_feature_extractor": "--checkpoint",
+    "path": "--path",
+    "threshold": "the policy's alone",
+    "budget": "the policy's alone",
+    "crop_size": "--resolution",
+    "output": "--output",
+}
+FORMATS = ("torch", "onnx", "openvino-via-onnx", "solo-learn")
+
+
+@process_state_kept()
+def export(options: argparse.Namespace) -> dict[str, Any]:
+    """Write the files and measure what was asked for.
+
+    Args:
+        options: as parsed by `main`.
+
+    Returns:
+        What `export.json` holds.
+
+    Raises:
+        InputError: before anything is written, for what cannot be used or does not fit.
+    """
+    check_overrides(options.overrides, _DECIDED_BY)
+    encoder = load_encoder(options.checkpoint, key="--checkpoint")
+    _check(options, encoder)
+    make_folder(options.output)
+    overrides = options.overrides
+    size = encoder.crop_size
+    if options.resolution is not None:
+        size = options.resolution
+        overrides = [f"crop_size={size}", *overrides]
+    evaluation = None
+    if options.evaluate or options.overrides:
+        evaluation = evaluation_of(options.checkpoint, overrides, ("train", "val"))
+    if options.path == "dense":
+        dense = dense_network(encoder)
+        net: nn.Module = dense
+        report: dict[str, Any] = {"path": "dense", "flops": count_flops(dense, (size, size)).dense}
+    else:
+        net, report = _static(options, encoder, size)
+    report |= {"checkpoint": str(options.checkpoint), "resolution": [size, size]}
+    if evaluation is not None:
+        if options.path == "gated":
+            _turn(evaluation.encoder.backbone, read_policy(options.policy))
+        report |= _accuracies(evaluation, options.path, net)
+    images, real = _examples(evaluation, size)
+    files = _contents(options, encoder, net, images, real, report)
+    for name, content in files.items():
+        write_bytes(options.output / name, content)
+    write_json(options.output / "export.json", report)
+    return report | {"files": [str(options.output / name) for name in (*files, "export.json")]}
+
+
+def _check(options: argparse.Namespace, encoder: Encoder) -> None:
+    at_least("multiple", options.multiple, 1)
+    if options.resolution is not None:
+        CROP.check("--resolution", options.resolution)
+    if options.path is None:
+        options.path = "dense" if options.policy is None else "gated"
+    encoder.paths(options.path)
+    if options.path == "dense" and options.policy is not None:
+        raise InputError("policy: found one for the dense path, accepted is --path gated")
+    if options.path == "gated" and options.policy is None:
+        raise InputError("policy: missing, the gated path needs main_policy's policy.json")
+    if options.path == "gated" and options.format == "solo-learn":
+        raise InputError(
+            "format: found solo-learn, which has no gated path; accepted is --path dense"
+        )
+    if (
+        options.format == "solo-learn"
+        and options.output.resolve() == encoder.checkpoint.resolve().parent
+    ):
+        raise InputError(
+            "output: found the checkpoint's own folder, whose last.ckpt and args.json would be "
+            "replaced; accepted is another"
+        )
+
+
+def _static(
+    options: argparse.Namespace, encoder: Encoder, size: int
+) -> tuple[nn.Module, dict[str, Any]]:
+    backbone: Any = encoder.backbone
+    policy = read_policy(options.policy, "policy")
+    _turn(backbone, policy)
+    flops = count_flops(backbone, (size, size))
+    kept = kept_channels(policy, flops, options.keep, options.multiple)
+    net = slice_encoder(backbone, kept, options.gates == "keep")
+    cost = static_flops(net, (size, size))
+    return net, {
+        "path": "gated",
+        "policy": str(options.policy),
+        "keep": options.keep,
+        "gates": options.gates,
+        "threshold": policy.threshold,
+        "hidden": [len(indices) for indices in kept.channels],
+        "flops": cost,  # all kept channels computed
+        "flops_cut": 1 - cost / flops.dense,
+        **({} if policy.budget is None else {"budget": policy.budget}),
+    }
+
+
+def _turn(backbone: Any, policy: Policy) -> None:
+    """Set a backbone's dial as it stood when the policy was made."""
+    Setting(policy.threshold, policy.share, policy.budget).apply(backbone)
+
+
+def _accuracies(evaluation: Evaluation, path: str, net: nn.Module) -> dict[str, Any]:
+    def accuracy(backbone: nn.Module) -> float:
+        ours = path if isinstance(backbone, TwoPathResNet) else None
+        train, val = (extract(backbone, evaluation.loaders[s], ours) for s in ("train", "val"))
+        return knn_top1((train.features, train.targets), (val.features, val.targets))
+
+    device = evaluation.fabric.device
+    before, after = accuracy(evaluation.encoder.backbone), accuracy(net.to(device))
+    net.to("cpu")
+    return {"knn_top1_before": before, "knn_top1_after": after}
+
+
+def _examples(evaluation: Evaluation | None, size: int) -> tuple[Tensor, bool]:
+    """Some images to trace and to compare on, and whether they are real ones."""
+    if evaluation is None:
+        return torch.randn(8, 3, size, size, generator=torch.Generator().manual_seed(0)), False
+    images, _ = next(iter(evaluation.loaders["val"]))
+    return images[:64], True
+
+
+def _contents(
+    options: argparse.Namespace,
+    encoder: Encoder,
+    net: nn.Module,
+    images: Tensor,
+    real: bool,
+    report: dict[str, Any],
+) -> dict[str, bytes]:
+    """The files' names and contents; figures of their check go into the report."""
+    if options.format == "solo-learn":
+        args = solo_learn_args(encoder)
+        write_json(options.output / "args.json", args)
+        return {"last.ckpt": _saved(solo_learn_checkpoint(encoder))}
+    if options.format == "torch":
+        if options.path == "dense":
+            return {"model.pt": _saved(dense_state_dict(encoder))}
+        batch = torch.export.Dim("batch")
+        program = torch.export.export(net, (images,), dynamic_shapes=({0: batch},))
+        buffer = io.BytesIO()
+        torch.export.save(program, buffer)
+        weights = {"architecture": net.architecture, "state_dict": net.state_dict()}
+        return {"model.pt2": buffer.getvalue(), "model.pt": _saved(weights)}
+    model = to_onnx(net, images)
+    with torch.no_grad():
+        expected = net(images)
+    found = run_onnx(model, images)
+    if found is not None:
+        difference = (found - expected).abs().max() / expected.abs().max().clamp_min(1e-12)
+        report["onnx_relative_difference"] = float(difference)
+        report["onnx_checked_on"] = f"{len(images)} {'images' if real else 'random images'}"
+    if options.format == "openvino-via-onnx":
+        return to_openvino(model)
+    return {"model.onnx": model}
+
+
+def _saved(content: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+def format_export(report: dict[str, Any]) -> str:
+    """What was made, as text."""
+    lines = [f"{report['path']} path: {report['flops']:,} FLOPs per image"]
+    if "hidden" in report:
+        lines[0] += f", {report['flops_cut']:.1%} fewer than the dense encoder"
+        lines.append(f"channels inside the blocks: {', '.join(map(str, report['hidden']))}")
+    if "knn_top1_before" in report:
+        lines.append(
+            f"1-NN accuracy: {figure(report['knn_top1_before'], '.2f')} % before, "
+            f"{figure(report['knn_top1_after'], '.2f')} % after"
+        )
+    if "onnx_relative_difference" in report:
+        lines.append(
+            f"ONNX Runtime and PyTorch differ by {report['onnx_relative_difference']:.1e} of the "
+            f"largest feature, on {report['onnx_checked_on']}"
+        )
+    return "\n".join([*lines, *report["files"]])
+
+
+def parser() -> argparse.ArgumentParser:
+    """What the command understands."""
+    made = argparse.ArgumentParser(
+        prog="python -m solo_gating.main_export",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("--checkpoint", type=user_path, required=True)
+    made.add_argument("--path", choices=("dense", "gated"))
+    made.add_argument("--policy", type=user_path)
+    made.add_argument("--keep", default="dynamic")
+    made.add_argument("--gates", choices=("keep", "drop"), default="keep")
+    made.add_argument("--multiple", type=int, default=8)
+    made.add_argument("--format", choices=FORMATS, default="torch")
+    made.add_argument("--resolution", type=int, help="default: pre-training's crop size")
+    made.add_argument("--output", type=user_path, required=True)
+    made.add_argument("--evaluate", action="store_true")
+    made.add_argument("overrides", nargs="*", metavar="key=value")
+    return made

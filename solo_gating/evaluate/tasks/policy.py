@@ -1,0 +1,214 @@
+"""Which channels a gated encoder uses on a set of images, and the dial for its FLOPs.
+
+    python -m solo_gating.main_policy pretrained_feature_extractor=PATH/last.ckpt [key=value ...]
+
+    --calibrate 0.3     find the threshold at which the gated path uses 0.3 of the dense FLOPs, on
+                        calibration_images=512 training images (no labels), and use it; evaluations
+                        take it as threshold=... A network that was trained for a range of budgets
+                        is told 0.3 first (budget=...), and the threshold corrects what is left
+    --sweep             also 1-NN accuracy against FLOPs, at every share of shares=[0.05,...,1.0]
+    budget=0.3          that the gates are told, of a network trained for a range; --calibrate and
+                        --sweep then turn the threshold only
+    dataset=cifar10     other images than the checkpoint's, from data.train_path, data.val_path
+
+On the validation images: writes policy.json (a file that other commands read; its schema is in
+solo_gating/evaluate/policy.py), policy.csv, policy.png and metrics.json, and for a sweep sweep.csv
+and sweep.png, into a folder beside the checkpoint (output=...).
+"""
+
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from ...backbones import TwoPathResNet
+from ...checks import is_number, is_share, require
+from ...config.schema import EVALUATIONS, own_copy
+from ...errors import InputError
+from ...files import write_csv, write_json
+from ...plots.policy import draw_policy
+from ...plots.sweep import draw_sweep
+from ...process_state import process_state_kept
+from ...training.checkpoints import plain
+from ..calibrate import calibrate, lowest_share, sweep
+from ..evaluation import Evaluation, flops_row, prepare_evaluation
+from ..knn import knn_top1
+from ..policy import Policy, policy_of
+
+_SETTINGS = ("calibrate", "calibration_images")
+
+
+@process_state_kept()
+def evaluate_policy(cfg: DictConfig) -> dict[str, Any]:
+    """Count, draw and write the policy; calibrate and sweep on demand.
+
+    Args:
+        cfg: a policy config; left as it is.
+
+    Returns:
+        What `metrics.json` holds.
+
+    Raises:
+        InputError: before any long work, for a config, checkpoint or data that cannot be used.
+    """
+    cfg = own_copy(cfg, EVALUATIONS["policy"])
+    require("path", cfg.path, lambda v: v == "gated", "gated")
+    require(
+        "calibrate", cfg.calibrate, lambda v: v is None or is_share(v), "a number in (0, 1] or null"
+    )
+    if cfg.calibrate is not None and cfg.threshold != 0:
+        raise InputError(
+            f"threshold: found {cfg.threshold} with calibrate={cfg.calibrate}, which finds it; "
+            "accepted is one of them"
+        )
+    shares: Any = plain(cfg)["shares"]
+    require(
+        "shares",
+        shares,
+        lambda v: isinstance(v, list) and v and all(is_share(share) for share in v),
+        "a list of numbers in (0, 1]",
+    )
+    turned = cfg.sweep or cfg.calibrate is not None
+    evaluation = prepare_evaluation(
+        cfg, "policy", _SETTINGS, ("train", "val") if turned else ("val",)
+    )
+    encoder = evaluation.encoder
+    backbone: Any = encoder.backbone
+    images = _calibration_images(evaluation) if turned else torch.empty(0)
+    row: dict[str, Any] = {}
+    if cfg.calibrate is not None:
+        setting = calibrate(backbone, images, cfg.calibrate, cfg.budget)
+        setting.apply(backbone)
+        row["calibrated_share"] = setting.share
+        evaluation.say(
+            f"{_position(backbone)} gives {setting.share:.4f} of the dense FLOPs on "
+            f"{len(images)} training images"
+        )
+    found = evaluation.extract("val", "gated")
+    policy = policy_of(
+        backbone,
+        found,
+        encoder.args.backbone.name,
+        OmegaConf.to_container(encoder.args.backbone.kwargs, resolve=True),  # type: ignore[arg-type]
+        evaluation.encoder.description()["target_budget"],
+    )
+    row |= flops_row(found, evaluation.encoder)
+    row |= {"threshold": policy.threshold, "share": policy.share, "share_std": policy.share_std}
+    if policy.budget is not None:
+        row["budget"] = policy.budget
+    _write_policy(evaluation, policy)
+    evaluation.say(format_policy(policy))
+    rows = {"gated": row}
+    if cfg.sweep:
+        rows["dense"], row["sweep"] = _sweep(evaluation, images, shares, policy.target_budget)
+    return evaluation.write(rows, len(images))
+
+
+def _position(backbone: TwoPathResNet) -> str:
+    """How the dial stands, as config overrides."""
+    position = f"threshold={backbone.threshold:.6g}"
+    return position if backbone.budget is None else f"budget={backbone.budget:g} {position}"
+
+
+def _calibration_images(evaluation: Evaluation) -> Tensor:
+    """Some training images, spread evenly over the set, whose folders may be in order of class."""
+    dataset: Any = evaluation.loaders["train"].dataset
+    number = min(evaluation.cfg.calibration_images, len(dataset))
+    chosen = [index * len(dataset) // number for index in range(number)]
+    images, _ = default_collate([dataset[index] for index in chosen])
+    return images
+
+
+def _write_policy(evaluation: Evaluation, policy: Policy) -> None:
+    if not evaluation.fabric.is_global_zero:
+        return
+    folder = evaluation.folder
+    write_json(folder / "policy.json", policy.to_json())
+    columns = (
+        "name",
+        "channels",
+        "always_on",
+        "input_dependent",
+        "always_off",
+        "active",
+        "active_std",
+    )
+    write_csv(
+        folder / "policy.csv",
+        [{key: getattr(block, key) for key in columns} for block in policy.blocks],
+    )
+    title = f"Channels of {evaluation.encoder.args.get('name')} on {policy.images:,} images, "
+    title += f"{policy.share:.1%} of the FLOPs"
+    if policy.budget is not None:
+        title += f" (budget {policy.budget:.0%})"
+    elif is_number(policy.target_budget):
+        title += f" (target budget {policy.target_budget:.0%})"
+    draw_policy(policy, folder / "policy.png", title)
+
+
+def _sweep(
+    evaluation: Evaluation,
+    images: Tensor,
+    shares: list[float],
+    target_budget: float | list[float] | None,
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """The dense path's figures, and those of each position."""
+    backbone: Any = evaluation.encoder.backbone
+
+    def accuracy(path: str) -> dict[str, float]:
+        train = evaluation.extract_labelled("train", path)
+        val = evaluation.extract_labelled("val", path)
+        figures = {
+            "knn_top1": knn_top1((train.features, train.targets), (val.features, val.targets))
+        }
+        row = flops_row(val, evaluation.encoder)
+        if path == "dense":
+            figures |= row
+        else:
+            figures |= {"share": 1 - row["flops_cut"], "flops": row["flops"]}
+            evaluation.say(
+                f"{figures['share']:>7.1%} of the FLOPs: 1-NN {figures['knn_top1']:.2f} % "
+                f"({_position(backbone)})"
+            )
+        return figures
+
+    lowest = lowest_share(backbone, (images.shape[-2], images.shape[-1]))
+    possible = [share for share in shares if share >= lowest]
+    if len(possible) < len(shares):
+        evaluation.say(
+            f"shares below {lowest:.1%} are left out: stem, shortcuts and gates cost that"
+        )
+    dense = accuracy("dense")
+    evaluation.say(f"dense path: 1-NN {dense['knn_top1']:.2f} %")
+    points = sweep(backbone, images, possible, lambda: accuracy("gated"), evaluation.cfg.budget)
+    if evaluation.fabric.is_global_zero:
+        write_csv(evaluation.folder / "sweep.csv", points)
+        draw_sweep(
+            points,
+            dense["knn_top1"],
+            target_budget,
+            evaluation.folder / "sweep.png",
+            f"{evaluation.encoder.args.get('name')}, one checkpoint",
+        )
+    return dense, points
+
+
+def format_policy(policy: Policy) -> str:
+    """The policy as text, a line for each block."""
+    lines = [
+        f"\n{'block':<10} {'channels':>9} {'always on':>10} {'depends':>8} {'always off':>11} "
+        f"{'used by an image':>17}"
+    ]
+    for block in policy.blocks:
+        used = f"{block.active:.1%} ± {block.active_std:.1%}"
+        lines.append(
+            f"{block.name:<10} {block.channels:>9} {block.always_on:>10} "
+            f"{block.input_dependent:>8} {block.always_off:>11} {used:>17}"
+        )
+    lines.append(
+        f"\n{policy.share:.2%} ± {policy.share_std:.2%} of the dense FLOPs on {policy.images:,} "
+        f"images (threshold {policy.threshold:.6g})\n"
+    )
+    return "\n".join(lines)

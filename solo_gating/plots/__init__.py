@@ -1,0 +1,1 @@
+"""Every picture, by matplotlib's Figure API and in one style."""
