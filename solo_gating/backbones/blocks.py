@@ -1,7 +1,7 @@
 """Residual blocks with a second, gated way through them."""
 
 from collections.abc import Callable
-from functools import cache
+from typing import Any
 
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
@@ -14,17 +14,15 @@ from .paths import Choice, refuse_in_scope
 BLOCKS: dict[str, type[nn.Module]] = {"basic": BasicBlock, "bottleneck": Bottleneck}
 
 
-def convolutions(block: nn.Module) -> list[tuple[str, nn.Module, nn.Module]]:
+def convolutions(block: nn.Module) -> list[tuple[str, nn.Conv2d, Any]]:
     """A block's convolutions in order, with their names and the BatchNorms that follow them.
 
     They are conv1, conv2, ... and bn1, bn2, ..., as in torchvision's blocks.
     """
-    found = []
-    number = 1
-    while f"conv{number}" in block._modules:
-        conv = block.get_submodule(f"conv{number}")
-        found.append((f"conv{number}", conv, block.get_submodule(f"bn{number}")))
-        number += 1
+    found: list[tuple[str, Any, Any]] = []
+    while (name := f"conv{len(found) + 1}") in block._modules:
+        norm = block.get_submodule(f"bn{len(found) + 1}")
+        found.append((name, block.get_submodule(name), norm))
     return found
 
 
@@ -56,6 +54,8 @@ class GatedBlock(BlockMixin):
 
     path = "dense"
     separate_bn = False
+    relu: nn.Module
+    downsample: nn.Module | None
 
     def add_gates(self, make: Callable[[int, int], Gate], separate_bn: bool) -> None:
         """Add the gates, and the gated path's BatchNorms as copies of the dense path's.
@@ -68,7 +68,7 @@ class GatedBlock(BlockMixin):
         inputs = layers[0][1].in_channels
         for number, (_, conv, _) in enumerate(layers[:-1], 1):
             name = "gate" if number == 1 else f"gate{number}"
-            setattr(self, name, make(inputs, conv.out_channels))  # type: ignore[arg-type]
+            setattr(self, name, make(inputs, conv.out_channels))
         self.separate_bn = separate_bn
         if separate_bn:
             for number, (_, _, norm) in enumerate(layers, 1):
@@ -145,7 +145,17 @@ class GatedBottleneck(GatedBlock, Bottleneck):
     """torchvision's Bottleneck with gates on conv1's and conv2's outputs."""
 
 
-@cache
+_MADE: dict[tuple[type[nn.Module], type[nn.Module]], Any] = {}
+
+
+def mixed(mixin: type[nn.Module], block: type[nn.Module]) -> Any:
+    """A class of blocks behind a mixin: the same one for the same two."""
+    if (mixin, block) not in _MADE:
+        name = mixin.__name__.removesuffix("Block") + block.__name__
+        _MADE[mixin, block] = type(name, (mixin, block), {"__module__": block.__module__})
+    return _MADE[mixin, block]
+
+
 def gated_block(block: type[nn.Module]) -> type[GatedBlock]:
     """The gated version of a class of residual blocks.
 
@@ -153,10 +163,8 @@ def gated_block(block: type[nn.Module]) -> type[GatedBlock]:
         block: with convolutions conv1, conv2, ..., BatchNorms bn1, bn2, ..., `relu` and `downsample`,
             whose `forward` is the dense path.
     """
-    for known in (GatedBasicBlock, GatedBottleneck):
-        if known.__bases__[1] is block:
-            return known
-    return type(f"Gated{block.__name__}", (GatedBlock, block), {"__module__": block.__module__})
+    own: dict[Any, Any] = {BasicBlock: GatedBasicBlock, Bottleneck: GatedBottleneck}
+    return own.get(block) or mixed(GatedBlock, block)
 
 
 class Stage(nn.Sequential):

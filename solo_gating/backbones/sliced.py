@@ -1,14 +1,13 @@
 """ResNets whose blocks compute fewer hidden channels: what is left of a gated encoder."""
 
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..errors import InputError
 from ..gates import Gate, make_gate
-from .blocks import BLOCKS, BlockMixin, convolutions
+from .blocks import BLOCKS, BlockMixin, convolutions, mixed
 from .masking import apply_mask
 from .resnet import ResNet
 
@@ -19,6 +18,9 @@ class SlicedBlock(BlockMixin):
     out = relu(bn_N(conv_N h_(N−1)) + shortcut(x)), h_i = relu(bn_i(conv_i h_(i−1))) with `hidden[i]`
     channels; where gates stay, h_i is multiplied by their masks as in `GatedBlock`.
     """
+
+    relu: nn.Module
+    downsample: nn.Module | None
 
     def slice(self, hidden: Sequence[int], gates: Sequence[Gate]) -> None:
         """Replace the convolutions by ones with so many channels between them."""
@@ -61,10 +63,9 @@ class SlicedBlock(BlockMixin):
         return self.relu(out)
 
 
-@cache
 def sliced_block(block: type[nn.Module]) -> type[nn.Module]:
     """The sliced version of a class of residual blocks, as `blocks.gated_block`."""
-    return type(f"Sliced{block.__name__}", (SlicedBlock, block), {"__module__": __name__})
+    return mixed(SlicedBlock, block)
 
 
 class SlicedResNet(ResNet):
@@ -109,21 +110,21 @@ class SlicedResNet(ResNet):
             "gate_kwargs": list(gate_kwargs),
             **kwargs,
         }
-        between = [len(convolutions(block)) - 1 for block in self.blocks]
+        between = [len(convolutions(one)) - 1 for one in self.blocks]
         if len(hidden) != sum(between) or any(number < 1 for number in hidden):
             raise InputError(
                 f"hidden: got {hidden}, expected {sum(between)} numbers of channels ≥ 1"
             )
         arguments = list(gate_kwargs) or [{} for _ in hidden]
-        for block, number in zip(self.blocks, between, strict=True):
+        for one, number in zip(self.blocks, between, strict=True):
             widths, hidden = hidden[:number], hidden[number:]
             own, arguments = arguments[:number], arguments[number:]
-            inputs = convolutions(block)[0][1].in_channels
+            inputs = convolutions(one)[0][1].in_channels
             gates = []
             if gate is not None:
-                for width, one in zip(widths, own, strict=True):
-                    gates.append(make_gate(gate, inputs, width, one, {}))  # type: ignore[arg-type]
-            block.slice(widths, gates)
+                for width, its in zip(widths, own, strict=True):
+                    gates.append(make_gate(gate, inputs, width, its, {}))
+            one.slice(widths, gates)
 
     @property
     def architecture(self) -> dict[str, Any]:

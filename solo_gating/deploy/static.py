@@ -149,7 +149,7 @@ def _block_weights(block: Any, sides: list[Tensor | None]) -> dict[str, Tensor]:
         zip(convolutions(block), block.gated_norms, strict=True)
     ):
         inputs, outputs = sides[number], sides[number + 1]
-        weight = conv.get_parameter("weight")
+        weight: Tensor = conv.weight
         weight = weight if inputs is None else weight[:, inputs]
         weights[f"{name}.weight"] = weight if outputs is None else weight[outputs]
         for key, value in norm.state_dict().items():

@@ -83,7 +83,7 @@ def report_flops(cfg: DictConfig) -> dict[str, Any]:
     metrics["resolution"] = [size, size]
     write_json(folder / "metrics.json", metrics)
     say(format_report(metrics, source))
-    say(folder / "metrics.json")
+    say(str(folder / "metrics.json"))
     return metrics
 
 
