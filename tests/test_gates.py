@@ -6,8 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from solo_gating import gates
-from solo_gating.gates import ChannelGate, gumbel_sigmoid, logistic_noise
+from solo_gating.gates import ChannelGate, channel, gumbel_sigmoid, logistic_noise
 
 from .helpers import fixed_noise, randomise_norms
 
@@ -44,7 +43,7 @@ def test_the_gradient_is_that_of_the_soft_mask_at_the_same_noise():
     logits = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
     weights = torch.randn(7, 5, dtype=torch.float64)
     with fixed_noise(3):
-        noise = gates.logistic_noise(logits)
+        noise = channel.logistic_noise(logits)
     soft = torch.sigmoid((logits + noise) / TEMPERATURE)
     (expected,) = torch.autograd.grad((weights * soft).sum(), logits)
     with fixed_noise(3):

@@ -122,6 +122,8 @@ def test_the_config_then_holds_the_complete_group():
         "bound_decay": 0.02,
         "bound_target": "sqrt",
         "bound_gradient": "selected",
+        "gate": "channel",
+        "gate_kwargs": {},
         "reduction": 4,
         "temperature": 2 / 3,
         "weight_decay": 0.0,

@@ -12,7 +12,6 @@ from torch import nn
 
 from solo_gating import InputError, main_policy
 from solo_gating.config.arguments import flags_to_overrides
-from solo_gating.evaluate import calibrate as dial
 from solo_gating.evaluate.calibrate import Setting, calibrate, lowest_share, mean_share, sweep
 from solo_gating.evaluate.extract import extract
 from solo_gating.evaluate.policy import policy_of, read_policy
@@ -353,8 +352,8 @@ def calibrated(monkeypatch):
         asked.append((images, share))
         return Setting(1 - 2 * share, share + 0.01)
 
-    for module in (dial, main_policy):
-        monkeypatch.setattr(module, "calibrate", fake)
+    for module in ("evaluate.calibrate", "evaluate.tasks.policy"):
+        monkeypatch.setattr(f"solo_gating.{module}.calibrate", fake)
     return asked
 
 
