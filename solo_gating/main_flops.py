@@ -34,7 +34,7 @@ from .evaluate.features import extract
 from .files import make_folder, write_json
 from .flops import BackboneFlops, count_flops, count_parameters
 from .process_state import process_state_kept
-from .reading import check_architecture, read_checkpoint
+from .reading import check_architecture, read_checkpoint, weights_of
 from .schema import own_copy
 from .training.model import build_method
 
@@ -188,8 +188,9 @@ def _backbone(cfg: DictConfig) -> ResNet:
         )
     if cfg.flops.checkpoint is not None:
         content = read_checkpoint(cfg.flops.checkpoint, "flops.checkpoint")
-        check_architecture(model, content, cfg.flops.checkpoint)
-        model.load_state_dict(content["state_dict"])
+        parts = ("backbone",)  # a projector of another size changes no figure
+        check_architecture(model, content, cfg.flops.checkpoint, parts)
+        model.load_state_dict(weights_of(content["state_dict"], parts), strict=False)
     return model.backbone
 
 

@@ -26,7 +26,7 @@ from solo_gating.training.callbacks import NonFiniteLossError
 from solo_gating.training.checkpoints import WholeFiles
 from solo_gating.training.trainer import attach_outputs
 
-from .helpers import tiny_config, write_images
+from .helpers import METHOD_KWARGS, tiny_config, write_images
 from .reference import Reference
 
 STEPS = 3  # per epoch
@@ -181,6 +181,25 @@ def test_main_flops_measures_a_checkpoint(dual, tmp_path):
     )
     blocks = sum(block["gated"] for block in measured["blocks"]) + measured["flops"]["stem"]
     assert blocks == pytest.approx(measured["flops"]["gated"])
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"method_kwargs": {"proj_hidden_dim": 24}},
+        {"method_kwargs": {"proj_output_dim": 24}},
+        {"data": {"num_classes": 7}},
+        {"method": "barlow_dual", "method_kwargs": METHOD_KWARGS["barlow"]},
+    ],
+    ids=["hidden", "output", "classes", "method"],
+)
+def test_main_flops_needs_the_backbone_alone(other, dual, tmp_path):
+    flops = {"checkpoint": str(dual.folder / "last.ckpt"), "output": str(tmp_path)}
+    cfg = OmegaConf.merge(dual.given, {"flops": flops})
+    assert report_flops(OmegaConf.merge(cfg, other)) == report_flops(cfg)
+    cfg.backbone.kwargs.width = 5
+    with pytest.raises(InputError, match="of another architecture: backbone.conv1.weight"):
+        report_flops(cfg)
 
 
 @pytest.mark.parametrize("method", ["simsiam_gated", "simsiam"])
