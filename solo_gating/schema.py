@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from .checks import Kind, is_int, is_not_negative, is_number, is_positive, no_such_key, shown
 from .errors import InputError
-from .reading import LARGEST_SIDE
+from .reading import LARGEST_SIDE, as_text, literal
 
 Table = Mapping[str, Kind]
 
@@ -405,9 +405,9 @@ def _below(group: str, table: Table) -> str:
 
 def _at_home(cfg: DictConfig, key: str, value: Any) -> None:
     if isinstance(value, list) and any(path.startswith("~") for path in value):
-        OmegaConf.update(cfg, key, [os.path.expanduser(path) for path in value])
+        OmegaConf.update(cfg, key, literal([os.path.expanduser(path) for path in value]))
     elif isinstance(value, str) and value.startswith("~"):
-        OmegaConf.update(cfg, key, os.path.expanduser(value))
+        OmegaConf.update(cfg, key, as_text(os.path.expanduser(value)))
 
 
 def _python_values(value: Any) -> Any:

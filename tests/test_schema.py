@@ -1,5 +1,7 @@
 """What config keys accept: each key has its check, and each setting one place."""
 
+import os
+
 import numpy as np
 import pytest
 from omegaconf import OmegaConf
@@ -7,12 +9,14 @@ from omegaconf import OmegaConf
 from solo_gating import InputError
 from solo_gating.cli import composed
 from solo_gating.config import DEFAULTS, prepare_config
+from solo_gating.data import training_loader
+from solo_gating.reading import as_text
 from solo_gating.schema import EVALUATIONS, PRETRAINING, own_copy
 from solo_gating.training.model import build_method
 from solo_gating.training.trainer import build_trainer
 
 from .fuzz import keys_of
-from .helpers import tiny_config
+from .helpers import tiny_config, write_images
 
 
 def has_its_check(key, table):
@@ -208,3 +212,29 @@ def test_numbers_of_numpy_s_are_numbers():
     cfg = prepare_config(own_copy(given))
     assert (cfg.gating.target_budget, cfg.gating.reduction) == (0.25, 2)
     assert type(cfg.gating.target_budget) is float
+
+
+@pytest.mark.parametrize("text", ["${seed}", r"\${seed}", "~/${seed}", "a ${oc.env:HOME}"])
+def test_an_escaped_interpolation_stays_text(text):
+    """However often the config is completed."""
+    escaped = as_text(text)
+    overrides = {
+        "name": as_text(text.replace("/", "")),
+        "checkpoint": {"dir": escaped},
+        "data": {"val_path": [escaped]},
+    }
+    cfg = prepare_config(own_copy(prepare_config(tiny_config(**overrides))))
+    assert cfg.name == text.replace("/", "")
+    assert cfg.checkpoint.dir == os.path.expanduser(text)
+    assert list(cfg.data.val_path) == [os.path.expanduser(text)]
+
+
+def test_lists_and_groups_of_kwargs_may_hold_interpolations(tmp_path):
+    write_images(tmp_path / "a.npz", 20)
+    cfg = tiny_config(
+        "vicreg",
+        where=str(tmp_path),
+        data={"train_path": ["${where}/a.npz"]},
+        optimizer={"kwargs": {"momentum": "${optimizer.lr}"}},
+    )
+    assert len(training_loader(prepare_config(cfg)).dataset) == 20

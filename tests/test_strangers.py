@@ -88,6 +88,18 @@ def test_an_interpolation_in_an_args_json_is_text(name, copied, monkeypatch, tmp
     assert cfg.data.val_path == str(tmp_path / "absent.npz")
 
 
+@pytest.mark.parametrize("given", ["${oc.env:FUZZ_SECRET}", "/${data.dataset}/x.npz", r"\${seed}"])
+@pytest.mark.parametrize("several", [False, True])
+def test_paths_in_an_args_json_are_text(given, several, copied, monkeypatch):
+    """Also where an evaluation takes them over."""
+    monkeypatch.setenv("FUZZ_SECRET", fuzz.SECRET)
+    checkpoint, args = copied
+    changed(args, "data.val_path", [given] if several else given)
+    (checkpoint.parent / "args.json").write_text(json.dumps(args))
+    cfg = evaluation_config("knn", checkpoint)
+    assert_refused(lambda: prepare_evaluation(cfg, "knn", ("k",), ("val",)), repr(given))
+
+
 def test_a_file_s_name_is_no_interpolation(copied, monkeypatch):
     monkeypatch.setenv("FUZZ_SECRET", fuzz.SECRET)
     checkpoint, _ = copied

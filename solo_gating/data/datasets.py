@@ -61,7 +61,7 @@ def open_dataset(data: DictConfig, split: str, transform: Callable[[Any], Any] |
     key = f"data.{split}_path"
     path = data[f"{split}_path"]
     if OmegaConf.is_config(path):
-        path = OmegaConf.to_container(path)
+        path = OmegaConf.to_container(path, resolve=True)
     if data.format == "npz":
         images, labels = read_arrays(path, key, data.num_classes)
         hidden = data.no_labels and split == "train"

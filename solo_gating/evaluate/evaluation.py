@@ -26,7 +26,7 @@ from ..data import (
 from ..errors import InputError
 from ..files import make_folder, read_json, write_json
 from ..flops import count_flops
-from ..reading import as_text
+from ..reading import as_text, literal
 from ..training.checkpoints import plain
 from ..training.trainer import refusal
 from .encoder import Encoder, load_encoder
@@ -234,14 +234,8 @@ def flops_row(found: Extraction, encoder: Encoder) -> dict[str, float]:
 
 def _complete_data(cfg: DictConfig, args: DictConfig) -> None:
     """The evaluation's `data` and `augmentations`, from the config and the pre-training's."""
-    given = OmegaConf.create(
-        {key: value for key, value in (cfg.get("data") or {}).items() if value is not None}
-    )
-    base = OmegaConf.create(
-        {}
-        if given.get("dataset")
-        else {key: value for key, value in args.data.items() if value is not None}
-    )
+    given = _given(cfg.get("data"))
+    base = _given(None if given.get("dataset") else args.data)
     cfg.data = OmegaConf.merge(DEFAULTS["data"], base, given)
     if cfg.data.dataset != args.data.dataset and not given.get("train_path"):
         raise InputError(f"data.train_path: missing for data.dataset={cfg.data.dataset}")
@@ -267,6 +261,12 @@ def _complete_data(cfg: DictConfig, args: DictConfig) -> None:
         view.crop_size = cfg.crop_size
     cfg.augmentations = OmegaConf.create([view])
     check_augmentations(cfg.augmentations)
+
+
+def _given(group: DictConfig | None) -> Any:
+    """What a group has that is not null; no text in it is interpolated a second time."""
+    values: Any = OmegaConf.to_container(group, resolve=True) if group else {}
+    return OmegaConf.create(literal({k: v for k, v in values.items() if v is not None}))
 
 
 def _launch(cfg: DictConfig) -> Fabric:
