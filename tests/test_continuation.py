@@ -3,10 +3,10 @@
 import errno
 import fcntl
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
+import time
 from types import SimpleNamespace
 
 import lightning.pytorch as pl
@@ -20,28 +20,9 @@ from solo_gating.main_pretrain import pretrain
 from solo_gating.training.continuation import changes, find_checkpoint, locked
 from solo_gating.training.processes import CONTINUE
 
-from .helpers import package_environment, tiny_config, write_images
+from .helpers import STEPS, run_config, run_folder, tiny_config, write_images
 
-STEPS = 3  # per epoch
-
-
-def run_config(folder, method="vicreg", **overrides):
-    """Three steps of 16 images in each epoch, without validation."""
-    file = folder / "train.npz"
-    cfg = tiny_config(
-        method,
-        max_epochs=2,
-        data={"train_path": str(file if file.exists() else write_images(file, 50))},
-        optimizer={"batch_size": 16, "lr": 0.32},  # for 256 images
-        checkpoint={"enabled": True, "dir": str(folder / "runs")},
-        log_every_n_steps=1,
-    )
-    return OmegaConf.merge(cfg, overrides)
-
-
-def run_folder(folder):
-    (found,) = (folder / "runs").glob("*/*")
-    return found
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 def named(folder, method="vicreg", **overrides):
@@ -358,14 +339,12 @@ def run_config_without_files():
 
 # The lock
 
-HOLD = """
-import sys, time
-from pathlib import Path
-from solo_gating.training.continuation import locked
-with locked(Path(sys.argv[1])):
-    print("held", flush=True)
-    time.sleep(600)
-"""
+
+def hold(folder, held):
+    """In another process: has the lock until it is killed."""
+    with locked(folder):
+        held.put(os.getpid())
+        time.sleep(600)
 
 
 @pytest.fixture
@@ -374,16 +353,14 @@ def holder(finished, tmp_path):
     folder = tmp_path / "runs" / "vicreg" / "going"
     folder.mkdir(parents=True)
     (folder / "args.json").write_bytes((run_folder(finished) / "args.json").read_bytes())
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(folder)],
-        env=package_environment(OMP_NUM_THREADS="1"),
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout.readline() == "held\n"
+    context = multiprocessing.get_context("fork")
+    held = context.SimpleQueue()
+    process = context.Process(target=hold, args=(folder, held), daemon=True)
+    process.start()
+    assert held.get() == process.pid
     yield SimpleNamespace(folder=folder, process=process)
     process.kill()
-    process.wait()
+    process.join()
 
 
 def test_a_run_has_one_process_until_that_ends_in_whatever_way(
@@ -402,8 +379,8 @@ def test_a_run_has_one_process_until_that_ends_in_whatever_way(
         with pytest.raises(InputError, match=who):
             pretrain(cfg.copy())
     assert not recorder.groups
-    holder.process.send_signal(signal.SIGKILL)
-    holder.process.wait()
+    holder.process.kill()
+    holder.process.join()
     assert pretrain(named)["epochs"] == 3
     assert [folder.name for folder in holder.folder.parent.iterdir()] == ["going"]
     with locked(holder.folder):  # and it let go of it
@@ -462,6 +439,7 @@ def test_a_signal_that_is_ignored_stays_so(monkeypatch):
 )
 def test_a_signal_ends_a_run_at_any_time(name, when, call, monkeypatch, tmp_path):
     number = signal.Signals[name]
+    outer = signal.signal(number, signal.SIG_DFL)  # ignored under nohup
 
     def send(*args, **kwargs):
         os.kill(os.getpid(), number)
@@ -482,4 +460,4 @@ def test_a_signal_ends_a_run_at_any_time(name, when, call, monkeypatch, tmp_path
     assert errors.splitlines()[-1] == f"error: ended by {name}; {CONTINUE}"
     assert "Traceback" not in errors
     assert not list(tmp_path.glob("runs/*/*/metrics.json"))
-    assert signal.getsignal(number) is signal.SIG_DFL
+    assert signal.signal(number, outer) is signal.SIG_DFL

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from solo_gating import InputError
+from solo_gating.evaluate.features import extract
 from solo_gating.methods import gated
 from solo_gating.training.checkpoints import Checkpointer
 
 from .helpers import default_dtype, of_two_processes, random_batch, tiny_config, tiny_model
+from .test_evaluation import VAL, digit_tensors, loader, tiny_backbone
 from .test_randomness import assert_same, last_checkpoint, logged_by, small_config, write_data
 
 RANGE = "vicreg_dual over a range of budgets"
@@ -26,6 +28,7 @@ METHODS = ("vicreg_dual", "simsiam_gated", RANGE, PER_IMAGE)
 LOCAL = "vicreg_dual with shares of each process"
 BATCH = 4  # per process
 PIPELINES = ("workers", "device")
+PATHS = ("dense", "gated")
 
 
 class SumOverProcesses(torch.autograd.Function):
@@ -116,7 +119,20 @@ def process(rank: int) -> dict[str, Any]:
         with mock.patch.object(gated, "global_mean", lambda values: values):
             results[LOCAL] = gradients("vicreg_dual", rows, parallel=True)
     results["full disk"] = a_full_disk(rank)
+    results["extraction"] = extraction()
     return results | {pipeline: runs(rank, pipeline) for pipeline in PIPELINES}
+
+
+def extraction() -> dict[str, Any]:
+    """What both processes find of 31 images, and the error of one with more processes than images."""
+    backbone, (images, targets) = tiny_backbone(), digit_tensors(VAL)
+    batches = loader(images, targets, 4)
+    found: dict[str, Any] = {path: extract(backbone, batches, path) for path in PATHS}
+    try:
+        extract(backbone, loader(images[:1]), "dense")
+    except InputError as error:
+        found["error"] = str(error)
+    return found
 
 
 def a_full_disk(rank: int) -> str:
@@ -218,3 +234,21 @@ def test_two_processes_go_on_like_two_that_were_not_killed(pipeline, two):
     for found in two:
         whole, continued = found[pipeline]
         assert_same(continued, whole)
+
+
+def test_two_processes_find_what_one_finds(two):
+    """Of 31 images one process has 16, the other 15."""
+    both = [found["extraction"] for found in two]
+    backbone, (images, targets) = tiny_backbone(), digit_tensors(VAL)
+    for path in PATHS:
+        expected = extract(backbone, loader(images, targets), path)
+        for found in (both[0][path], both[1][path]):
+            torch.testing.assert_close(found.features, expected.features, rtol=1e-4, atol=1e-5)
+            assert torch.equal(found.targets, targets)
+            assert found.flops == expected.flops
+            if path == "gated":
+                assert torch.equal(found.channels, expected.channels)
+            for ours, theirs in zip(found.selected, expected.selected, strict=True):
+                assert torch.equal(ours, theirs)
+    for found in both:
+        assert found["error"].startswith("devices: found 2 processes for 1 images")

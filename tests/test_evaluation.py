@@ -42,7 +42,7 @@ from solo_gating.flops import count_flops
 from solo_gating.gates import ChannelGate
 from solo_gating.main_knn import evaluate_knn
 
-from .helpers import fixed_noise, of_two_processes, randomise_norms, tiny_config
+from .helpers import fixed_noise, randomise_norms, tiny_config
 
 VAL = slice(1400, 1431)  # digits by other writers than the first 1,400
 
@@ -594,35 +594,6 @@ def test_a_backbone_is_left_as_it_was(training):
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
     again = extract(backbone.eval(), loader(images), "gated")
     assert torch.equal(again.features, found.features)
-
-
-def process(rank):
-    backbone, (images, targets) = tiny_backbone(), digit_tensors(VAL)
-    batches = loader(images, targets, 4)
-    found = {path: extract(backbone, batches, path) for path in ("dense", "gated")}
-    try:
-        extract(backbone, loader(images[:1]), "dense")
-    except InputError as error:
-        found["error"] = str(error)
-    return found
-
-
-def test_two_processes_find_what_one_finds(tmp_path):
-    """31 images: one process has 16, the other 15."""
-    both = of_two_processes(process, tmp_path)
-    backbone, (images, targets) = tiny_backbone(), digit_tensors(VAL)
-    for path in ("dense", "gated"):
-        expected = extract(backbone, loader(images, targets), path)
-        for found in (both[0][path], both[1][path]):
-            torch.testing.assert_close(found.features, expected.features, rtol=1e-4, atol=1e-5)
-            assert torch.equal(found.targets, targets)
-            assert found.flops == expected.flops
-            if path == "gated":
-                assert torch.equal(found.channels, expected.channels)
-            for ours, theirs in zip(found.selected, expected.selected, strict=True):
-                assert torch.equal(ours, theirs)
-    for found in both:
-        assert found["error"].startswith("devices: found 2 processes for 1 images")
 
 
 # The images of an evaluation
