@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import shutil
+import threading
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
@@ -690,6 +691,31 @@ def test_results_of_the_same_settings_share_a_folder(dual):
     ]
     assert len(same | {folder(*overrides) for overrides in others}) == 1 + len(others)
     assert folder("output=elsewhere") == Path("elsewhere")
+
+
+def test_two_evaluations_at_once_lose_no_path(dual, tmp_path, monkeypatch):
+    """Each reads what is there, and writes it with its own path, while the other waits."""
+    options = ["data.num_workers=0", f"output={tmp_path}"]
+    first, second = (
+        prepare_evaluation(evaluation_config("knn", dual.checkpoint, *options), "knn", (), ("val",))
+        for _ in range(2)
+    )
+    read, started = evaluation._metrics_before, threading.Event()
+    other = threading.Thread(target=second.write, args=({"gated": {"knn_top1": 2.0}}, 0))
+
+    def slowly(file):
+        before = read(file)
+        if not started.is_set():
+            started.set()
+            other.start()
+            other.join(timeout=0.3)
+        return before
+
+    monkeypatch.setattr(evaluation, "_metrics_before", slowly)
+    first.write({"dense": {"knn_top1": 1.0}}, 0)
+    other.join()
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    assert (found["dense"], found["gated"]) == ({"knn_top1": 1.0}, {"knn_top1": 2.0})
 
 
 # The commands

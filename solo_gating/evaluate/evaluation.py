@@ -24,7 +24,7 @@ from ..data import (
     skipped_images,
 )
 from ..errors import InputError
-from ..files import make_folder, read_json, write_json
+from ..files import make_folder, one_at_a_time, read_json, write_json
 from ..flops import count_flops
 from ..reading import as_text, literal
 from ..training.checkpoints import plain
@@ -107,10 +107,8 @@ class Evaluation:
             What the file then holds.
         """
         file = self.folder / "metrics.json"
-        before = _metrics_before(file)
         loaders = self.loaders if train is None else {**self.loaders, "train": train}
-        metrics = before if before.get("identity") == self.identity else {}
-        metrics |= {
+        figures = {
             "identity": self.identity,
             "evaluation": self.kind,
             "pretraining": self.encoder.description(),
@@ -124,8 +122,12 @@ class Evaluation:
             "settings": self.settings,
             **rows,
         }
-        if self.fabric.is_global_zero:
-            write_json(file, metrics)
+        with one_at_a_time(self.folder):  # another terminal may evaluate the other path
+            before = _metrics_before(file)
+            metrics = before if before.get("identity") == self.identity else {}
+            metrics |= figures
+            if self.fabric.is_global_zero:
+                write_json(file, metrics)
         self.say(str(file))
         return metrics
 
