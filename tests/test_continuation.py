@@ -260,13 +260,20 @@ def test_a_run_killed_during_its_final_table_keeps_what_it_logged(tmp_path, monk
     assert str(metrics["logged"]["train_vicreg_loss_epoch"]) in last
 
 
-@pytest.mark.parametrize("limit", [{"max_steps": 2 * STEPS}, {"max_steps": STEPS + 2}])
-def test_a_run_that_a_limit_stopped_goes_on(limit, recorder, tmp_path):
+@pytest.mark.parametrize(
+    ("limit", "steps"),
+    [
+        ({"max_steps": 2 * STEPS}, 2 * STEPS),
+        ({"max_steps": STEPS + 2}, STEPS + 2),
+        ({"max_time": {"milliseconds": 1}}, 1),
+    ],
+)
+def test_a_run_that_a_limit_stopped_goes_on(limit, steps, recorder, tmp_path):
     """At the end of an epoch or in it: all its steps, on the schedule of the whole."""
     settings = {"max_epochs": 3, "auto_resume": {"enabled": True}}
     expected = rates_of_whole_run(recorder, tmp_path / "whole", **settings)
     metrics = pretrain(run_config(tmp_path, **settings, **limit))
-    assert metrics["epochs"] == limit["max_steps"] // STEPS
+    assert (metrics["epochs"], metrics["steps"]) == (steps // STEPS, steps)
     assert metrics["finished"] is False
     again = pretrain(run_config(tmp_path, **settings, **limit))
     assert again == metrics  # the limit is still reached: nothing was done

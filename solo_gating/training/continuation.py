@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 
 from ..config import DEFAULTS
 from ..errors import InputError
-from ..files import make_folder, read_json
+from ..files import read_json
 from ..gating_config import as_it_was
 from ..reading import check_architecture
 from .checkpoints import plain, read_args
@@ -225,12 +225,11 @@ def locked(folder: Path) -> Iterator[None]:
     do not inherit it, and a network file system passes it on to other machines.
 
     Args:
-        folder: made if it does not exist.
+        folder: that exists.
 
     Raises:
         InputError: if another process has it, or it cannot be written.
     """
-    make_folder(folder)
     try:
         file = open(folder / "run.lock", "a+", encoding="utf-8")  # noqa: SIM115 (closed below)
     except OSError as error:
