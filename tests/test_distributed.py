@@ -15,11 +15,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from solo_gating import InputError
 from solo_gating.evaluate.features import extract
+from solo_gating.files import read_json
+from solo_gating.main_knn import evaluate_knn
 from solo_gating.methods import gated
 from solo_gating.training.checkpoints import Checkpointer
 
 from .helpers import default_dtype, of_two_processes, random_batch, tiny_config, tiny_model
-from .test_evaluation import VAL, digit_tensors, loader, tiny_backbone
+from .test_evaluation import VAL, digit_tensors, evaluation_config, loader, tiny_backbone
 from .test_randomness import assert_same, last_checkpoint, logged_by, small_config, write_data
 
 RANGE = "vicreg_dual over a range of budgets"
@@ -120,7 +122,8 @@ def process(rank: int) -> dict[str, Any]:
             results[LOCAL] = gradients("vicreg_dual", rows, parallel=True)
     results["full disk"] = a_full_disk(rank)
     results["extraction"] = extraction()
-    return results | {pipeline: runs(rank, pipeline) for pipeline in PIPELINES}
+    results |= {pipeline: runs(rank, pipeline) for pipeline in PIPELINES}
+    return results | {"knn": evaluation(Path(os.environ["SHARED_FOLDER"]), 2)}
 
 
 def extraction() -> dict[str, Any]:
@@ -185,10 +188,21 @@ def runs(rank: int, pipeline: str) -> list[Any]:
     return found
 
 
+def evaluation(folder: Path, processes: int) -> dict[str, Any]:
+    """What `main_knn` finds of the first of these runs."""
+    (checkpoint,) = (folder / f"{PIPELINES[0]}-0").glob("*/*/last.ckpt")
+    overrides = ["k=1", f"devices={processes}", f"output={folder / f'knn-{processes}'}"]
+    return evaluate_knn(evaluation_config("knn", checkpoint, *overrides))
+
+
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("processes")
+
+
+@pytest.fixture(scope="module")
+def two(folder):
     """What both processes found."""
-    folder = tmp_path_factory.mktemp("processes")
     write_data(folder, processes=2)
     return of_two_processes(process, folder)
 
@@ -252,3 +266,10 @@ def test_two_processes_find_what_one_finds(two):
                 assert torch.equal(ours, theirs)
     for found in both:
         assert found["error"].startswith("devices: found 2 processes for 1 images")
+
+
+def test_two_processes_evaluate_a_checkpoint_as_one_does(two, folder):
+    one = evaluation(folder, 1)
+    written = read_json(folder / "knn-2" / "metrics.json")
+    for path in PATHS:
+        assert one[path] == written[path] == two[0]["knn"][path] == two[1]["knn"][path]
