@@ -209,7 +209,7 @@ PRETRAINING: Table = {
     "final_knn.enabled": TRUTH,
     "final_knn.labels_per_class": COUNT,
     "final_knn.draws": whole(1, _MOST_REPEATS),
-    "final_knn.budgets": ANY,
+    "final_knn.budgets": Kind(lambda v: v is None or isinstance(v, list), "a list like [0.1, 0.3]"),
     "flops.checkpoint": PATH_OR_NULL,
     "flops.images": COUNT,
     "flops.budget": NUMBER.or_null(),

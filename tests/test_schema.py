@@ -1,6 +1,7 @@
 """What config keys accept: each key has its check, and each setting one place."""
 
 import os
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -238,3 +239,16 @@ def test_lists_and_groups_of_kwargs_may_hold_interpolations(tmp_path):
         optimizer={"kwargs": {"momentum": "${optimizer.lr}"}},
     )
     assert len(training_loader(prepare_config(cfg)).dataset) == 20
+
+
+def test_a_group_or_list_that_is_something_else_ends_in_a_run_or_one_sentence():
+    whole = OmegaConf.merge(DEFAULTS, tiny_config(), {"gating": {}, "momentum": {}})
+    views = [f"augmentations.0.{name}" for name in ("rrc", "affine", "mean", "gaussian_blur")]
+    groups = [key for key in keys_of(whole) if OmegaConf.is_config(OmegaConf.select(whole, key))]
+    assert len(groups) > 10
+    for key in groups + views:
+        for value in (5, "x", [1], {"a": 1}):
+            cfg = tiny_config()
+            OmegaConf.update(cfg, key, value, merge=False, force_add=True)
+            with suppress(InputError):
+                prepare_config(own_copy(cfg))
