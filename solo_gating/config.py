@@ -294,7 +294,7 @@ def number_of_classes(data: DictConfig) -> int:
         folders = count_class_folders(str(data.train_path))
         if not folders:
             raise InputError(
-                f"data.train_path: {str(data.train_path)!r} does not exist or has no class folders"
+                f"data.train_path: {shown(str(data.train_path))} does not exist or has no class folders"
             )
         return folders
     at_least("data.num_classes", data.num_classes, 1)

@@ -12,7 +12,7 @@ import torch
 from omegaconf import OmegaConf
 from torchvision.models import resnet18
 
-from solo_gating import main_linear, main_umap
+from solo_gating import InputError, main_linear, main_umap
 from solo_gating.deploy.dense import solo_learn_args
 from solo_gating.evaluate.encoder import load_encoder
 from solo_gating.evaluate.evaluation import evaluation_of, prepare_evaluation
@@ -86,6 +86,19 @@ def test_an_interpolation_in_an_args_json_is_text(name, copied, monkeypatch, tmp
     cfg = evaluation_config("knn", checkpoint, f"data.val_path={tmp_path / 'absent.npz'}")
     assert_refused(lambda: prepare_evaluation(cfg, "knn", ("k",), ("val",)), "absent.npz")
     assert cfg.data.val_path == str(tmp_path / "absent.npz")
+
+
+@pytest.mark.parametrize("key", ["name", "method", "backbone.name", "data.dataset", "data.format"])
+@pytest.mark.parametrize("head", ["backbone", "projector"])
+def test_whatever_an_args_json_holds_a_sentence_is_short(key, head, copied):
+    checkpoint, args = copied
+    changed(args, key, "a" * 10_000)
+    changed(args, "data.val_path", "b" * 10_000)
+    (checkpoint.parent / "args.json").write_text(json.dumps(args))
+    cfg = evaluation_config("knn", checkpoint, f"features={head}")
+    with pytest.raises(InputError) as error:
+        prepare_evaluation(cfg, "knn", ("k",), ("val",))
+    assert len(str(error.value)) < 1500
 
 
 @pytest.mark.parametrize("given", ["${oc.env:FUZZ_SECRET}", "/${data.dataset}/x.npz", r"\${seed}"])
