@@ -22,9 +22,9 @@ def require(key: str, value: Any, accepted: Callable[[Any], Any], wording: str) 
 
 
 def shown(value: Any) -> str:
-    """A value as a message shows it: in one line, and not at any length."""
+    """A value as a message shows it: in one line, and of a long one the beginning and the end."""
     text = " ".join(repr(value).split("\n"))
-    return text if len(text) <= 200 else f"{text[:199]}…"
+    return text if len(text) <= 300 else f"{text[:199]}…{text[-100:]}"
 
 
 def no_such_key(key: str, known: Iterable[str], accepted: str = "") -> InputError:

@@ -157,6 +157,26 @@ def _cannot_write(path: Path, error: OSError) -> InputError:
     return InputError(f"cannot write {str(path)!r} ({error.strerror or error})")
 
 
+@contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Wait for other processes that are in such a block of the same folder.
+
+    For reading a result file, adding to it and writing it: of two that do so at once one would
+    write what the other has not seen. The lock leaves no file behind; a file system without locks
+    is no hindrance.
+
+    Args:
+        folder: that exists.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file whole or not at all, its folder included.
 

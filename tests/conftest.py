@@ -4,7 +4,11 @@ import sys
 import pytest
 import torch
 
+# Compiling umap-learn takes a minute, its few points here a second without.
+os.environ.setdefault("NUMBA_DISABLE_JIT", "1")
+
 import solo_gating  # noqa: F401 (solo-learn 1.0.2 can be imported only after it)
+from solo_gating import main_pretrain
 
 # Tiny tensors: a second thread costs more than it gives, and sums could depend on it.
 torch.set_num_threads(1)
@@ -39,3 +43,23 @@ def call(monkeypatch, tmp_path, capsys):
         return code, *capsys.readouterr()
 
     return run
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Runs draw no curves, which takes longer than some of them."""
+    monkeypatch.setattr(main_pretrain, "draw_curves", lambda *args: None)
+
+
+# With what takes longest last, one process would wait for the other.
+FIRST = (
+    *("continuation", "pretrain", "processes", "distributed", "performance", "engine"),
+    *("every_budget", "strangers", "methods", "export", "cli", "evaluation", "no_waiting"),
+    *("randomness", "benchmark", "benchmark_train", "umap", "import", "wheel"),
+)
+
+
+def pytest_collection_modifyitems(items):
+    """The files that take longest first; `--no-loadscope-reorder` keeps this order."""
+    order = {f"test_{name}": place for place, name in enumerate(FIRST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))

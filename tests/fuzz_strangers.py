@@ -155,9 +155,8 @@ def _outcome(use: Callable[[], str]) -> str:
         return use()
     except InputError as error:
         message = str(error)
-        assert "\n" not in message
-        assert len(message) < 1500
-        assert "weights_only" not in message
+        if "\n" in message or len(message) >= 1500 or "weights_only" in message:
+            return f"no such sentence: {message}"
         return "sentence"
     except Exception:
         return f"stack trace: {traceback.format_exc()}"

@@ -100,6 +100,28 @@ def tiny_config(method: str = "vicreg_dual", **overrides: Any) -> DictConfig:
     return OmegaConf.merge(cfg, overrides)
 
 
+STEPS = 3  # in an epoch of a `run_config`
+
+
+def run_config(folder: Path, method: str = "vicreg", **overrides: Any) -> DictConfig:
+    """Two epochs of three steps of 16 images without validation; checkpoints in `folder/runs`."""
+    images = folder / "train.npz"
+    cfg = tiny_config(
+        method,
+        data={"train_path": str(images if images.exists() else write_images(images, 50))},
+        optimizer={"batch_size": 16, "lr": 0.32},  # for 256 images
+        checkpoint={"enabled": True, "dir": str(folder / "runs")},
+        log_every_n_steps=1,
+    )
+    return OmegaConf.merge(cfg, overrides)
+
+
+def run_folder(folder: Path) -> Path:
+    """The folder of the only run in `folder/runs`."""
+    (found,) = (folder / "runs").glob("*/*")
+    return found
+
+
 def tiny_model(
     cfg: DictConfig, seed: int = 0, epoch: int = 0, steps: int = 40, dtype: Any = torch.float64
 ) -> Any:

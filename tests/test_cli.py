@@ -85,20 +85,6 @@ def test_a_process_that_fails_says_so_and_leaves_nothing_behind(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_script_of_solo_learn_s_runs_with_the_plugin_registered(tmp_path):
-    (tmp_path / "beside.py").write_text("VALUE = 41\n")
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import sys, beside\n"
-        "from solo.methods import METHODS\n"
-        "if __name__ == '__main__':\n"
-        "    print(sys.argv[1:], beside.VALUE, 'vicreg_dual' in METHODS)\n"
-    )
-    result = start("-m", "solo_gating", script, "--config-name", "x", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout == "['--config-name', 'x'] 41 True\n"
-
-
 def test_a_script_that_does_not_exist_is_named(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["solo_gating", "absent.py"])
     with pytest.raises(SystemExit, match=r"error: 'absent.py' is not a file"):

@@ -3,10 +3,10 @@
 import errno
 import fcntl
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
+import time
 from types import SimpleNamespace
 
 import lightning.pytorch as pl
@@ -21,28 +21,9 @@ from solo_gating.training import pretrain as training_pretrain
 from solo_gating.training.continuation import changes, find_checkpoint, locked
 from solo_gating.training.processes import CONTINUE
 
-from .helpers import package_environment, tiny_config, write_images
+from .helpers import STEPS, run_config, run_folder, tiny_config, write_images
 
-STEPS = 3  # per epoch
-
-
-def run_config(folder, method="vicreg", **overrides):
-    """Three steps of 16 images in each epoch, without validation."""
-    file = folder / "train.npz"
-    cfg = tiny_config(
-        method,
-        max_epochs=2,
-        data={"train_path": str(file if file.exists() else write_images(file, 50))},
-        optimizer={"batch_size": 16, "lr": 0.32},  # for 256 images
-        checkpoint={"enabled": True, "dir": str(folder / "runs")},
-        log_every_n_steps=1,
-    )
-    return OmegaConf.merge(cfg, overrides)
-
-
-def run_folder(folder):
-    (found,) = (folder / "runs").glob("*/*")
-    return found
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 def named(folder, method="vicreg", **overrides):
@@ -280,13 +261,20 @@ def test_a_run_killed_during_its_final_table_keeps_what_it_logged(tmp_path, monk
     assert str(metrics["logged"]["train_vicreg_loss_epoch"]) in last
 
 
-@pytest.mark.parametrize("limit", [{"max_steps": 2 * STEPS}, {"max_steps": STEPS + 2}])
-def test_a_run_that_a_limit_stopped_goes_on(limit, recorder, tmp_path):
+@pytest.mark.parametrize(
+    ("limit", "steps"),
+    [
+        ({"max_steps": 2 * STEPS}, 2 * STEPS),
+        ({"max_steps": STEPS + 2}, STEPS + 2),
+        ({"max_time": {"milliseconds": 1}}, 1),
+    ],
+)
+def test_a_run_that_a_limit_stopped_goes_on(limit, steps, recorder, tmp_path):
     """At the end of an epoch or in it: all its steps, on the schedule of the whole."""
     settings = {"max_epochs": 3, "auto_resume": {"enabled": True}}
     expected = rates_of_whole_run(recorder, tmp_path / "whole", **settings)
     metrics = pretrain(run_config(tmp_path, **settings, **limit))
-    assert metrics["epochs"] == limit["max_steps"] // STEPS
+    assert (metrics["epochs"], metrics["steps"]) == (steps // STEPS, steps)
     assert metrics["finished"] is False
     again = pretrain(run_config(tmp_path, **settings, **limit))
     assert again == metrics  # the limit is still reached: nothing was done
@@ -359,14 +347,12 @@ def run_config_without_files():
 
 # The lock
 
-HOLD = """
-import sys, time
-from pathlib import Path
-from solo_gating.training.continuation import locked
-with locked(Path(sys.argv[1])):
-    print("held", flush=True)
-    time.sleep(600)
-"""
+
+def hold(folder, held):
+    """In another process: has the lock until it is killed."""
+    with locked(folder):
+        held.put(os.getpid())
+        time.sleep(600)
 
 
 @pytest.fixture
@@ -375,16 +361,14 @@ def holder(finished, tmp_path):
     folder = tmp_path / "runs" / "vicreg" / "going"
     folder.mkdir(parents=True)
     (folder / "args.json").write_bytes((run_folder(finished) / "args.json").read_bytes())
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(folder)],
-        env=package_environment(OMP_NUM_THREADS="1"),
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout.readline() == "held\n"
+    context = multiprocessing.get_context("fork")
+    held = context.SimpleQueue()
+    process = context.Process(target=hold, args=(folder, held), daemon=True)
+    process.start()
+    assert held.get() == process.pid
     yield SimpleNamespace(folder=folder, process=process)
     process.kill()
-    process.wait()
+    process.join()
 
 
 def test_a_run_has_one_process_until_that_ends_in_whatever_way(
@@ -403,8 +387,8 @@ def test_a_run_has_one_process_until_that_ends_in_whatever_way(
         with pytest.raises(InputError, match=who):
             pretrain(cfg.copy())
     assert not recorder.groups
-    holder.process.send_signal(signal.SIGKILL)
-    holder.process.wait()
+    holder.process.kill()
+    holder.process.join()
     assert pretrain(named)["epochs"] == 3
     assert [folder.name for folder in holder.folder.parent.iterdir()] == ["going"]
     with locked(holder.folder):  # and it let go of it
@@ -463,6 +447,7 @@ def test_a_signal_that_is_ignored_stays_so(monkeypatch):
 )
 def test_a_signal_ends_a_run_at_any_time(name, when, call, monkeypatch, tmp_path):
     number = signal.Signals[name]
+    outer = signal.signal(number, signal.SIG_DFL)  # ignored under nohup
 
     def send(*args, **kwargs):
         os.kill(os.getpid(), number)
@@ -483,4 +468,4 @@ def test_a_signal_ends_a_run_at_any_time(name, when, call, monkeypatch, tmp_path
     assert errors.splitlines()[-1] == f"error: ended by {name}; {CONTINUE}"
     assert "Traceback" not in errors
     assert not list(tmp_path.glob("runs/*/*/metrics.json"))
-    assert signal.getsignal(number) is signal.SIG_DFL
+    assert signal.signal(number, outer) is signal.SIG_DFL

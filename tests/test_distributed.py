@@ -14,10 +14,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from solo_gating import InputError
+from solo_gating.evaluate.extract import extract
+from solo_gating.files import read_json
+from solo_gating.main_knn import evaluate_knn
 from solo_gating.methods import gated
 from solo_gating.training.checkpoints import Checkpointer
 
 from .helpers import default_dtype, of_two_processes, random_batch, tiny_config, tiny_model
+from .test_evaluation import VAL, digit_tensors, evaluation_config, loader, tiny_backbone
 from .test_randomness import assert_same, last_checkpoint, logged_by, small_config, write_data
 
 RANGE = "vicreg_dual over a range of budgets"
@@ -26,6 +30,7 @@ METHODS = ("vicreg_dual", "simsiam_gated", RANGE, PER_IMAGE)
 LOCAL = "vicreg_dual with shares of each process"
 BATCH = 4  # per process
 PIPELINES = ("workers", "device")
+PATHS = ("dense", "gated")
 
 
 class SumOverProcesses(torch.autograd.Function):
@@ -116,7 +121,21 @@ def process(rank: int) -> dict[str, Any]:
         with mock.patch.object(gated, "global_mean", lambda values: values):
             results[LOCAL] = gradients("vicreg_dual", rows, parallel=True)
     results["full disk"] = a_full_disk(rank)
-    return results | {pipeline: runs(rank, pipeline) for pipeline in PIPELINES}
+    results["extraction"] = extraction()
+    results |= {pipeline: runs(rank, pipeline) for pipeline in PIPELINES}
+    return results | {"knn": evaluation(Path(os.environ["SHARED_FOLDER"]), 2)}
+
+
+def extraction() -> dict[str, Any]:
+    """What both processes find of 31 images, and the error of one with more processes than images."""
+    backbone, (images, targets) = tiny_backbone(), digit_tensors(VAL)
+    batches = loader(images, targets, 4)
+    found: dict[str, Any] = {path: extract(backbone, batches, path) for path in PATHS}
+    try:
+        extract(backbone, loader(images[:1]), "dense")
+    except InputError as error:
+        found["error"] = str(error)
+    return found
 
 
 def a_full_disk(rank: int) -> str:
@@ -169,10 +188,21 @@ def runs(rank: int, pipeline: str) -> list[Any]:
     return found
 
 
+def evaluation(folder: Path, processes: int) -> dict[str, Any]:
+    """What `main_knn` finds of the first of these runs."""
+    (checkpoint,) = (folder / f"{PIPELINES[0]}-0").glob("*/*/last.ckpt")
+    overrides = ["k=1", f"devices={processes}", f"output={folder / f'knn-{processes}'}"]
+    return evaluate_knn(evaluation_config("knn", checkpoint, *overrides))
+
+
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("processes")
+
+
+@pytest.fixture(scope="module")
+def two(folder):
     """What both processes found."""
-    folder = tmp_path_factory.mktemp("processes")
     write_data(folder, processes=2)
     return of_two_processes(process, folder)
 
@@ -218,3 +248,28 @@ def test_two_processes_go_on_like_two_that_were_not_killed(pipeline, two):
     for found in two:
         whole, continued = found[pipeline]
         assert_same(continued, whole)
+
+
+def test_two_processes_find_what_one_finds(two):
+    """Of 31 images one process has 16, the other 15."""
+    both = [found["extraction"] for found in two]
+    backbone, (images, targets) = tiny_backbone(), digit_tensors(VAL)
+    for path in PATHS:
+        expected = extract(backbone, loader(images, targets), path)
+        for found in (both[0][path], both[1][path]):
+            torch.testing.assert_close(found.features, expected.features, rtol=1e-4, atol=1e-5)
+            assert torch.equal(found.targets, targets)
+            assert found.flops == expected.flops
+            if path == "gated":
+                assert torch.equal(found.channels, expected.channels)
+            for ours, theirs in zip(found.selected, expected.selected, strict=True):
+                assert torch.equal(ours, theirs)
+    for found in both:
+        assert found["error"].startswith("devices: found 2 processes for 1 images")
+
+
+def test_two_processes_evaluate_a_checkpoint_as_one_does(two, folder):
+    one = evaluation(folder, 1)
+    written = read_json(folder / "knn-2" / "metrics.json")
+    for path in PATHS:
+        assert one[path] == written[path] == two[0]["knn"][path] == two[1]["knn"][path]

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import shutil
+import threading
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
@@ -45,7 +46,7 @@ from solo_gating.gates import ChannelGate
 from solo_gating.main_knn import evaluate_knn
 from solo_gating.training import pretrain as training_pretrain
 
-from .helpers import fixed_noise, of_two_processes, randomise_norms, tiny_config
+from .helpers import fixed_noise, randomise_norms, tiny_config
 
 VAL = slice(1400, 1431)  # digits by other writers than the first 1,400
 
@@ -599,35 +600,6 @@ def test_a_backbone_is_left_as_it_was(training):
     assert torch.equal(again.features, found.features)
 
 
-def process(rank):
-    backbone, (images, targets) = tiny_backbone(), digit_tensors(VAL)
-    batches = loader(images, targets, 4)
-    found = {path: extract(backbone, batches, path) for path in ("dense", "gated")}
-    try:
-        extract(backbone, loader(images[:1]), "dense")
-    except InputError as error:
-        found["error"] = str(error)
-    return found
-
-
-def test_two_processes_find_what_one_finds(tmp_path):
-    """31 images: one process has 16, the other 15."""
-    both = of_two_processes(process, tmp_path)
-    backbone, (images, targets) = tiny_backbone(), digit_tensors(VAL)
-    for path in ("dense", "gated"):
-        expected = extract(backbone, loader(images, targets), path)
-        for found in (both[0][path], both[1][path]):
-            torch.testing.assert_close(found.features, expected.features, rtol=1e-4, atol=1e-5)
-            assert torch.equal(found.targets, targets)
-            assert found.flops == expected.flops
-            if path == "gated":
-                assert torch.equal(found.channels, expected.channels)
-            for ours, theirs in zip(found.selected, expected.selected, strict=True):
-                assert torch.equal(ours, theirs)
-    for found in both:
-        assert found["error"].startswith("devices: found 2 processes for 1 images")
-
-
 # The images of an evaluation
 
 
@@ -722,6 +694,31 @@ def test_results_of_the_same_settings_share_a_folder(dual):
     ]
     assert len(same | {folder(*overrides) for overrides in others}) == 1 + len(others)
     assert folder("output=elsewhere") == Path("elsewhere")
+
+
+def test_two_evaluations_at_once_lose_no_path(dual, tmp_path, monkeypatch):
+    """Each reads what is there, and writes it with its own path, while the other waits."""
+    options = ["data.num_workers=0", f"output={tmp_path}"]
+    first, second = (
+        prepare_evaluation(evaluation_config("knn", dual.checkpoint, *options), "knn", (), ("val",))
+        for _ in range(2)
+    )
+    read, started = evaluation._metrics_before, threading.Event()
+    other = threading.Thread(target=second.write, args=({"gated": {"knn_top1": 2.0}}, 0))
+
+    def slowly(file):
+        before = read(file)
+        if not started.is_set():
+            started.set()
+            other.start()
+            other.join(timeout=0.3)
+        return before
+
+    monkeypatch.setattr(evaluation, "_metrics_before", slowly)
+    first.write({"dense": {"knn_top1": 1.0}}, 0)
+    other.join()
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    assert (found["dense"], found["gated"]) == ({"knn_top1": 1.0}, {"knn_top1": 2.0})
 
 
 # The commands

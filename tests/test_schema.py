@@ -1,18 +1,23 @@
 """What config keys accept: each key has its check, and each setting one place."""
 
+import os
+from contextlib import suppress
+
 import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
 from solo_gating import InputError
+from solo_gating.checkpoints.reading import as_text
 from solo_gating.config.compose import composed
 from solo_gating.config.pretraining import DEFAULTS, prepare_config
 from solo_gating.config.schema import EVALUATIONS, PRETRAINING, own_copy
+from solo_gating.data import training_loader
 from solo_gating.training.model import build_method
 from solo_gating.training.trainer import build_trainer
 
 from .fuzz import keys_of
-from .helpers import tiny_config
+from .helpers import tiny_config, write_images
 
 
 def has_its_check(key, table):
@@ -208,3 +213,42 @@ def test_numbers_of_numpy_s_are_numbers():
     cfg = prepare_config(own_copy(given))
     assert (cfg.gating.target_budget, cfg.gating.reduction) == (0.25, 2)
     assert type(cfg.gating.target_budget) is float
+
+
+@pytest.mark.parametrize("text", ["${seed}", r"\${seed}", "~/${seed}", "a ${oc.env:HOME}"])
+def test_an_escaped_interpolation_stays_text(text):
+    """However often the config is completed."""
+    escaped = as_text(text)
+    overrides = {
+        "name": as_text(text.replace("/", "")),
+        "checkpoint": {"dir": escaped},
+        "data": {"val_path": [escaped]},
+    }
+    cfg = prepare_config(own_copy(prepare_config(tiny_config(**overrides))))
+    assert cfg.name == text.replace("/", "")
+    assert cfg.checkpoint.dir == os.path.expanduser(text)
+    assert list(cfg.data.val_path) == [os.path.expanduser(text)]
+
+
+def test_lists_and_groups_of_kwargs_may_hold_interpolations(tmp_path):
+    write_images(tmp_path / "a.npz", 20)
+    cfg = tiny_config(
+        "vicreg",
+        where=str(tmp_path),
+        data={"train_path": ["${where}/a.npz"]},
+        optimizer={"kwargs": {"momentum": "${optimizer.lr}"}},
+    )
+    assert len(training_loader(prepare_config(cfg)).dataset) == 20
+
+
+def test_a_group_or_list_that_is_something_else_ends_in_a_run_or_one_sentence():
+    whole = OmegaConf.merge(DEFAULTS, tiny_config(), {"gating": {}, "momentum": {}})
+    views = [f"augmentations.0.{name}" for name in ("rrc", "affine", "mean", "gaussian_blur")]
+    groups = [key for key in keys_of(whole) if OmegaConf.is_config(OmegaConf.select(whole, key))]
+    assert len(groups) > 10
+    for key in groups + views:
+        for value in (5, "x", [1], {"a": 1}):
+            cfg = tiny_config()
+            OmegaConf.update(cfg, key, value, merge=False, force_add=True)
+            with suppress(InputError):
+                prepare_config(own_copy(cfg))

@@ -12,6 +12,7 @@ import torch
 from omegaconf import OmegaConf
 from torchvision.models import resnet18
 
+from solo_gating import InputError
 from solo_gating.checkpoints.encoder import load_encoder
 from solo_gating.checkpoints.reading import read_args, read_checkpoint
 from solo_gating.deploy.dense import solo_learn_args
@@ -86,6 +87,31 @@ def test_an_interpolation_in_an_args_json_is_text(name, copied, monkeypatch, tmp
     cfg = evaluation_config("knn", checkpoint, f"data.val_path={tmp_path / 'absent.npz'}")
     assert_refused(lambda: prepare_evaluation(cfg, "knn", ("k",), ("val",)), "absent.npz")
     assert cfg.data.val_path == str(tmp_path / "absent.npz")
+
+
+@pytest.mark.parametrize("key", ["name", "method", "backbone.name", "data.dataset", "data.format"])
+@pytest.mark.parametrize("head", ["backbone", "projector"])
+def test_whatever_an_args_json_holds_a_sentence_is_short(key, head, copied):
+    checkpoint, args = copied
+    changed(args, key, "a" * 10_000)
+    changed(args, "data.val_path", "b" * 10_000)
+    (checkpoint.parent / "args.json").write_text(json.dumps(args))
+    cfg = evaluation_config("knn", checkpoint, f"features={head}")
+    with pytest.raises(InputError) as error:
+        prepare_evaluation(cfg, "knn", ("k",), ("val",))
+    assert len(str(error.value)) < 1500
+
+
+@pytest.mark.parametrize("given", ["${oc.env:FUZZ_SECRET}", "/${data.dataset}/x.npz", r"\${seed}"])
+@pytest.mark.parametrize("several", [False, True])
+def test_paths_in_an_args_json_are_text(given, several, copied, monkeypatch):
+    """Also where an evaluation takes them over."""
+    monkeypatch.setenv("FUZZ_SECRET", fuzz.SECRET)
+    checkpoint, args = copied
+    changed(args, "data.val_path", [given] if several else given)
+    (checkpoint.parent / "args.json").write_text(json.dumps(args))
+    cfg = evaluation_config("knn", checkpoint)
+    assert_refused(lambda: prepare_evaluation(cfg, "knn", ("k",), ("val",)), repr(given))
 
 
 def test_a_file_s_name_is_no_interpolation(copied, monkeypatch):

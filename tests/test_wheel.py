@@ -1,4 +1,4 @@
-"""The wheel: what is installed is complete."""
+"""The wheel: what is installed is complete, and runs solo-learn's scripts."""
 
 import os
 import shutil
@@ -9,9 +9,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 
-COMPOSE = """
+SCRIPT = """
 import sys
 from pathlib import Path
+import beside
+from solo.methods import METHODS
+assert beside.VALUE == 41 and "vicreg_dual" in METHODS
+assert __name__ == "__main__" and sys.argv[2:] == ["--config-name", "x"]
 import solo_gating
 from hydra import compose, initialize_config_dir
 from solo_gating.cli import EVALUATIONS, config_names, configs_folder
@@ -27,7 +31,7 @@ print(cfg.gating.target_budget, "run", *config_names(), *evaluations)
 """
 
 
-def test_configs_are_found_in_an_installed_wheel(tmp_path):
+def test_an_installed_wheel_has_its_configs_and_runs_solo_learn_s_scripts(tmp_path):
     source, site = tmp_path / "source", tmp_path / "site"
     source.mkdir()
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
@@ -58,8 +62,12 @@ def test_configs_are_found_in_an_installed_wheel(tmp_path):
 
     others = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p not in ("", ".")]
     path = os.pathsep.join([str(site), *(p for p in others if Path(p) != ROOT)])
+    script = tmp_path / "scripts" / "script.py"
+    script.parent.mkdir()
+    script.write_text(SCRIPT)
+    (script.parent / "beside.py").write_text("VALUE = 41\n")
     result = subprocess.run(
-        [sys.executable, "-c", COMPOSE, str(site)],
+        [sys.executable, "-m", "solo_gating", script, site, "--config-name", "x"],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,

@@ -60,7 +60,7 @@ def benchmark_data(options: argparse.Namespace) -> dict[str, Any]:
         "versions": versions(("torch", "torchvision", "pillow", "kornia")),
         "config": options.config_name,
         "batch": batch,
-        "augmentations": OmegaConf.to_container(cfg.augmentations),
+        "augmentations": OmegaConf.to_container(cfg.augmentations, resolve=True),
         "rows": [_row(name, times, batch) for name in calls],
     }
     write_json(options.output / "benchmark_data.json", report)

@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ..backbones import PATHS, TwoPathResNet
+from ..checks import shown
 from ..errors import InputError
 from ..solo_learn import METHODS, BaseMethod
 from .reading import check_architecture, read_args, read_checkpoint, weights_of
@@ -129,7 +130,9 @@ def load_encoder(checkpoint: str | Path, head: str = "backbone", key: str = KEY)
     content = read_checkpoint(path, key)
     args = _read_args(path, key)
     if head != "backbone" and args.method not in METHODS:
-        raise InputError(f"features: method {args.method!r} is not known, accepted is backbone")
+        raise InputError(
+            f"features: method {shown(args.method)} is not known, accepted is backbone"
+        )
     if args.backbone.name in ("resnet18", "resnet34"):  # the same network, whose FLOPs are known
         args.backbone.name += "_plain"
     with torch.device("meta"):  # whatever sizes the files speak of, it takes no memory
@@ -154,7 +157,7 @@ def _read_args(checkpoint: Path, key: str) -> DictConfig:
 def _build(head: str, args: DictConfig, path: Path, key: str) -> Any:
     if args.backbone.name not in BaseMethod._BACKBONES:
         raise InputError(
-            f"{key}: the backbone {args.backbone.name!r} of {str(path)!r} is not known, accepted "
+            f"{key}: the backbone {shown(args.backbone.name)} of {str(path)!r} is not known, accepted "
             f"are {', '.join(sorted(BaseMethod._BACKBONES))}"
         )
     args = args.copy()
@@ -165,10 +168,10 @@ def _build(head: str, args: DictConfig, path: Path, key: str) -> Any:
     except InputError as error:
         raise InputError(f"{key}: the args.json beside {str(path)!r}: {error}") from error
     except Exception as error:  # whatever a foreign file makes solo-learn and torchvision say
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise InputError(
             f"{key}: the args.json beside {str(path)!r} describes no network ({reason})"
         ) from error
     if not hasattr(model, head):
-        raise InputError(f"features: method {args.method!r} has no {head}")
+        raise InputError(f"features: method {shown(args.method)} has no {head}")
     return model

@@ -273,15 +273,15 @@ def read_args(file: Path, key: str) -> DictConfig:
                 "checkpoint has all weights"
             )
     content["backbone"]["kwargs"] = content["backbone"].get("kwargs") or {}
-    return OmegaConf.create(_literal(content))
+    return OmegaConf.create(literal(content))
 
 
-def _literal(value: Any) -> Any:
+def literal(value: Any) -> Any:
     """Escaped, so that OmegaConf takes a text for what it is, and without what it holds missing."""
     if isinstance(value, dict):
-        return {name: _literal(part) for name, part in value.items() if part != "???"}
+        return {name: literal(part) for name, part in value.items() if part != "???"}
     if isinstance(value, list):
-        return [_literal(part) for part in value]
+        return [literal(part) for part in value]
     return as_text(value) if isinstance(value, str) else value
 
 

@@ -92,9 +92,9 @@ class GatingConfig:
             InputError: naming the key, what was found and what is accepted.
         """
         group = OmegaConf.select(cfg, "gating", default=None)
-        given: dict[str, Any] = {}
-        if group is not None:
-            given = OmegaConf.to_container(group, resolve=True)  # type: ignore[assignment]
+        given: Any = {} if group is None else group
+        if OmegaConf.is_config(given):
+            given = OmegaConf.to_container(given, resolve=True)
         if not isinstance(given, dict):
             raise InputError(f"gating: found {given!r}, accepted is a group with {_KEYS}")
         if given.get("open_start") is False:  # as earlier versions recorded it

@@ -7,6 +7,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from ..budgets import checked_budget
+from ..checkpoints.reading import as_text
 from ..checks import at_least, is_not_negative, no_such_key, one_of, require, shown
 from ..data import (
     DATASETS,
@@ -97,7 +98,7 @@ def prepare_config(cfg: DictConfig) -> DictConfig:
         if OmegaConf.select(cfg, key, default={}) is None:
             OmegaConf.update(cfg, key, {})
     cfg.merge_with(OmegaConf.merge(DEFAULTS, cfg))
-    cfg.name = str(cfg.name)
+    cfg.name = as_text(str(cfg.name))
     for key in ("method", "backbone.name", "data.dataset", "data.train_path", "optimizer.name"):
         if OmegaConf.select(cfg, key, default=None) is None or OmegaConf.is_missing(cfg, key):
             raise InputError(f"{key}: missing, a pre-training config needs it")
@@ -180,7 +181,9 @@ def _check_method_kwargs(cfg: DictConfig) -> None:
     known = METHODS[cfg.method].__module__.startswith(("solo.", "solo_gating."))
     for key, value in cfg.method_kwargs.items():
         if key in METHOD_KWARGS:
-            value = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+            value = (
+                OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+            )
             METHOD_KWARGS[key].check(f"method_kwargs.{key}", value)
         elif known:
             raise no_such_key(f"method_kwargs.{key}", [f"method_kwargs.{k}" for k in METHOD_KWARGS])
@@ -247,7 +250,7 @@ def _try(cls: Any, optimizer: DictConfig) -> None:
     weight = torch.nn.Parameter(torch.ones(1, 1))
     weight.grad = torch.ones(1, 1)
     rates = {key: float(optimizer.get(key) or 0) for key in ("lr", "weight_decay")}
-    kwargs: Any = OmegaConf.to_container(optimizer.kwargs)
+    kwargs: Any = OmegaConf.to_container(optimizer.kwargs, resolve=True)
     try:
         cls([weight], **rates, **kwargs).step()
     except Exception as error:  # whatever a value makes PyTorch say
@@ -291,7 +294,7 @@ def number_of_classes(data: DictConfig) -> int:
         folders = count_class_folders(str(data.train_path))
         if not folders:
             raise InputError(
-                f"data.train_path: {str(data.train_path)!r} does not exist or has no class folders"
+                f"data.train_path: {shown(str(data.train_path))} does not exist or has no class folders"
             )
         return folders
     at_least("data.num_classes", data.num_classes, 1)

@@ -15,7 +15,7 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ..checkpoints.reading import LARGEST_SIDE
+from ..checkpoints.reading import LARGEST_SIDE, as_text, literal
 from ..checks import Kind, is_int, is_not_negative, is_number, is_positive, no_such_key, shown
 from ..errors import InputError
 
@@ -209,7 +209,7 @@ PRETRAINING: Table = {
     "final_knn.enabled": TRUTH,
     "final_knn.labels_per_class": COUNT,
     "final_knn.draws": whole(1, _MOST_REPEATS),
-    "final_knn.budgets": ANY,
+    "final_knn.budgets": Kind(lambda v: v is None or isinstance(v, list), "a list like [0.1, 0.3]"),
     "flops.checkpoint": PATH_OR_NULL,
     "flops.images": COUNT,
     "flops.budget": NUMBER.or_null(),
@@ -405,9 +405,9 @@ def _below(group: str, table: Table) -> str:
 
 def _at_home(cfg: DictConfig, key: str, value: Any) -> None:
     if isinstance(value, list) and any(path.startswith("~") for path in value):
-        OmegaConf.update(cfg, key, [os.path.expanduser(path) for path in value])
+        OmegaConf.update(cfg, key, literal([os.path.expanduser(path) for path in value]))
     elif isinstance(value, str) and value.startswith("~"):
-        OmegaConf.update(cfg, key, os.path.expanduser(value))
+        OmegaConf.update(cfg, key, as_text(os.path.expanduser(value)))
 
 
 def _python_values(value: Any) -> Any:

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from ..checks import shortened
+from ..checks import shortened, shown
 from ..errors import InputError
 
 UNLABELLED = -1
@@ -92,13 +92,15 @@ def _expand(paths: Any, key: str) -> list[str]:
     if not isinstance(patterns, (list, tuple)) or not all(
         isinstance(pattern, (str, Path)) for pattern in patterns
     ):
-        raise InputError(f"{key}: found {paths!r}, accepted is a path or glob of .npz, or a list")
+        raise InputError(
+            f"{key}: found {shown(paths)}, accepted is a path or glob of .npz, or a list"
+        )
     files: list[str] = []
     for pattern in map(str, patterns):
         found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern))
         if not found:
             raise InputError(
-                f"{key}: no file matches {pattern!r}, accepted is a path or glob of .npz"
+                f"{key}: no file matches {shown(pattern)}, accepted is a path or glob of .npz"
             )
         files += found
     if not files:

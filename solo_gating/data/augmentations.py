@@ -61,7 +61,7 @@ def view_transform(dataset: str, view: DictConfig) -> transforms.Compose:
     # Of the config's own lists Normalize would be ten times slower than of tuples.
     steps[-1] = transforms.Normalize(tuple(steps[-1].mean), tuple(steps[-1].std))
     if view.get("affine"):
-        affine: Any = OmegaConf.to_container(view.affine)
+        affine: Any = OmegaConf.to_container(view.affine, resolve=True)
         move = transforms.RandomAffine(
             affine.get("degrees", 0),
             translate=affine.get("translate"),

@@ -13,7 +13,7 @@ from sklearn.model_selection import train_test_split
 from torch.utils.data import Dataset, Subset
 from torchvision import datasets as tv
 
-from ..checks import is_positive, one_of, require, shortened
+from ..checks import is_positive, one_of, require, shortened, shown
 from ..errors import InputError
 from .arrays import ArrayDataset, read_arrays
 from .folders import ImageFiles, LabelledFolder, UnlabelledFolder, class_folders
@@ -61,7 +61,7 @@ def open_dataset(data: DictConfig, split: str, transform: Callable[[Any], Any] |
     key = f"data.{split}_path"
     path = data[f"{split}_path"]
     if OmegaConf.is_config(path):
-        path = OmegaConf.to_container(path)
+        path = OmegaConf.to_container(path, resolve=True)
     if data.format == "npz":
         images, labels = read_arrays(path, key, data.num_classes)
         hidden = data.no_labels and split == "train"
@@ -70,7 +70,7 @@ def open_dataset(data: DictConfig, split: str, transform: Callable[[Any], Any] |
         return _torchvision(data, split, str(path), key, transform)
     path = str(path)
     if not os.path.exists(path):
-        raise InputError(f"{key}: {path!r} does not exist")
+        raise InputError(f"{key}: {shown(path)} does not exist")
     opened = _h5 if data.format == "h5" else _folder
     dataset = opened(data, split, path, key, transform)
     if data.get("on_damaged") == "skip":

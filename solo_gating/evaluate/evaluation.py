@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from ..backbones import TwoPathResNet
 from ..checkpoints.encoder import Encoder, load_encoder
-from ..checkpoints.reading import as_text
+from ..checkpoints.reading import as_text, literal
 from ..checks import at_least, is_number, one_of, require, true_or_false
 from ..config.compose import composed
 from ..config.pretraining import DEFAULTS, number_of_classes
@@ -26,7 +26,7 @@ from ..data import (
     skipped_images,
 )
 from ..errors import InputError
-from ..files import make_folder, read_json, write_json
+from ..files import make_folder, one_at_a_time, read_json, write_json
 from ..flops import count_flops
 from ..training.checkpoints import plain
 from ..training.trainer import refusal
@@ -107,10 +107,8 @@ class Evaluation:
             What the file then holds.
         """
         file = self.folder / "metrics.json"
-        before = _metrics_before(file)
         loaders = self.loaders if train is None else {**self.loaders, "train": train}
-        metrics = before if before.get("identity") == self.identity else {}
-        metrics |= {
+        figures = {
             "identity": self.identity,
             "evaluation": self.kind,
             "pretraining": self.encoder.description(),
@@ -124,8 +122,12 @@ class Evaluation:
             "settings": self.settings,
             **rows,
         }
-        if self.fabric.is_global_zero:
-            write_json(file, metrics)
+        with one_at_a_time(self.folder):  # another terminal may evaluate the other path
+            before = _metrics_before(file)
+            metrics = before if before.get("identity") == self.identity else {}
+            metrics |= figures
+            if self.fabric.is_global_zero:
+                write_json(file, metrics)
         self.say(str(file))
         return metrics
 
@@ -234,14 +236,8 @@ def flops_row(found: Extraction, encoder: Encoder) -> dict[str, float]:
 
 def _complete_data(cfg: DictConfig, args: DictConfig) -> None:
     """The evaluation's `data` and `augmentations`, from the config and the pre-training's."""
-    given = OmegaConf.create(
-        {key: value for key, value in (cfg.get("data") or {}).items() if value is not None}
-    )
-    base = OmegaConf.create(
-        {}
-        if given.get("dataset")
-        else {key: value for key, value in args.data.items() if value is not None}
-    )
+    given = _given(cfg.get("data"))
+    base = _given(None if given.get("dataset") else args.data)
     cfg.data = OmegaConf.merge(DEFAULTS["data"], base, given)
     if cfg.data.dataset != args.data.dataset and not given.get("train_path"):
         raise InputError(f"data.train_path: missing for data.dataset={cfg.data.dataset}")
@@ -267,6 +263,12 @@ def _complete_data(cfg: DictConfig, args: DictConfig) -> None:
         view.crop_size = cfg.crop_size
     cfg.augmentations = OmegaConf.create([view])
     check_augmentations(cfg.augmentations)
+
+
+def _given(group: DictConfig | None) -> Any:
+    """What a group has that is not null; no text in it is interpolated a second time."""
+    values: Any = OmegaConf.to_container(group, resolve=True) if group else {}
+    return OmegaConf.create(literal({k: v for k, v in values.items() if v is not None}))
 
 
 def _launch(cfg: DictConfig) -> Fabric:

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Subset
 from .. import InputError
 from ..backbones import ResNet, TwoPathResNet
 from ..budgets import checked_budget, is_range, middle
-from ..checkpoints.reading import check_architecture, read_checkpoint
+from ..checkpoints.reading import check_architecture, read_checkpoint, weights_of
 from ..config.pretraining import prepare_config
 from ..config.schema import own_copy
 from ..data import evaluation_loader
@@ -196,8 +196,9 @@ def _backbone(cfg: DictConfig) -> ResNet:
         )
     if cfg.flops.checkpoint is not None:
         content = read_checkpoint(cfg.flops.checkpoint, "flops.checkpoint")
-        check_architecture(model, content, cfg.flops.checkpoint)
-        model.load_state_dict(content["state_dict"])
+        parts = ("backbone",)  # a projector of another size changes no figure
+        check_architecture(model, content, cfg.flops.checkpoint, parts)
+        model.load_state_dict(weights_of(content["state_dict"], parts), strict=False)
     return model.backbone
 
 

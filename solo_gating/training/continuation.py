@@ -26,7 +26,7 @@ from ..checkpoints.reading import check_architecture
 from ..config.gating import as_it_was
 from ..config.pretraining import DEFAULTS
 from ..errors import InputError
-from ..files import make_folder, read_json
+from ..files import read_json
 from .checkpoints import plain, read_args
 
 # A run with another value here is still the run that `auto_resume` looks for: the result is the
@@ -225,12 +225,11 @@ def locked(folder: Path) -> Iterator[None]:
     do not inherit it, and a network file system passes it on to other machines.
 
     Args:
-        folder: made if it does not exist.
+        folder: that exists.
 
     Raises:
         InputError: if another process has it, or it cannot be written.
     """
-    make_folder(folder)
     try:
         file = open(folder / "run.lock", "a+", encoding="utf-8")  # noqa: SIM115 (closed below)
     except OSError as error:
