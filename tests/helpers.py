@@ -28,6 +28,13 @@ METHOD_KWARGS: dict[str, dict[str, Any]] = {
     "nnsiam": {"pred_hidden_dim": 8, "queue_size": 32},
     "wmse": {"proj_output_dim": 4, "whitening_size": 8, "whitening_eps": 0.0},
     "vibcreg": {"cov_loss_weight": 8.0},
+    "supcon": {"temperature": 0.2},
+    "byol": {"pred_hidden_dim": 8},
+    "mocov2plus": {"temperature": 0.2, "queue_size": 32},
+    "mocov3": {"pred_hidden_dim": 8, "temperature": 0.2},
+    "nnbyol": {"pred_hidden_dim": 8, "queue_size": 32},
+    "dino": {"num_prototypes": 12},
+    "all4one": {"pred_hidden_dim": 8, "temperature": 0.2, "queue_size": 32},
 }
 
 

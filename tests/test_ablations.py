@@ -38,7 +38,7 @@ def test_half_of_the_steps_are_dense():
     paths = []
     for number in range(400):
         model._trainer.global_step = number
-        paths.append(model._views())
+        paths.append(model.views_of_step())
     assert set(paths) == {("dense", "dense"), ("gated", "dense")}
     assert 150 < paths.count(("dense", "dense")) < 250
 

@@ -434,8 +434,8 @@ def test_views_are_shuffled_by_step():
     seen = []
     for number in range(40):
         model._trainer.global_step = number
-        seen.append(model._views())
-        assert model._views() == seen[-1]
+        seen.append(model.views_of_step())
+        assert model.views_of_step() == seen[-1]
     assert set(seen) == {("gated", "dense"), ("dense", "gated")}
     assert 10 < seen.count(("gated", "dense")) < 30
 

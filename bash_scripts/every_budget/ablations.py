@@ -22,9 +22,10 @@ from solo_gating.methods import GatedMethod, VICRegDual
 class HalfDense(VICRegDual):
     """In half of the steps, drawn at random, both views are dense."""
 
-    def _views(self) -> tuple[str, ...]:
+    def views_of_step(self) -> tuple[str, ...]:
+        """As drawn."""
         draw = random.Random(f"dense, seed {self._seed}, step {self.global_step}").random()
-        return ("dense",) * len(self.gating.views) if draw < 0.5 else super()._views()
+        return ("dense",) * len(self.gating.views) if draw < 0.5 else super().views_of_step()
 
 
 class InheritedBatchNorm(VICRegDual):
@@ -61,10 +62,11 @@ class Diverse(VICRegDual):
     the least.
     """
 
-    def _gates_loss(self, passes: list[ForwardPass], *args: Any) -> Tensor:
+    def gate_losses(self, passes: list[ForwardPass], *args: Any) -> Tensor:
+        """With the reward."""
         masks = [torch.cat(view.masks, dim=1) for view in passes]
         variances = torch.stack([mask.var(dim=0, correction=0).mean() for mask in masks])
-        return super()._gates_loss(passes, *args) - 4 * variances.sum()
+        return super().gate_losses(passes, *args) - 4 * variances.sum()
 
 
 ABLATIONS: dict[str, type[GatedMethod]] = {

@@ -23,6 +23,8 @@ from ..errors import InputError
 from ..flops import GRADIENTS
 from ..gates import Gate, check_gate_kwargs, gate_class
 
+MOMENTUM_PATHS = ("dense", "gated", "same")
+
 
 @dataclass(frozen=True)
 class GatingConfig:
@@ -46,6 +48,8 @@ class GatingConfig:
         separate_bn: whether the gated path has its own BatchNorms. Default: if a view is dense.
         warmup_epochs: epochs at the start in which every view is dense and the gates rest.
         views: the path of each view, "gated" or "dense". Default: the method's.
+        momentum_path: that of a momentum method's teacher: "dense", "gated", or "same" for that of
+            the student's view with the same images. A config names it where it is not dense.
         budget_sampling: how steps draw from a range, see `BudgetSchedule`.
         budget_anneal: over this share of the run's epochs, once the gates are switched on, the
             lower end of the range falls to its value from the upper end; the budget, where it is a
@@ -73,6 +77,7 @@ class GatingConfig:
     separate_bn: bool | None = None
     warmup_epochs: int = 0
     views: tuple[str, ...] = field(default=())
+    momentum_path: str = "dense"
     budget_sampling: str = "uniform"
     budget_anneal: float = 0.0
     budget_per_image: bool = False
@@ -120,6 +125,8 @@ class GatingConfig:
     def _written(self) -> dict[str, Any]:
         """As the config holds it: as ever, where nothing is new."""
         content = {**asdict(self), "views": list(self.views)}
+        if self.momentum_path == "dense":  # which methods without a teacher need not say
+            del content["momentum_path"]
         if self.budget_range is None:
             for key in _UNPUBLISHED:
                 if content[key] == getattr(type(self), key):
@@ -150,6 +157,7 @@ class GatingConfig:
         for key in ("sparsity_weight", "bound_weight", "bound_decay", "weight_decay"):
             require(f"gating.{key}", getattr(self, key), is_not_negative, "a number ≥ 0")
         self._check_gate()
+        one_of("gating.momentum_path", self.momentum_path, MOMENTUM_PATHS)
         one_of("gating.bound_gradient", self.bound_gradient, GRADIENTS)
         require("gating.temperature", self.temperature, is_positive, "a number > 0")
         at_least("gating.reduction", self.reduction, 1)

@@ -20,11 +20,11 @@ from ..data import (
     count_class_folders,
 )
 from ..errors import InputError
-from ..methods import GATED_METHODS, check_gated_backbone
-from ..solo_learn import METHODS, BaseMethod, VICReg
+from ..methods import GATED_METHODS, REFUSED, check_gated_backbone, plain_method
+from ..solo_learn import METHODS, BaseMethod, BaseMomentumMethod, VICReg, with_momentum
 from ..training.model import PERFORMANCE
 from .gating import GatingConfig
-from .schema import METHOD_KWARGS, PRETRAINING, VIEW, check_values
+from .schema import METHOD_KWARGS, METHOD_NEEDS, PRETRAINING, QUEUE_SIZE, QUEUES, VIEW, check_values
 
 # Where solo-learn has a default, this is it.
 DEFAULTS: dict[str, Any] = {
@@ -102,6 +102,11 @@ def prepare_config(cfg: DictConfig) -> DictConfig:
     for key in ("method", "backbone.name", "data.dataset", "data.train_path", "optimizer.name"):
         if OmegaConf.select(cfg, key, default=None) is None or OmegaConf.is_missing(cfg, key):
             raise InputError(f"{key}: missing, a pre-training config needs it")
+    refused = str(cfg.method).removesuffix("_dual").removesuffix("_gated")
+    if cfg.method not in METHODS and refused in REFUSED:
+        raise InputError(
+            f"method: got {cfg.method!r}, but {refused!r} cannot be gated: {REFUSED[refused]}"
+        )
     one_of("method", cfg.method, [m for m in METHODS if m not in ("base", "linear")])
     one_of("backbone.name", cfg.backbone.name, BaseMethod._BACKBONES)
     one_of("data.dataset", cfg.data.dataset, DATASETS)
@@ -117,6 +122,7 @@ def prepare_config(cfg: DictConfig) -> DictConfig:
     check_data(cfg.data)
     _check_trainer(cfg)
     _check_method_kwargs(cfg)
+    _check_momentum(cfg)
     _check_views(cfg)
     big = cfg.augmentations[0].crop_size
     crops = {True: 0, False: 0}
@@ -135,6 +141,11 @@ def prepare_config(cfg: DictConfig) -> DictConfig:
     if cfg.method in GATED_METHODS:
         gating = GatingConfig.from_config(cfg, GATED_METHODS[cfg.method].default_views)
         check_gated_backbone(cfg)
+        if gating.momentum_path != "dense" and "momentum" not in cfg:
+            raise InputError(
+                f"gating.momentum_path: got {gating.momentum_path!r}, but method {cfg.method!r} has "
+                "no momentum encoder; expected dense, or no such key"
+            )
         _check_final_budgets(cfg.final_knn, gating)
     elif cfg.get("gating") is not None:
         raise InputError(
@@ -178,7 +189,8 @@ def _check_trainer(cfg: DictConfig) -> None:
 
 
 def _check_method_kwargs(cfg: DictConfig) -> None:
-    known = METHODS[cfg.method].__module__.startswith(("solo.", "solo_gating."))
+    method = plain_method(METHODS[cfg.method])
+    known = method.__module__.startswith(("solo.", "solo_gating."))
     for key, value in cfg.method_kwargs.items():
         if key in METHOD_KWARGS:
             value = (
@@ -187,6 +199,46 @@ def _check_method_kwargs(cfg: DictConfig) -> None:
             METHOD_KWARGS[key].check(f"method_kwargs.{key}", value)
         elif known:
             raise no_such_key(f"method_kwargs.{key}", [f"method_kwargs.{k}" for k in METHOD_KWARGS])
+    for key in METHOD_NEEDS.get(_solo_name(cfg.method), ()):
+        if OmegaConf.is_missing(cfg.method_kwargs, key) or cfg.method_kwargs.get(key) is None:
+            raise InputError(f"method_kwargs.{key}: missing, {cfg.method!r} needs it")
+    _check_queue(cfg, 1)
+
+
+def _solo_name(method: str) -> str:
+    """The name of the method of solo-learn's that a method is, or is made of."""
+    plain = plain_method(METHODS[method])
+    return next((name for name, cls in METHODS.items() if cls is plain), method)
+
+
+def _check_queue(cfg: DictConfig, processes: int) -> None:
+    """Refuse a queue that whole steps do not fill."""
+    if _solo_name(cfg.method) not in QUEUES:
+        return
+    size = cfg.method_kwargs.get("queue_size") or QUEUE_SIZE
+    images = cfg.optimizer.batch_size * processes
+    if size % images:
+        raise InputError(
+            f"method_kwargs.queue_size: got {size}, expected a multiple of the {images} images of a "
+            "step of all processes (optimizer.batch_size)"
+        )
+
+
+def _check_momentum(cfg: DictConfig) -> None:
+    """Complete and check the group `momentum`, in place."""
+    if not issubclass(METHODS[cfg.method], BaseMomentumMethod):
+        if cfg.get("momentum"):
+            raise InputError(
+                f"momentum: got a group, but method {cfg.method!r} has no momentum encoder; "
+                "expected no such key"
+            )
+        return
+    with_momentum(cfg)
+    if cfg.momentum.base_tau > cfg.momentum.final_tau:
+        raise InputError(
+            f"momentum.base_tau: got {cfg.momentum.base_tau}, expected at most "
+            f"momentum.final_tau={cfg.momentum.final_tau}"
+        )
 
 
 def _check_views(cfg: DictConfig) -> None:
@@ -267,7 +319,11 @@ def scale_learning_rates(cfg: DictConfig, world_size: int) -> None:
     Args:
         cfg: a complete config.
         world_size: number of processes.
+
+    Raises:
+        InputError: for a queue that the steps of so many processes do not fill.
     """
+    _check_queue(cfg, world_size)
     scale = cfg.optimizer.batch_size * world_size / 256
     cfg.optimizer.lr *= scale
     cfg.optimizer.classifier_lr *= scale

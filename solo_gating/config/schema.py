@@ -247,6 +247,22 @@ METHOD_KWARGS: Table = {
     "statistics_images": ANY,
 }
 
+_HEAD = ("proj_hidden_dim", "proj_output_dim")
+_PREDICTOR = (*_HEAD, "pred_hidden_dim")
+# The `method_kwargs` without which a method of solo-learn's cannot be built; others have defaults.
+METHOD_NEEDS: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(("vicreg", "vibcreg", "barlow_twins", "deepclusterv2"), _HEAD),
+    **dict.fromkeys(("simclr", "supcon", "mocov2plus", "swav"), (*_HEAD, "temperature")),
+    **dict.fromkeys(("simsiam", "byol", "nnsiam", "nnbyol"), _PREDICTOR),
+    **dict.fromkeys(("nnclr", "mocov3", "all4one"), (*_PREDICTOR, "temperature")),
+    "ressl": (*_HEAD, "temperature_q", "temperature_k"),
+    "dino": (*_HEAD, "num_prototypes"),
+    "mae": ("decoder_embed_dim", "decoder_depth", "decoder_num_heads"),
+}
+# Those whose queue is filled by whole steps; and its size where a config says none.
+QUEUES = ("mocov2plus", "nnclr", "nnsiam", "nnbyol", "ressl", "all4one")
+QUEUE_SIZE = 65536
+
 # Of an entry of `augmentations`, which `data.check_augmentations` has completed.
 VIEW: Table = {
     "crop_size": CROP,

@@ -9,7 +9,7 @@ from ..backbones import ResNet
 from ..checkpoints.encoder import Encoder
 from ..checkpoints.reading import read_checkpoint
 from ..errors import InputError
-from ..methods import GATED_METHODS
+from ..methods import GATED_METHODS, plain_method
 from ..solo_learn import METHODS
 
 _OURS = ("gated", "two_encoders", "plain")
@@ -74,7 +74,7 @@ def solo_learn_args(encoder: Encoder) -> dict[str, Any]:
         )
     method = args["method"]
     if method in GATED_METHODS:
-        plain = GATED_METHODS[method].__bases__[0]
+        plain = plain_method(GATED_METHODS[method])
         method = next(name for name, cls in METHODS.items() if cls is plain)
     depth, _, kind = args["backbone"]["name"].partition("_")
     own = {"width", "stem", "path", "threshold", "budget", "budget_range", "open_start"}
@@ -91,6 +91,8 @@ def solo_learn_args(encoder: Encoder) -> dict[str, Any]:
 def solo_learn_checkpoint(encoder: Encoder) -> dict[str, Any]:
     """The checkpoint's content for `solo_learn_args`: dense weights, and the rest of the method's.
 
+    A momentum method's teacher stays behind.
+
     Args:
         encoder: whose checkpoint is read again.
     """
@@ -98,7 +100,7 @@ def solo_learn_checkpoint(encoder: Encoder) -> dict[str, Any]:
     state = {
         name: value
         for name, value in content["state_dict"].items()
-        if not name.startswith(("backbone.", "path_knn."))
+        if not name.startswith(("backbone.", "momentum_", "path_knn."))
     }
     state |= {f"backbone.{name}": value for name, value in dense_state_dict(encoder).items()}
     kept = ("epoch", "global_step", "pytorch-lightning_version")

@@ -1,86 +1,41 @@
-"""Dual and gated versions of solo-learn's two-view methods, one line each.
+"""Dual and gated versions of solo-learn's methods, one line each.
 
 `X_dual`: one view gated, one dense. `X_gated`: both gated. Each is registered in solo-learn's
-`METHODS` under that name.
+`METHODS` under that name, momentum methods as well: there the student's views are meant.
 """
 
-from ..solo_learn import METHODS, BarlowTwins, BaseMethod, SimCLR, SimSiam, VICReg, register
+from ..solo_learn import METHODS, BarlowTwins, SimCLR, SimSiam, VICReg
 from .gated import (
     DualMethod,
     GatedMethod,
     GatedViewsMethod,
     check_gated_backbone,
     global_mean,
+    plain_method,
 )
+from .registry import GATED_METHODS, REFUSED, register_gated
 
-
-class VICRegDual(VICReg, DualMethod):
-    """VICReg-Dual-Gating, the unification paper's method."""
-
-
-class VICRegGated(VICReg, GatedViewsMethod):
-    """The unification paper's Baseline-2."""
-
-
-class BarlowTwinsDual(BarlowTwins, DualMethod):
-    """BT-Dual of the unification paper's Table 4."""
-
-
-class BarlowTwinsGated(BarlowTwins, GatedViewsMethod):
-    """Barlow Twins with both views gated."""
-
-
-class SimSiamDual(SimSiam, DualMethod):
-    """SimSiam with one view gated and one dense."""
-
-
-class SimSiamGated(SimSiam, GatedViewsMethod):
-    """The IMVIP paper's method."""
-
-
-class SimCLRDual(SimCLR, DualMethod):
-    """SimCLR with one view gated and one dense."""
-
-
-class SimCLRGated(SimCLR, GatedViewsMethod):
-    """SimCLR with both views gated."""
-
-
-GATED_METHODS: dict[str, type[GatedMethod]] = {
-    "vicreg_dual": VICRegDual,
-    "vicreg_gated": VICRegGated,
-    "barlow_dual": BarlowTwinsDual,
-    "barlow_gated": BarlowTwinsGated,
-    "simsiam_dual": SimSiamDual,
-    "simsiam_gated": SimSiamGated,
-    "simclr_dual": SimCLRDual,
-    "simclr_gated": SimCLRGated,
-}
-
-
-def register_gated(name: str, method: type[BaseMethod]) -> None:
-    """Register `<name>_dual` and `<name>_gated` for one more method of solo-learn.
-
-    Args:
-        name: as in `METHODS`.
-        method: a method whose `training_step` calls its base's once, as solo-learn's
-            non-momentum methods do; momentum methods have a second backbone and are not covered.
-    """
-    for kind, mixin in (("dual", DualMethod), ("gated", GatedViewsMethod)):
-        title = f"{method.__name__}{kind.capitalize()}"
-        cls = type(title, (method, mixin), {"__doc__": mixin.__doc__, "__module__": __name__})
-        GATED_METHODS[f"{name}_{kind}"] = cls
-        register(f"{name}_{kind}", cls)
-
-
-for _name, _method in GATED_METHODS.items():
-    register(_name, _method)
-for _name in ("nnclr", "nnsiam", "vibcreg", "wmse"):
-    if _name in METHODS:  # 1.0.2 has no VIbCReg
+VICRegDual, VICRegGated = register_gated(
+    "vicreg",
+    VICReg,
+    "VICReg-Dual-Gating, the unification paper's method.",
+    "The unification paper's Baseline-2.",
+)
+BarlowTwinsDual, BarlowTwinsGated = register_gated(
+    "barlow", BarlowTwins, "BT-Dual of the unification paper's Table 4."
+)
+SimSiamDual, SimSiamGated = register_gated("simsiam", SimSiam, gated="The IMVIP paper's method.")
+SimCLRDual, SimCLRGated = register_gated("simclr", SimCLR)
+for _name in (
+    *("nnclr", "nnsiam", "vibcreg", "wmse", "supcon"),
+    *("byol", "mocov2plus", "mocov3", "nnbyol", "dino", "all4one"),
+):
+    if _name in METHODS:  # 1.0.2 lacks some
         register_gated(_name, METHODS[_name])
 
 __all__ = [
     "GATED_METHODS",
+    "REFUSED",
     "BarlowTwinsDual",
     "BarlowTwinsGated",
     "DualMethod",
@@ -94,5 +49,6 @@ __all__ = [
     "VICRegGated",
     "check_gated_backbone",
     "global_mean",
+    "plain_method",
     "register_gated",
 ]

@@ -1,7 +1,9 @@
 """Gating for any solo-learn method that compares views: `class X(Method, DualMethod)`."""
 
 import random
+from collections import deque
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -29,7 +31,9 @@ class GatedMethod(BaseMethod):
         total = SSL(z_1, z_2) + classification + Σ over gated views of (budget + bound)
 
     (unification paper, Eqs. 1 and 3; the classifier sees detached features.) Nothing else of the
-    method changes, whichever it is. Where `gating.target_budget` is a range, each step has a budget
+    method changes, whichever it is. A momentum method's teacher, a copy of the whole backbone that
+    follows it, takes the path that `gating.momentum_path` says; losses, metrics and the kNN are the
+    student's. Where `gating.target_budget` is a range, each step has a budget
     of its own, of all its gated views, or each of its images has; validation is at the middle of
     the range.
 
@@ -44,6 +48,7 @@ class GatedMethod(BaseMethod):
         self._losses = self.gating.kind.losses
         cfg.backbone.kwargs = {**(cfg.backbone.get("kwargs") or {}), **self.gating.backbone_kwargs}
         check_gated_backbone(cfg)
+        self._teacher_passes: deque[tuple[str, Tensor | None]] = deque()
         super().__init__(cfg)
         self._seed = cfg.get("seed")
         self.budget_schedule = self.gating.schedule(cfg.max_epochs)
@@ -99,25 +104,59 @@ class GatedMethod(BaseMethod):
     def training_step(self, batch: list[Any], batch_idx: int) -> dict[str, Any]:
         """solo-learn's base step; its "loss" also holds the gates' losses."""
         epoch = self.current_epoch - self.gating.warmup_epochs
-        views = self._views() if epoch >= 0 else ("dense",) * len(self.gating.views)
-        budget, told = self._budgets(max(epoch, 0), batch[-1])
+        views = self.views_of_step() if epoch >= 0 else ("dense",) * len(self.gating.views)
+        budget, told = self.budget_of_step(max(epoch, 0), batch[-1])
+        self._prepare_teacher(views, told)
         with self.backbone.path(*views, budget=told) as passes:
             outs = super().training_step(batch, batch_idx)
         gated = [view for view in passes if view.path == "gated"]
         if gated:
-            outs["loss"] = outs["loss"] + self._gates_loss(gated, epoch, budget, told)
+            outs["loss"] = outs["loss"] + self.gate_losses(gated, epoch, budget, told)
         self._remember(list(passes)[: self.num_large_crops], batch[-1])
         return outs
 
-    def _views(self) -> tuple[str, ...]:
-        """The path of each view of this step; like the budget the same on every process."""
+    def _prepare_teacher(self, views: tuple[str, ...], told: Tensor | None) -> None:
+        """A momentum method's teacher sees the large crops; while the gates rest, dense."""
+        path = self.gating.momentum_path
+        follows = path == "same" or "gated" not in views
+        self._teacher_passes = deque(
+            (view if follows else path, told) for view in views[: self.num_large_crops]
+        )
+
+    def teacher_pass(self) -> AbstractContextManager[Any]:
+        """A context for a momentum method's teacher: the path, and what the gates are told.
+
+        In a training step those of the next view; else `gating.momentum_path`, where "same" means
+        the path that solo-learn's own metrics describe.
+        """
+        path, told = self.gating.momentum_path, None
+        if self._teacher_passes:
+            path, told = self._teacher_passes.popleft()
+        elif path == "same":
+            path = self.trained_paths[0]
+        return self.momentum_backbone.path(path, budget=told)
+
+    def views_of_step(self) -> tuple[str, ...]:
+        """The path of each view of this step; like the budget the same on every process.
+
+        The epochs of warm-up, in which all are dense, are not asked for.
+        """
         views = list(self.gating.views)
         if self.gating.shuffle_views:
             random.Random(f"views, seed {self._seed}, step {self.global_step}").shuffle(views)
         return tuple(views)
 
-    def _budgets(self, epoch: int, targets: Tensor) -> tuple[float, Tensor | None]:
-        """The step's budget, the mean over all processes' images, and what its gates are told."""
+    def budget_of_step(self, epoch: int, targets: Tensor) -> tuple[float, Tensor | None]:
+        """The budget of this step.
+
+        Args:
+            epoch: since the end of warm-up.
+            targets: B, this process's labels: how many images there are, and on which device.
+
+        Returns:
+            The budget, of which the step's losses speak, the mean over the images of all processes;
+            and what the gates are told: a number, one for each image (B), or None.
+        """
         schedule, step = self.budget_schedule, self.global_step
         if not (self.gating.budget_per_image and self.gating.told):
             budget = schedule.at(self._seed, step, epoch)
@@ -129,9 +168,22 @@ class GatedMethod(BaseMethod):
         own = every[rank * images : (rank + 1) * images]
         return sum(every) / len(every), send(torch.tensor(own), targets.device)
 
-    def _gates_loss(
+    def gate_losses(
         self, passes: list[ForwardPass], epoch: int, target: float, told: Tensor | None
     ) -> Tensor:
+        """Σ over the gated views of (budget + bound), those of them that the kind of gates has.
+
+        Both are logged, with the share of the FLOPs that was used.
+
+        Args:
+            passes: the gated views' forward passes.
+            epoch: since the end of warm-up.
+            target: the step's budget.
+            told: what the gates were told, as in `budget_of_step`.
+
+        Returns:
+            A number; its value is the same on every process.
+        """
         every_share, means = [], []
         for view in passes:
             flops = self.flops(view.resolution)
@@ -228,6 +280,11 @@ class GatedViewsMethod(GatedMethod):
     """Both views gated (the papers' Baseline-2, and the SimSiam of the IMVIP paper)."""
 
     default_views = ("gated", "gated")
+
+
+def plain_method(method: type[Any]) -> type[Any]:
+    """The method of solo-learn's, or of one's own, that a gated one is made of; else the method."""
+    return next(cls for cls in method.__mro__ if not issubclass(cls, GatedMethod))
 
 
 def check_gated_backbone(cfg: DictConfig) -> None:

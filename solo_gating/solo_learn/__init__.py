@@ -17,43 +17,17 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore", FutureWarning)
     warnings.filterwarnings("ignore", message="Overwriting .* in registry")
     if LINE == "modern":
-        from .modern import (
-            LARS,
-            METHODS,
-            BarlowTwins,
-            BaseMethod,
-            FullTransformPipeline,
-            LinearModel,
-            NCropAugmentation,
-            SimCLR,
-            SimSiam,
-            VICReg,
-            WeightedKNNClassifier,
-            accuracy_at_k,
-            build_transform_pipeline,
-        )
+        from . import modern as installed
+        from .modern import *
     else:
-        from .legacy import (
-            LARS,
-            METHODS,
-            BarlowTwins,
-            BaseMethod,
-            FullTransformPipeline,
-            LinearModel,
-            NCropAugmentation,
-            SimCLR,
-            SimSiam,
-            VICReg,
-            WeightedKNNClassifier,
-            accuracy_at_k,
-            build_transform_pipeline,
-        )
+        from . import legacy as installed  # type: ignore[no-redef]
+        from .legacy import *
 
 from solo.losses import vicreg
 from solo.methods import METHODS as SOLO_METHODS
 from solo.methods import barlow_twins
 
-from .fixes import mend
+from .fixes import mend, with_momentum
 
 mend(BaseMethod, VICReg, vicreg, barlow_twins)
 
@@ -69,20 +43,10 @@ def register(name: str, method: type[BaseMethod]) -> None:
 
 
 __all__ = [
-    "LARS",
+    *installed.__all__,
     "LINE",
-    "METHODS",
-    "BarlowTwins",
-    "BaseMethod",
-    "FullTransformPipeline",
-    "LinearModel",
-    "NCropAugmentation",
-    "SimCLR",
-    "SimSiam",
-    "VICReg",
-    "WeightedKNNClassifier",
-    "accuracy_at_k",
-    "build_transform_pipeline",
+    "SOLO_METHODS",
     "installed_line",
     "register",
+    "with_momentum",
 ]

@@ -1,11 +1,12 @@
 """What both lines share and is mended in one place.
 
 Broken under current torchmetrics and PyTorch: the kNN classifier, batches without labels, the
-checkpoints of methods with a static learning rate. Slow: losses with a boolean mask, VICReg's of
+checkpoints of methods with a static learning rate, the momentum of continued runs. Slow: losses with a boolean mask, VICReg's of
 the covariances and Barlow Twins'. New: VICReg's statistics over parts of a batch.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from contextvars import ContextVar
 from functools import wraps
 from types import ModuleType
@@ -14,12 +15,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from omegaconf import DictConfig
+from torch import Tensor, nn
 from torchmetrics import Metric
 
 from ..distributed import rank_and_processes
 from ..randomness import StepSeeds
 
+MOMENTUM = {"base_tau": 0.99, "final_tau": 1.0, "classifier": False}
 _QUERIES_AT_ONCE = 1024
 _STATISTICS_IMAGES: ContextVar[int | None] = ContextVar("statistics_images", default=None)
 _BANKS = ("train_features", "train_targets", "test_features", "test_targets")
@@ -190,6 +193,8 @@ def mend(
     if getattr(base_method, "_solo_gating_mended", False):
         return
     mend_validation(base_method, "_base_shared_step")
+    base_method.on_validation_epoch_end = _log_validation
+    base_method.teacher_pass = lambda self: nullcontext()
     base_method.on_save_checkpoint = _without_functions
     base_method.configure_callbacks = _step_seeds
     vicreg_method.training_step = _of_so_many_images(vicreg_method.training_step)
@@ -208,7 +213,78 @@ def mend_validation(method: type[Any], shared_step: str) -> None:
     """
     setattr(method, shared_step, _of_labelled(getattr(method, shared_step)))
     method.validation_step = _counting_labelled(method.validation_step)
-    method.on_validation_epoch_end = _log_validation
+
+
+def mend_momentum(method: type[Any], updater: type[Any], base: ModuleType) -> None:
+    """Mend solo-learn's BaseMomentumMethod in place, once, before `mend`.
+
+    - Validation figures as `mend` has them. The end of a validation epoch is the base method's,
+      whose means are those of the momentum classifier, too: what stands between the two classes
+      (a gated method) is asked as well.
+    - The momentum classifier accepts fewer than 5 classes, as the other one does.
+    - A continued run goes on with the momentum of its step; it began anew.
+    - The momentum network is updated in place.
+    - A config without the group `momentum` has solo-learn's defaults; it was an AttributeError.
+    - Every pass through it stands in the method's `teacher_pass`, a context.
+
+    Args:
+        method: the class.
+        updater: MomentumUpdater.
+        base: the module of the class.
+    """
+    mend_validation(method, "_shared_step_momentum")
+    for hook in ("on_validation_epoch_end", "validation_epoch_end"):
+        if hook in vars(method):
+            delattr(method, hook)
+    method._shared_step_momentum = _as_a_teacher(method._shared_step_momentum)
+    method.on_train_start = _go_on
+    if "add_and_assert_specific_cfg" in vars(method):  # the modern line's; the other is bridged
+        complete = method.add_and_assert_specific_cfg
+        method.add_and_assert_specific_cfg = staticmethod(lambda cfg: complete(with_momentum(cfg)))
+    updater.update = _update
+    base.accuracy_at_k = _of_classes(base.accuracy_at_k)  # type: ignore[attr-defined]
+
+
+def with_momentum(cfg: DictConfig) -> DictConfig:
+    """A config with a complete group `momentum`: what it leaves out is solo-learn's, in place."""
+    given = {key: value for key, value in (cfg.get("momentum") or {}).items() if value is not None}
+    cfg.momentum = {**MOMENTUM, **given}
+    return cfg
+
+
+def _as_a_teacher(shared_step: Callable[..., dict[str, Any]]) -> Callable[..., dict]:
+    @wraps(shared_step)
+    def step(self: Any, X: Tensor, targets: Tensor) -> dict[str, Any]:
+        with self.teacher_pass():
+            return shared_step(self, X, targets)
+
+    return step
+
+
+def _go_on(self: Any) -> None:
+    """A run's start: its momentum is that of its step, which for a continued run is not the first."""
+    self.last_step = step = self.trainer.global_step
+    if step > 0:
+        steps = self.trainer.estimated_stepping_batches
+        self.momentum_updater.update_tau(cur_step=step, max_steps=steps)
+
+
+@torch.no_grad()
+def _update(self: Any, online_net: nn.Module, momentum_net: nn.Module) -> None:
+    """solo-learn's, in place: new tensors have other strides than what comes from a checkpoint.
+
+    Convolutions with them round differently, so that a continued run would.
+    """
+    for new, old in zip(online_net.parameters(), momentum_net.parameters(), strict=True):
+        old.mul_(self.cur_tau).add_((1 - self.cur_tau) * new)
+
+
+def _of_classes(accuracy: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(accuracy)
+    def at_most_all(outputs: Tensor, targets: Tensor, top_k: Any = (1, 5)) -> Any:
+        return accuracy(outputs, targets, [min(k, outputs.size(1)) for k in top_k])
+
+    return at_most_all
 
 
 def _of_labelled(shared_step: Callable[..., dict[str, Any]]) -> Callable[..., dict]:

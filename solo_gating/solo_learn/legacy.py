@@ -11,13 +11,14 @@ used as they are; the bridge stands above and below them. For VICReg, from the t
     solo's BaseMethod
 
 so that a class written as `class Mine(VICReg, MyMixin)` with `MyMixin(BaseMethod)` has the same
-order of methods on both lines. Not bridged: momentum methods, W-MSE (it
-calls functions that PyTorch has removed), fine-tuning, mixup. Unlike on the
+order of methods on both lines. Momentum methods have solo's BaseMomentumMethod above the mixins.
+Not bridged: W-MSE (it calls functions that PyTorch has removed), DINO (it has a `clip_gradients`
+that is not today's Lightning's), ReSSL, SwAV, DeepCluster, fine-tuning, mixup. Unlike on the
 modern line, the outputs of `base_training_step` hold no projections: 1.0.2 projects afterwards.
 """
 
 import inspect
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
 
 from ..errors import InputError
-from .fixes import current_knn
+from .fixes import current_knn, mend_momentum, with_momentum
 from .legacy_import import import_solo
 
 import_solo()
@@ -39,8 +40,10 @@ import solo.methods.linear as solo_linear
 import solo.methods.simclr as solo_simclr
 import solo.methods.vicreg as solo_vicreg
 from solo.methods import METHODS as SOLO_METHODS
+from solo.methods.base import BaseMomentumMethod
 from solo.utils.knn import WeightedKNNClassifier as _WeightedKNNClassifier
 from solo.utils.metrics import accuracy_at_k
+from solo.utils.momentum import MomentumUpdater
 from solo.utils.pretrain_dataloader import (
     FullTransformPipeline,
     NCropAugmentation,
@@ -95,10 +98,12 @@ class BaseMethod(solo_base.BaseMethod):
         for name in ("resnet18", "resnet50")
     }
     _OPTIMIZERS = _OPTIMIZERS
-    _RENAMED = {"encoder": "backbone"}
+    _RENAMED = {"encoder": "backbone", "momentum_encoder": "momentum_backbone"}
 
     validation_epoch_end = None  # Lightning 2 refuses a method of this name
-    encoder = property(lambda self: self.backbone)  # 1.0.2's methods read the old name
+    # 1.0.2's methods read the old names.
+    encoder = property(lambda self: self.backbone)
+    momentum_encoder = property(lambda self: self.momentum_backbone)
 
     def __init__(self, cfg: DictConfig):
         cfg = self.add_and_assert_specific_cfg(cfg)
@@ -193,6 +198,53 @@ class BaseMethod(solo_base.BaseMethod):
 solo_base.BaseMethod._BACKBONES = BaseMethod._BACKBONES  # where the modern line has them
 
 
+def _momentum_forward(forward: Any) -> Any:
+    @wraps(forward)
+    def in_memory_format(self: Any, X: Tensor) -> dict[str, Tensor]:
+        return forward(self, X if self.no_channel_last else X.to(memory_format=torch.channels_last))
+
+    return in_memory_format
+
+
+def _momentum_validation_step(
+    self: Any,
+    batch: list[Tensor],
+    batch_idx: int,
+    dataloader_idx: int | None = None,
+    update_validation_step_outputs: bool = True,
+) -> dict[str, Any]:
+    """The modern line's: one set of figures, the momentum classifier's among them."""
+    metrics = super(BaseMomentumMethod, self).validation_step(
+        batch, batch_idx, update_validation_step_outputs=False
+    )
+    out = self._shared_step_momentum(*batch)
+    if self.momentum_classifier is not None:
+        metrics |= {f"momentum_val_{key}": out[key] for key in ("loss", "acc1", "acc5")}
+    if update_validation_step_outputs:
+        self.validation_step_outputs.append(metrics)
+    return metrics
+
+
+def _momentum_step(self: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    """The modern line's: the momentum networks follow after a step of the optimiser's."""
+    step = self.trainer.global_step
+    if step > self.last_step:
+        for pair in self.momentum_pairs:
+            self.momentum_updater.update(*pair)
+        self.log("tau", self.momentum_updater.cur_tau)
+        steps = self.trainer.estimated_stepping_batches
+        self.momentum_updater.update_tau(cur_step=step, max_steps=steps)
+    self.last_step = step
+
+
+BaseMomentumMethod.base_momentum_forward = _momentum_forward(
+    BaseMomentumMethod.base_momentum_forward
+)
+BaseMomentumMethod.validation_step = _momentum_validation_step
+BaseMomentumMethod.on_train_batch_end = _momentum_step
+mend_momentum(BaseMomentumMethod, MomentumUpdater, solo_base)
+
+
 class _FromConfig:
     """Top of a bridged method: `Method(cfg)` gives 1.0.2's class the arguments it names."""
 
@@ -200,6 +252,14 @@ class _FromConfig:
 
     def __init__(self, cfg: DictConfig):
         _add_defaults(cfg, {"method_kwargs": self._METHOD_DEFAULTS})
+        momentum = {}
+        if isinstance(self, BaseMomentumMethod):
+            with_momentum(cfg)
+            momentum = {
+                "base_tau_momentum": cfg.momentum.base_tau,
+                "final_tau_momentum": cfg.momentum.final_tau,
+                "momentum_classifier": cfg.momentum.classifier,
+            }
         names = inspect.signature(self._SOLO_CLASS.__init__).parameters  # type: ignore
         accepted = {key: value for key, value in cfg.method_kwargs.items() if key in names}
         missing = [
@@ -211,7 +271,7 @@ class _FromConfig:
         ]
         if missing:
             raise InputError(f"method_kwargs.{missing[0]}: missing, {cfg.method!r} needs it")
-        super().__init__(cfg=cfg, **accepted)  # type: ignore[call-arg]
+        super().__init__(cfg=cfg, **accepted, **momentum)  # type: ignore[call-arg]
 
 
 def _bridged(name: str, **defaults: Any) -> type[BaseMethod]:
@@ -232,6 +292,9 @@ SimSiam = _bridged("simsiam")
 SimCLR = _bridged("simclr")
 NNCLR = _bridged("nnclr", queue_size=65536)
 NNSiam = _bridged("nnsiam", queue_size=65536)
+BYOL = _bridged("byol")
+MoCoV2Plus = _bridged("mocov2plus", queue_size=65536)
+NNBYOL = _bridged("nnbyol", queue_size=65536)
 
 
 def _over_all_processes(loss: Any) -> Any:
@@ -329,6 +392,9 @@ METHODS: dict[str, type] = {
     "simclr": SimCLR,
     "nnclr": NNCLR,
     "nnsiam": NNSiam,
+    "byol": BYOL,
+    "mocov2plus": MoCoV2Plus,
+    "nnbyol": NNBYOL,
 }
 
 __all__ = [
@@ -336,6 +402,7 @@ __all__ = [
     "METHODS",
     "BarlowTwins",
     "BaseMethod",
+    "BaseMomentumMethod",
     "FullTransformPipeline",
     "LinearModel",
     "NCropAugmentation",

@@ -41,8 +41,8 @@ def part_milliseconds(step: TrainingStep) -> dict[str, float]:
     passes = [_random_pass(shapes, step.batch[1][0]) for _ in range(views)]
 
     def losses() -> None:
-        budget, told = step.model._budgets(0, step.batch[-1])
-        step.model._gates_loss(passes, 0, budget, told).backward()
+        budget, told = step.model.budget_of_step(0, step.batch[-1])
+        step.model.gate_losses(passes, 0, budget, told).backward()
 
     return {
         "gates": views * gates,
