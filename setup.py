@@ -41,6 +41,7 @@ setup(
     package_dir={"solo_gating.configs": "configs"},
     package_data={
         "": ["*.yaml"],
+        "solo_gating": ["py.typed"],
         "solo_gating.report": ["published.json"],
         "solo_gating.deploy.engine": ["kernel/*"],
     },

@@ -5,6 +5,7 @@ Importing the package registers its methods and backbones with solo-learn, and d
 
 from . import deploy
 from .backbones import BACKBONES, create_backbone, keep_registered
+from .checkpoints.encoder import load_encoder
 from .errors import InputError
 from .methods import GATED_METHODS
 from .solo_learn import METHODS, BaseMethod
@@ -22,4 +23,5 @@ __all__ = [
     "__version__",
     "create_backbone",
     "deploy",
+    "load_encoder",
 ]

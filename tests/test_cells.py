@@ -48,7 +48,7 @@ def script(tmp_path):
     def run(name, *arguments, becomes, **environment):
         calls.write_text("")
         done = subprocess.run(
-            ["bash", str(ROOT / "bash_scripts" / name), *map(str, arguments)],
+            ["bash", str(ROOT / name), *map(str, arguments)],
             env={
                 **os.environ,
                 "PYTHON": str(python),
@@ -68,10 +68,17 @@ def script(tmp_path):
 
 
 COMMANDS = {
-    "reproduce/table4.sh": ["--datasets", "cifar100", "--budgets", "0.3", "--out", "OUT"],
-    "gpu/cifar100.sh": ["600", "DATA"],
-    "validate_cifar.sh": ["DATA"],
-    "every_budget/study.sh": ["digits"],
+    "bash_scripts/reproduce/table4.sh": [
+        "--datasets",
+        "cifar100",
+        "--budgets",
+        "0.3",
+        "--out",
+        "OUT",
+    ],
+    "bash_scripts/gpu/cifar100.sh": ["600", "DATA"],
+    "bash_scripts/validate_cifar.sh": ["DATA"],
+    "research/every_budget/study.sh": ["digits"],
 }
 EVALUATIONS = ("main_knn", "main_linear", "study.py evaluate", "validation_table")
 
@@ -98,7 +105,11 @@ def test_only_a_run_that_says_so_is_finished(name, script, tmp_path):
 
 
 def test_an_evaluation_of_an_earlier_state_is_made_again(script, tmp_path):
-    command = ["reproduce/table4.sh", *COMMANDS["reproduce/table4.sh"][:-1], tmp_path / "out"]
+    command = [
+        "bash_scripts/reproduce/table4.sh",
+        *COMMANDS["bash_scripts/reproduce/table4.sh"][:-1],
+        tmp_path / "out",
+    ]
     assert script(*command, becomes="whole")[0] == 0
     (checkpoint,) = (tmp_path / "out").glob("vicreg_dual-*/method/run/last.ckpt")
     file = tmp_path / "out" / "vicreg_dual-cifar100-0.3" / "knn-cifar100" / "metrics.json"

@@ -33,7 +33,7 @@ from solo_gating import (
     main_pretrain,
     main_umap,
 )
-from solo_gating.checkpoints.encoder import load_encoder
+from solo_gating.checkpoints.encoder import encoder_of
 from solo_gating.config.compose import configs_folder
 from solo_gating.config.pretraining import prepare_config
 from solo_gating.evaluate import calibrate as dial
@@ -144,7 +144,7 @@ def nothing_twice():
     with ExitStack() as stack:
         for module in (dial, evaluation, features, policy):
             stack.enter_context(mock.patch.object(module, "count_flops", count))
-        stack.enter_context(mock.patch.object(evaluation, "load_encoder", cache(load_encoder)))
+        stack.enter_context(mock.patch.object(evaluation, "encoder_of", cache(encoder_of)))
         yield
 
 
@@ -241,7 +241,7 @@ def plain(tmp_path_factory):
 @pytest.mark.parametrize("path", ["dense", "gated"])
 @pytest.mark.parametrize("head", ["backbone", "projector"])
 def test_a_checkpoint_gives_the_features_of_the_trained_model(path, head, trained):
-    encoder = load_encoder(trained.checkpoint, head)
+    encoder = encoder_of(trained.checkpoint, head)
     images, _ = digit_tensors(VAL)
     model = trained.model
     with torch.no_grad(), model.backbone.path(path), encoder.backbone.path(path):
@@ -257,7 +257,7 @@ def test_a_checkpoint_gives_the_features_of_the_trained_model(path, head, traine
 
 
 def test_a_checkpoint_says_where_it_comes_from(trained):
-    encoder = load_encoder(trained.checkpoint)
+    encoder = encoder_of(trained.checkpoint)
     assert encoder.trained_paths == encoder.paths("both") == ("dense", "gated")
     assert encoder.paths("gated") == ("gated",)
     description = encoder.description()
@@ -279,7 +279,7 @@ def test_a_checkpoint_says_where_it_comes_from(trained):
 @pytest.mark.parametrize("method", ["vicreg_gated", "vicreg"])
 def test_only_the_paths_that_were_trained_are_both(method, tmp_path):
     run = save_run(run_config(tmp_path, method), tmp_path)
-    encoder = load_encoder(run.checkpoint)
+    encoder = encoder_of(run.checkpoint)
     assert encoder.paths("both") == (("gated",) if method == "vicreg_gated" else ("dense",))
     assert encoder.paths("dense") == ("dense",)
 
@@ -313,7 +313,7 @@ def test_a_run_of_solo_learn_s_resnet18_is_torchvision_s_with_known_flops(datase
     torch.save({"state_dict": run.model.state_dict(), "epoch": 0}, run.checkpoint)
 
     images, _ = digit_tensors(slice(3))
-    encoder = load_encoder(run.checkpoint)
+    encoder = encoder_of(run.checkpoint)
     found = extract(encoder.backbone, loader(images), "dense")
     with torch.no_grad():
         torch.testing.assert_close(found.features, theirs.eval()(images))
@@ -323,7 +323,7 @@ def test_a_run_of_solo_learn_s_resnet18_is_torchvision_s_with_known_flops(datase
 
 
 def test_a_plain_network_s_flops_are_known(plain):
-    found = extract(load_encoder(plain.checkpoint).backbone, loader(digit_tensors(VAL)[0]))
+    found = extract(encoder_of(plain.checkpoint).backbone, loader(digit_tensors(VAL)[0]))
     assert found.flops == flops_by_hand(None)
     assert (found.channels, found.selected) == (None, ())
 
@@ -420,7 +420,7 @@ def test_an_args_json_that_fits_no_network_is_refused(kind, dual, tmp_path):
                 else args["backbone"]["kwargs"].update(depth=3)
             )
         )(folder)
-    assert_refused(lambda: load_encoder(folder / "last.ckpt"), "args.json")
+    assert_refused(lambda: encoder_of(folder / "last.ckpt"), "args.json")
 
 
 # The threshold of the gates' logits

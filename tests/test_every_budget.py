@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 from solo_gating import METHODS, BaseMethod
 from solo_gating.backbones import BACKBONES
 from solo_gating.budgets import BudgetSchedule
-from solo_gating.checkpoints.encoder import load_encoder
+from solo_gating.checkpoints.encoder import encoder_of
 from solo_gating.config.pretraining import prepare_config
 from solo_gating.deploy import compile as compile_encoder
 from solo_gating.deploy.dense import solo_learn_args
@@ -486,7 +486,7 @@ def test_a_checkpoint_says_its_range(trained):
     args = json.loads((checkpoint.parent / "args.json").read_text())
     assert args["gating"]["target_budget"] == RANGE
     assert args["backbone"]["kwargs"]["budget_range"] == RANGE
-    encoder = load_encoder(checkpoint)
+    encoder = encoder_of(checkpoint)
     assert encoder.backbone.budget_range == tuple(RANGE)
     assert encoder.description()["target_budget"] == RANGE
     metrics = json.loads((checkpoint.parent / "metrics.json").read_text())
@@ -751,7 +751,7 @@ def _policy(backbone, images, targets):
 
 
 def test_the_dense_encoder_s_args_know_of_no_budget(run):
-    encoder = load_encoder(run.checkpoint)
+    encoder = encoder_of(run.checkpoint)
     encoder.args.backbone.kwargs.width = 64
     encoder.args.backbone.kwargs.stem = "imagenet"
     assert solo_learn_args(encoder)["backbone"]["kwargs"] == {}

@@ -13,7 +13,7 @@ from torchvision.models import resnet18
 
 from solo_gating import METHODS, InputError, main_export
 from solo_gating.backbones import BACKBONES, SlicedResNet
-from solo_gating.checkpoints.encoder import load_encoder
+from solo_gating.checkpoints.encoder import encoder_of
 from solo_gating.deploy.dense import dense_network, dense_state_dict
 from solo_gating.deploy.static import kept_channels, slice_encoder, static_flops
 from solo_gating.evaluate.extract import extract
@@ -158,13 +158,13 @@ def test_the_dense_export_fits_torchvision_strictly():
 
 
 def test_the_dense_network_is_the_dense_path(run):
-    encoder = load_encoder(run.checkpoint)
+    encoder = encoder_of(run.checkpoint)
     with torch.no_grad():
         assert torch.equal(dense_network(encoder)(images()), encoder.backbone(images()))
 
 
 def write_policy(run, folder):
-    encoder = load_encoder(run.checkpoint)
+    encoder = encoder_of(run.checkpoint)
     file = folder / "policy.json"
     write_json(file, policy_on(encoder.backbone, images(), threshold=0.5).to_json())
     return file
@@ -192,7 +192,7 @@ def test_exported_files_load_without_this_package(run, tmp_path, monkeypatch):
         "assert not {'solo', 'solo_gating', 'lightning'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, cwd=tmp_path)
-    backbone = load_encoder(run.checkpoint).backbone
+    backbone = encoder_of(run.checkpoint).backbone
     backbone.threshold = 0.5
     expected = on_gated_path(backbone, images()).numpy()
     np.testing.assert_allclose(np.load(tmp_path / "y.npy"), expected, rtol=1e-4, atol=1e-5)
@@ -223,7 +223,7 @@ def test_onnx_runs_without_torch(run, tmp_path, monkeypatch):
         "assert 'torch' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, cwd=tmp_path)
-    backbone = load_encoder(run.checkpoint).backbone
+    backbone = encoder_of(run.checkpoint).backbone
     backbone.threshold = 0.5
     expected = on_gated_path(backbone, images(slice(3))).numpy()
     np.testing.assert_allclose(np.load(tmp_path / "y.npy"), expected, rtol=1e-4, atol=1e-5)

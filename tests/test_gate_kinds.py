@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from solo_gating import InputError, create_backbone, main_flops
-from solo_gating.checkpoints.encoder import load_encoder
+from solo_gating.checkpoints.encoder import encoder_of
 from solo_gating.deploy import compile as compile_encoder
 from solo_gating.evaluate.calibrate import calibrate, mean_share
 from solo_gating.flops import count_flops, selected_channels
@@ -76,7 +76,7 @@ def test_a_kind_from_outside_goes_through_everything(mine, tmp_path, capsys):
     assert main_flops.report_flops(cfg)["parameters"]["gates"] == sum(
         2 * 4 * 2**stage for stage in range(4)
     )
-    backbone = load_encoder(checkpoint).backbone
+    backbone = encoder_of(checkpoint).backbone
     with pytest.warns(RuntimeWarning, match="with gates that say how they fold") as caught:
         fast = compile_encoder(checkpoint)
     assert len(caught) == 1
@@ -101,7 +101,7 @@ def test_a_checkpoint_whose_kind_is_not_registered_says_so(tmp_path):
     del GATES["mine"]
     (checkpoint,) = (tmp_path / "runs").glob("*/*/last.ckpt")
     with pytest.raises(InputError) as error:
-        load_encoder(checkpoint)
+        encoder_of(checkpoint)
     assert "backbone.kwargs.gate: got 'mine', expected one of channel, fixed, top_k" in str(
         error.value
     )

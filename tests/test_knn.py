@@ -8,7 +8,7 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import normalize
 
-from solo_gating.checkpoints.encoder import load_encoder
+from solo_gating.checkpoints.encoder import encoder_of
 from solo_gating.data import evaluation_loader
 from solo_gating.evaluate.knn import knn_top1
 from solo_gating.main_knn import evaluate_knn
@@ -214,7 +214,7 @@ def test_metrics_say_what_was_evaluated(run, tmp_path):
     metrics = evaluate_knn(cfg)
     assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
     assert metrics["evaluation"] == "knn"
-    assert metrics["pretraining"] == load_encoder(run.checkpoint).description()
+    assert metrics["pretraining"] == encoder_of(run.checkpoint).description()
     assert metrics["pretraining"]["epochs"] == 7
     assert metrics["data"] == {
         "dataset": "custom",

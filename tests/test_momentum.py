@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from omegaconf import OmegaConf
-from solo_gating.checkpoints.encoder import load_encoder
 from torch import nn
 
 from solo_gating import GATED_METHODS, METHODS, InputError
 from solo_gating.backbones.paths import scope_of
+from solo_gating.checkpoints.encoder import encoder_of
 from solo_gating.config.pretraining import prepare_config, scale_learning_rates
 from solo_gating.deploy.dense import dense_state_dict, solo_learn_checkpoint
 from solo_gating.flops import count_flops
@@ -359,7 +359,7 @@ def test_no_export_holds_the_teacher(tmp_path):
         assert student.keys() == teacher.keys()
         assert not torch.equal(student["conv1.weight"], teacher["conv1.weight"])
 
-        encoder = load_encoder(file)
+        encoder = encoder_of(file)
         for key, value in encoder.backbone.state_dict().items():
             assert torch.equal(value, student[key]), key
         for key, value in dense_state_dict(encoder).items():

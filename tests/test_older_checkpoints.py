@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from solo_gating.checkpoints.encoder import load_encoder
+from solo_gating.checkpoints.encoder import encoder_of
 from solo_gating.flops import count_flops, selected_channels
 
 from .helpers import ROOT, fixed_noise, random_batch, tiny_config, tiny_model
@@ -34,7 +34,7 @@ CASES = {
 )
 def test_a_checkpoint_gives_the_same_features_masks_and_flops(kind, budgets):
     expected = np.load(FOLDER / kind / "expected.npz")
-    backbone = load_encoder(FOLDER / kind / "last.ckpt").backbone.double()
+    backbone = encoder_of(FOLDER / kind / "last.ckpt").backbone.double()
     images = torch.from_numpy(np.random.RandomState(0).standard_normal((6, 3, *SIZE)))
     flops = count_flops(backbone, SIZE)
     assert flops.dense == expected["dense_flops"]

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from torchvision.models import resnet18
 
 from solo_gating import InputError
-from solo_gating.checkpoints.encoder import load_encoder
+from solo_gating.checkpoints.encoder import encoder_of
 from solo_gating.checkpoints.reading import read_args, read_checkpoint
 from solo_gating.deploy.dense import solo_learn_args
 from solo_gating.evaluate.evaluation import evaluation_of, prepare_evaluation
@@ -77,7 +77,7 @@ def test_an_interpolation_in_an_args_json_is_text(name, copied, monkeypatch, tmp
     args |= {"name": name, "method_kwargs": {"x": [name]}}
     changed(args, "data.val_path", "${oc.env:FUZZ_SECRET}")
     (checkpoint.parent / "args.json").write_text(json.dumps(args))
-    encoder = load_encoder(checkpoint)
+    encoder = encoder_of(checkpoint)
     found = encoder.description()
     assert found["name"] == name
     assert found["method_kwargs"] == {"x": [name]}
@@ -321,7 +321,7 @@ def test_senseless_weights_are_refused_by_their_name(kind, copied):
     checkpoint, _ = copied
     content = torch.load(checkpoint, weights_only=True)
     torch.save(change(content) or content, checkpoint)
-    assert_refused(lambda: load_encoder(checkpoint), str(checkpoint), *parts)
+    assert_refused(lambda: encoder_of(checkpoint), str(checkpoint), *parts)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -333,7 +333,7 @@ def test_weights_of_another_precision_become_float32(dtype, copied, run):
             content["state_dict"][name] = value.to(dtype)
     torch.save(content, checkpoint)
     images = digit_tensors(VAL)[0]
-    found = extract(load_encoder(checkpoint).backbone, loader(images), "gated")
+    found = extract(encoder_of(checkpoint).backbone, loader(images), "gated")
     expected = extract(run.model.backbone, loader(images), "gated")
     assert found.features.dtype == torch.float32
     tolerance = {"rtol": 0.1, "atol": 0.1} if dtype != torch.float64 else {}

@@ -113,7 +113,7 @@ def describe_pretraining(args: DictConfig, epochs: int, checkpoint: Path | None)
     }
 
 
-def load_encoder(checkpoint: str | Path, head: str = "backbone", key: str = KEY) -> Encoder:
+def encoder_of(checkpoint: str | Path, head: str = "backbone", key: str = KEY) -> Encoder:
     """Load the encoder of any pre-training of this package or of solo-learn's modern line.
 
     Args:
@@ -142,6 +142,44 @@ def load_encoder(checkpoint: str | Path, head: str = "backbone", key: str = KEY)
     model.eval().requires_grad_(False)
     projector = nn.Identity() if head == "backbone" else model.projector
     return Encoder(model.backbone, projector, args, path, int(content.get("epoch", -1)) + 1)
+
+
+def load_encoder(
+    checkpoint: str | Path,
+    *,
+    path: str | None = None,
+    budget: float | None = None,
+    threshold: float | None = None,
+) -> nn.Module:
+    """The backbone of a checkpoint, ready to use: in evaluation mode, its weights frozen.
+
+        backbone = load_encoder("last.ckpt", path="gated")
+        features = backbone(images)        # B × 3 × H × W → B × C
+
+    A backbone with two paths can be set later, too: `backbone.path`, `.budget`, `.threshold`.
+
+    Args:
+        checkpoint: a Lightning checkpoint of this package or of solo-learn's modern line, with its
+            `args.json` beside it.
+        path: "dense" or "gated"; None for the checkpoint's own default, which is dense.
+        budget: that the gates are told, of a network trained for a range; None for its middle.
+        threshold: of the gates' logits; None for 0.
+
+    Raises:
+        InputError: for files that are missing, damaged, or do not belong together, or a setting that
+            the network does not have.
+    """
+    encoder = encoder_of(checkpoint, key="checkpoint")
+    if path is not None:
+        encoder.paths(path)
+    backbone: Any = encoder.backbone
+    if isinstance(backbone, TwoPathResNet):
+        for name, value in (("path", path), ("budget", budget), ("threshold", threshold)):
+            if value is not None:
+                setattr(backbone, name, value)
+    elif budget is not None or threshold:
+        raise InputError(f"budget, threshold: {str(encoder.checkpoint)!r} has no gates")
+    return backbone
 
 
 def _read_args(checkpoint: Path, key: str) -> DictConfig:

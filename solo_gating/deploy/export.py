@@ -38,7 +38,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backbones import TwoPathResNet
-from ..checkpoints.encoder import Encoder, load_encoder
+from ..checkpoints.encoder import Encoder, encoder_of
 from ..checks import at_least
 from ..config.compose import check_overrides, user_path
 from ..config.schema import CROP
@@ -82,7 +82,7 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
         InputError: before anything is written, for what cannot be used or does not fit.
     """
     check_overrides(options.overrides, _DECIDED_BY)
-    encoder = load_encoder(options.checkpoint, key="--checkpoint")
+    encoder = encoder_of(options.checkpoint, key="--checkpoint")
     _check(options, encoder)
     make_folder(options.output)
     overrides = options.overrides

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader
 
 from ..backbones import TwoPathResNet
-from ..checkpoints.encoder import Encoder, load_encoder
+from ..checkpoints.encoder import Encoder, encoder_of
 from ..checkpoints.reading import as_text, literal
 from ..checks import at_least, is_number, one_of, require, true_or_false
 from ..config.compose import composed
@@ -171,7 +171,7 @@ def _prepare(
         raise InputError("pretrained_feature_extractor: missing, accepted is a checkpoint's path")
     at_least("batch_size", cfg.batch_size, 1)
     require("threshold", cfg.threshold, is_number, "a number")
-    encoder = load_encoder(cfg.pretrained_feature_extractor, cfg.get("features", "backbone"))
+    encoder = encoder_of(cfg.pretrained_feature_extractor, cfg.get("features", "backbone"))
     paths = encoder.paths(cfg.path)
     backbone = encoder.backbone
     if isinstance(backbone, TwoPathResNet):

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from ...checkpoints.encoder import load_encoder
+from ...checkpoints.encoder import encoder_of
 from ...deploy.dense import dense_resnet
 from ...errors import InputError
 from ...evaluate.evaluation import evaluation_of
@@ -92,7 +92,7 @@ class CheckpointSource:
     """
 
     def __init__(self, checkpoint: Path, densities: list[float], overrides: list[str], seed: int):
-        encoder = load_encoder(checkpoint, key="--checkpoint")
+        encoder = encoder_of(checkpoint, key="--checkpoint")
         encoder.paths("gated")
         self._backbone = cast(Any, encoder.backbone)
         self._checkpoint, self._densities = checkpoint, densities

@@ -327,14 +327,14 @@ def compile(
 
 def _backbone(checkpoint: str | Path) -> nn.Module:
     # Only here: whoever compiles a module needs nothing of solo-learn.
-    from ...checkpoints.encoder import load_encoder
+    from ...checkpoints.encoder import encoder_of
 
     require("source", checkpoint, lambda v: isinstance(v, (str, Path)), "a module or a checkpoint")
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)  # else the checkpoint's weights would be rounded
     try:
         with torch.device("cpu"), one_thread_if_forked():
-            return load_encoder(checkpoint, key="source").backbone
+            return encoder_of(checkpoint, key="source").backbone
     finally:
         torch.set_default_dtype(dtype)
 

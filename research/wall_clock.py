@@ -1,6 +1,6 @@
 """How long a pre-training would take on many GPUs: computed from the speed of one, not measured.
 
-python bash_scripts/cluster/wall_clock.py --images-per-second 1000 3000 10000 [--config-name NAME]
+python research/wall_clock.py --images-per-second 1000 3000 10000 [--config-name NAME]
 
 Take the speed of one GPU from `main_benchmark_train --accelerator gpu` (or that of the views, from
 `main_benchmark_data`, if it is lower). docs/scaling.md has the model; bandwidths and latencies are

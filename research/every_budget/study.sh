@@ -3,8 +3,8 @@
 # several seeds, evaluates both paths (1-NN, and logistic regression on standardised features) at given
 # shares of the FLOPs, and prints a table (mean ± std). docs/every_budget.md has the results.
 #
-#   bash bash_scripts/every_budget/study.sh digits [key=value ...]
-#   DATA=FOLDER bash bash_scripts/every_budget/study.sh cifar10 [key=value ...]
+#   bash research/every_budget/study.sh digits [key=value ...]
+#   DATA=FOLDER bash research/every_budget/study.sh cifar10 [key=value ...]
 #
 # FOLDER holds train*.npz and test.npz, as for validate_cifar.sh. Further arguments override every
 # run's config. From the environment: OUT (default trained_models/study_<data>), SEEDS ("0 1 2"),
@@ -37,7 +37,7 @@ cifar10)
 color_jitter:{prob:0.8,brightness:0.4,contrast:0.4,saturation:0.2,hue:0.1},grayscale:{prob:0.2},\
 gaussian_blur:{prob:0.0},solarization:{prob:0.1},equalization:{prob:0.0},horizontal_flip:{prob:0.5}}"
     images=datasets/study_cifar10_$pixels
-    [ -e "$images/test.npz" ] || "$python" bash_scripts/every_budget/study.py shrink "$DATA" "$images" "$pixels"
+    [ -e "$images/test.npz" ] || "$python" research/every_budget/study.py shrink "$DATA" "$images" "$pixels"
     common+=(optimization=adamw data.format=npz "data.train_path='$images/train*.npz'"
         "data.val_path='$images/test.npz'" data.pipeline=device "augmentations=[$view,$view]"
         optimizer.batch_size=64 optimizer.lr=6e-3 scheduler.warmup_epochs=$((epochs / 10))
@@ -91,11 +91,11 @@ study() { # variant, seed, overrides
         run=("$dual" "${run[@]}" "${words[@]}")
     fi
     finished "$folder" >/dev/null ||
-        "$python" bash_scripts/every_budget/ablations.py --config-name "${run[@]}" backbone.kwargs.width="$run_width" "$@" ||
+        "$python" research/every_budget/ablations.py --config-name "${run[@]}" backbone.kwargs.width="$run_width" "$@" ||
         return # `set -e` is off where a failure is waited for
     checkpoint=$(finished "$folder")/last.ckpt || { unfinished "$folder"; return 1; }
     evaluated "$folder/accuracies.json" "$checkpoint" ||
-        "$python" bash_scripts/every_budget/study.py evaluate "$checkpoint" "$folder/accuracies.json" "${shares[@]}"
+        "$python" research/every_budget/study.py evaluate "$checkpoint" "$folder/accuracies.json" "${shares[@]}"
 }
 
 mkdir -p "$out"
@@ -106,7 +106,7 @@ for seed in "${seeds[@]}"; do
     done
 done
 wait
-"$python" bash_scripts/every_budget/study.py table "$out" "${shares[@]}" | tee "$out/table.md"
+"$python" research/every_budget/study.py table "$out" "${shares[@]}" | tee "$out/table.md"
 for seed in "${seeds[@]}"; do
     for variant in "${variants[@]}"; do
         folder="$out/$variant/seed_$seed"
