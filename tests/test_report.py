@@ -712,7 +712,6 @@ def test_a_damaged_sweep_is_named(report, change, reason):
     [
         ({"gate": "channel"}, "vicreg_dual"),
         ({"gate": "top_k"}, "vicreg_dual (top_k gates)"),
-        (["odd"], "vicreg_dual"),
     ],
 )
 def test_no_published_table_takes_another_kind_of_gates(gating, variant, tmp_path):
