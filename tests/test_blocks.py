@@ -7,7 +7,7 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock
 
 from solo_gating import BACKBONES, BaseMethod, create_backbone
-from solo_gating.backbones import register_resnet
+from solo_gating.backbones import GatedResNet, TwoEncoderResNet, register_resnet
 from solo_gating.deploy.static import kept_channels, slice_encoder
 from solo_gating.evaluate.extract import extract
 from solo_gating.evaluate.policy import policy_of
@@ -20,10 +20,15 @@ from .test_evaluation import loader, run_config
 SIZE = (37, 29)  # odd, so that every stride rounds
 
 
-def lively(name, **kwargs):
+def lively(cls=GatedResNet, block="bottleneck", **kwargs):
+    """A short network whose BatchNorms differ."""
     torch.manual_seed(0)
-    backbone = create_backbone(name, width=8, **kwargs).double().eval()
+    backbone = cls([1, 2, 1, 1], block=block, width=8, **kwargs).double().eval()
+    backbone.fc = nn.Identity()
     randomise_norms(backbone)
+    for gate in backbone.gates:
+        if hasattr(gate, "norm"):
+            nn.init.ones_(gate.norm.bias)  # else all hidden units of a small gate are often off
     return backbone
 
 
@@ -44,15 +49,18 @@ def multiplications(module, run):
     return found
 
 
-@pytest.mark.parametrize("name", ["resnet50_gated", "resnet50_two_encoders", "resnet101_gated"])
+@pytest.mark.parametrize("cls", [GatedResNet, TwoEncoderResNet])
 @pytest.mark.parametrize("stem", ["cifar", "imagenet"])
-def test_flops_of_bottlenecks_are_a_count_by_hooks_for_every_image(name, stem):
-    backbone = lively(name, stem=stem)
-    x = torch.randn(3, 3, *SIZE, dtype=torch.float64)
+def test_flops_of_bottlenecks_are_a_count_by_hooks_for_every_image(cls, stem):
+    backbone = lively(cls, stem=stem)
+    x = (
+        torch.randn(3, 3, *SIZE, dtype=torch.float64)
+        * torch.tensor([1, 4, 16])[:, None, None, None]
+    )
     with torch.no_grad(), backbone.path("gated") as passes:
         macs = multiplications(backbone, lambda: backbone(x))
     masks = passes[-1].masks
-    encoder = backbone.gated_net if "two_encoders" in name else backbone
+    encoder = backbone.gated_net if cls is TwoEncoderResNet else backbone
     spent = torch.zeros(3, dtype=torch.float64)
     dense = 0
     remaining = list(masks)
@@ -81,14 +89,17 @@ def test_flops_of_bottlenecks_are_a_count_by_hooks_for_every_image(name, stem):
     assert abs(float(flops.share(channels.mean(0)) - flops.share(channels).mean())) > 1e-9
 
 
-@pytest.mark.parametrize(("name", "flops"), [("resnet50", 4_087_136_256), ("resnet101", None)])
+@pytest.mark.parametrize(
+    ("name", "flops"), [("resnet50", 4_087_136_256), ("resnet101", 7_801_405_440 - 2_048_000)]
+)
 def test_the_dense_path_is_torchvision_s(name, flops):
+    """FLOPs: torchvision counts the classifier, too."""
     torch.manual_seed(0)
     backbone = create_backbone(f"{name}_gated").eval()
     reference = getattr(torchvision.models, name)()
     reference.fc = nn.Identity()
     reference.load_state_dict(backbone.dense_state_dict())
-    x = torch.randn(2, 3, 64, 64)
+    x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(backbone(x), reference.eval()(x))
     if flops is not None:
@@ -96,7 +107,7 @@ def test_the_dense_path_is_torchvision_s(name, flops):
 
 
 def test_with_all_channels_and_shared_norms_both_paths_are_one():
-    backbone = lively("resnet50_gated", gate="fixed", separate_bn=False, budget_range=[0.1, 1.0])
+    backbone = lively(gate="fixed", separate_bn=False, budget_range=[0.1, 1.0])
     x = torch.randn(2, 3, *SIZE, dtype=torch.float64)
     with torch.no_grad(), backbone.path("gated", budget=1.0):
         gated = backbone(x)
@@ -104,7 +115,7 @@ def test_with_all_channels_and_shared_norms_both_paths_are_one():
 
 
 def test_the_gated_path_of_a_bottleneck_by_hand():
-    backbone = lively("resnet50_gated").train()
+    backbone = lively().train()
     block = backbone.layer2[0].eval()
     x = torch.randn(4, block.conv1.in_channels, 9, 7, dtype=torch.float64)
     with torch.no_grad():
@@ -118,7 +129,7 @@ def test_the_gated_path_of_a_bottleneck_by_hand():
 
 
 def test_masks_of_a_bottleneck_have_gradients():
-    backbone = lively("resnet50_gated").train()
+    backbone = lively().train()
     with backbone.path("gated") as passes:
         backbone(torch.randn(3, 3, 16, 16, dtype=torch.float64))
     flops = count_flops(backbone, (16, 16))
@@ -128,7 +139,7 @@ def test_masks_of_a_bottleneck_have_gradients():
 
 @pytest.mark.parametrize("gates", [True, False])
 def test_a_bottleneck_is_sliced(gates):
-    backbone = lively("resnet50_gated", stem="cifar").float()
+    backbone = lively(stem="cifar").float()
     x = torch.randn(12, 3, 16, 16)
     found = extract(backbone, loader(x), "gated")
     flops = count_flops(backbone, (16, 16))
@@ -143,7 +154,7 @@ def test_a_bottleneck_is_sliced(gates):
         p.numel() for p in backbone.parameters()
     )
     half = kept_channels(policy, flops, "top:0.4", 1)
-    assert 0.39 < half.share <= 0.41
+    assert 0.38 < half.share <= 0.4 + 0.01
 
 
 # From outside
@@ -167,11 +178,11 @@ class Triple(BasicBlock):
 def test_a_block_from_outside_is_gated_counted_and_trained(tmp_path):
     register_resnet("resnet_triple", Triple, [1, 1, 1, 1])
     try:
-        backbone = lively("resnet_triple_gated", gate="fixed", separate_bn=False, stem="cifar")
+        backbone = lively(block=Triple, gate="fixed", separate_bn=False, stem="cifar")
         x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
         with torch.no_grad(), backbone.path("gated", budget=1.0) as passes:
             torch.testing.assert_close(backbone(x), backbone.forward_dense(x), rtol=0, atol=0)
-        assert len(passes[-1].masks) == 2 * 4
+        assert len(passes[-1].masks) == 2 * 5
         with torch.no_grad():
             macs = multiplications(backbone, lambda: backbone(x))
         assert count_flops(backbone, (16, 16)).dense == sum(macs.values())

@@ -199,7 +199,7 @@ def test_top_k_s_gradient_is_that_of_sigmoids_around_the_border():
 @pytest.mark.parametrize("kind", ["top_k", "fixed"])
 def test_every_image_costs_the_same(kind, name):
     torch.manual_seed(0)
-    backbone = create_backbone(name, width=8, stem="cifar", gate=kind, budget_range=RANGE).eval()
+    backbone = create_backbone(name, width=4, stem="cifar", gate=kind, budget_range=RANGE).eval()
     flops = count_flops(backbone, (15, 18))
     for budget in (0.1, 0.37, 0.9):
         with torch.no_grad(), backbone.path("gated", budget=budget) as passes:
