@@ -122,9 +122,7 @@ def step(model, batch):
         return model.training_step(batch, 0)
 
 
-@pytest.mark.parametrize(
-    "method", [f"{name}_{kind}" for name in SSL for kind in ("dual", "gated")]
-)
+@pytest.mark.parametrize("method", [f"{name}_{kind}" for name in SSL for kind in ("dual", "gated")])
 def test_the_loss_is_that_of_the_method_plus_classifier_budget_and_bound(method):
     if method not in METHODS:
         pytest.skip(f"solo-learn 1.0.2 has no {method.split('_')[0]} that runs today")

@@ -42,4 +42,11 @@ def register(name: str, method: type[BaseMethod]) -> None:
     METHODS[name] = SOLO_METHODS[name] = method
 
 
-__all__ = [*installed.__all__, "LINE", "SOLO_METHODS", "installed_line", "register", "with_momentum"]
+__all__ = [
+    *installed.__all__,
+    "LINE",
+    "SOLO_METHODS",
+    "installed_line",
+    "register",
+    "with_momentum",
+]

@@ -80,7 +80,6 @@ _MODERN_DEFAULTS = {
 }
 
 
-
 def _add_defaults(cfg: DictConfig, defaults: dict[str, Any]) -> DictConfig:
     """Fill in place what a config leaves out."""
     cfg.merge_with(OmegaConf.merge(defaults, cfg))
