@@ -58,8 +58,8 @@ def test_a_value_is_refused_in_one_sentence(key, value, accepted):
             {"budget": 0.3},
             "gating.budget: no such key, accepted are target_budget, sparsity_weight, bound_weight, "
             "bound_decay, bound_target, bound_gradient, gate, gate_kwargs, reduction, temperature, weight_decay, "
-            "separate_bn, warmup_epochs, views, budget_sampling, budget_anneal, budget_per_image, "
-            "budget_embedding, shuffle_views",
+            "separate_bn, warmup_epochs, views, momentum_path, budget_sampling, budget_anneal, "
+            "budget_per_image, budget_embedding, shuffle_views",
         ),
         (
             {"views": ["gated", "sparse"]},
