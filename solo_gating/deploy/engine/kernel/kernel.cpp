@@ -440,7 +440,8 @@ class Engine {
     const float* thresholds = decisions.thresholds;
     if (decisions.counts != nullptr && *decisions.counts >= 0) {
       for (int64_t c = 0; c < b.hidden_channels; ++c) logits[c] -= thresholds[c];
-      return choose_largest(logits, b.hidden_channels, *decisions.counts, own.chosen);
+      const int64_t count = std::min(*decisions.counts, b.hidden_channels);
+      return choose_largest(logits, b.hidden_channels, count, own.chosen);
     }
     int64_t number = 0;
     for (int64_t c = 0; c < b.hidden_channels; ++c) {
