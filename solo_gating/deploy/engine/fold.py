@@ -14,6 +14,9 @@ from ...errors import InputError
 from ...gates import FoldedGate, Gate
 from .known import check_network, named_blocks
 
+# Of a block that the kernel runs.
+MOST_CONVOLUTIONS = 3
+
 
 @dataclass(frozen=True)
 class FoldedConvolution:
@@ -54,10 +57,20 @@ class FoldedBlock:
 
     @property
     def is_basic(self) -> bool:
-        """Whether it is two 3×3 convolutions, the second of stride 1, with folded gates or none."""
-        kernels = [(c.weight.shape[-1], c.padding) for c in self.convolutions]
+        """Whether it is two 3×3 convolutions, the second of stride 1."""
+        return self._kernels == [(3, 1), (3, 1)] and self.convolutions[1].stride == 1
+
+    @property
+    def is_compilable(self) -> bool:
+        """Whether the kernel runs it: few convolutions of 1×1 or 3×3, with folded gates or none."""
         folded = all(isinstance(gate, FoldedGate) for gate in self.gates)
-        return kernels == [(3, 1), (3, 1)] and self.convolutions[1].stride == 1 and folded
+        number = len(self.convolutions)
+        known = all(kernel in [(1, 0), (3, 1)] for kernel in self._kernels)
+        return folded and known and 2 <= number <= MOST_CONVOLUTIONS
+
+    @property
+    def _kernels(self) -> list[tuple[int, int]]:
+        return [(conv.weight.shape[-1], conv.padding) for conv in self.convolutions]
 
 
 @dataclass(frozen=True)
