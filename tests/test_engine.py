@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.nn.utils import parametrizations, prune
-from torchvision.models import resnet18, resnet50
+from torchvision.models import resnet18, resnext50_32x4d
 from torchvision.models.resnet import BasicBlock
 from torchvision.tv_tensors import Image
 
@@ -369,7 +369,7 @@ def test_images_of_another_kind_are_refused(x, message):
     [
         ((resnet18(),), r"path: found gated, this ResNet has dense only"),
         ((nn.Linear(2, 2),), "backbone: found Linear"),
-        ((resnet50(), "dense"), "backbone: found Bottleneck, accepted is BasicBlock"),
+        ((resnext50_32x4d(), "dense"), "backbone: found groups=32, accepted is 1 for layer1.0.conv2"),
         ((encoder(), "gatd"), "path: found 'gatd'"),
         (("no/such/file.ckpt",), "no/such/file.ckpt"),
         ((3,), "source: found 3, accepted is a module or a checkpoint"),

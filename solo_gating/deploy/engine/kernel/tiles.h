@@ -248,24 +248,28 @@ void plane_tile(const PlaneProduct& a) {
   const Weight* row[Channels];
 #pragma GCC unroll 16
   for (int m = 0; m < Channels; ++m) row[m] = a.weights[m];
-  const float* plane = a.x;
-  for (int j = 0; j < a.num_rows; ++j, plane += a.plane) {
-    int64_t place = a.rows[j] * a.row_step;
-    for (int t = 0; t < a.num_taps; ++t, place += a.tap_step) {
-      const float* x = plane + a.taps[t];
-      Vec value[Vectors];
+  const auto add = [&](const float* x, int64_t place) {
+    Vec value[Vectors];
 #pragma GCC unroll 4
-      for (int v = 0; v < Vectors; ++v) {
-        value[v] = load(x + v * kLanes);
-        keep(value[v]);
-      }
+    for (int v = 0; v < Vectors; ++v) {
+      value[v] = load(x + v * kLanes);
+      keep(value[v]);
+    }
 #pragma GCC unroll 16
-      for (int m = 0; m < Channels; ++m) {
-        Vec weight = broadcast(number(row[m] + place));
-        keep(weight);
+    for (int m = 0; m < Channels; ++m) {
+      Vec weight = broadcast(number(row[m] + place));
+      keep(weight);
 #pragma GCC unroll 4
-        for (int v = 0; v < Vectors; ++v) sum[m][v] += value[v] * weight;
-      }
+      for (int v = 0; v < Vectors; ++v) sum[m][v] += value[v] * weight;
+    }
+  };
+  const float* plane = a.x;
+  if (a.num_taps == 1) {  // without the inner loop, which costs as much as a narrow tile
+    for (int j = 0; j < a.num_rows; ++j, plane += a.plane) add(plane, a.rows[j] * a.row_step);
+  } else {
+    for (int j = 0; j < a.num_rows; ++j, plane += a.plane) {
+      int64_t place = a.rows[j] * a.row_step;
+      for (int t = 0; t < a.num_taps; ++t, place += a.tap_step) add(plane + a.taps[t], place);
     }
   }
 #pragma GCC unroll 16
