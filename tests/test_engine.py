@@ -369,7 +369,10 @@ def test_images_of_another_kind_are_refused(x, message):
     [
         ((resnet18(),), r"path: found gated, this ResNet has dense only"),
         ((nn.Linear(2, 2),), "backbone: found Linear"),
-        ((resnext50_32x4d(), "dense"), "backbone: found groups=32, accepted is 1 for layer1.0.conv2"),
+        (
+            (resnext50_32x4d(), "dense"),
+            "backbone: found groups=32, accepted is 1 for layer1.0.conv2",
+        ),
         ((encoder(), "gatd"), "path: found 'gatd'"),
         (("no/such/file.ckpt",), "no/such/file.ckpt"),
         ((3,), "source: found 3, accepted is a module or a checkpoint"),

@@ -140,9 +140,10 @@ class FoldedNetwork:
             return None
         thresholds, counts = [], []
         for gate, channels in zip(self.gates, self.hidden, strict=True):
-            folded = isinstance(gate, FoldedGate)
-            shift = gate.shift(budget).float() if folded else torch.zeros(channels)
-            count = gate.count(budget) if folded and gate.count is not None else -1
+            shift, count = torch.zeros(channels), -1
+            if isinstance(gate, FoldedGate):
+                shift = gate.shift(budget).float()
+                count = -1 if gate.count is None else gate.count(budget)
             counts.append(count)
             # With a count logits are compared with each other, and their shifts are no thresholds.
             thresholds.append(-shift if count >= 0 else threshold - shift)
