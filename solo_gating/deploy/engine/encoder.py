@@ -307,7 +307,7 @@ def compile(
 
     Args:
         source: a backbone (one of this package's, a sliced one of `main_export`, or torchvision's
-            resnet18 or 34), or a checkpoint with its `args.json` beside it. Its weights are copied:
+            resnet18, 34, 50 or 101), or a checkpoint with its `args.json` beside it. Its weights are copied:
             later changes to it have no effect.
         path: "gated" or "dense".
         threshold: of the gates; None for the backbone's own.

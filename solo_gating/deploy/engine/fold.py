@@ -176,7 +176,7 @@ def fold(backbone: nn.Module, path: str) -> FoldedNetwork:
     """Fold one path of a backbone, as it is in evaluation.
 
     Args:
-        backbone: one of this package's ResNets, or torchvision's resnet18 or resnet34.
+        backbone: one of this package's ResNets, or torchvision's resnet18, 34, 50 or 101.
         path: "gated" or "dense".
 
     Raises:
@@ -238,7 +238,7 @@ def _shift(gate: Gate, name: str) -> Callable[[float | None], Tensor]:
     return gate.fold().shift  # type: ignore[union-attr]
 
 
-def _folded(conv: nn.Conv2d, norm: Any, name: str) -> FoldedConvolution:
+def _folded(conv: Any, norm: Any, name: str) -> FoldedConvolution:
     # In float64, so that folding costs one rounding and no more.
     scale = (norm.running_var.double() + norm.eps).rsqrt()
     if norm.weight is not None:

@@ -1,10 +1,12 @@
 // A ResNet in which each image computes only the channels that its gates choose.
 //
-// There are two ways to compute a block. Other blocks than BasicBlocks are computed as `planes.h` says.
-// For BasicBlocks, activations are rows × columns × channels. A block's first convolution computes the chosen
-// channels only, with dot products over its input channels, into planes of a hidden map that has
-// no place for the others; the second one adds up the outer products of these planes with the
-// chosen rows of its weights. Bias, shortcut and ReLU happen while sums are in registers.
+// Blocks are computed in one of two ways. BasicBlocks have activations of rows × columns ×
+// channels. Their first convolution computes the chosen channels only, with dot products over its
+// input channels, into planes of a hidden map that has no place for the others; the second one adds
+// up the outer products of these planes with the chosen rows of its weights. Bias, shortcut and ReLU
+// happen while sums are in registers. All other blocks, such as Bottlenecks, have a plane for each
+// channel (`planes.h`), because between their convolutions input and output channels are both
+// chosen.
 
 #include <algorithm>
 #include <cmath>
@@ -486,8 +488,9 @@ class Engine {
       choice[b.num_convolutions - 1] = all(b.last().out_channels);
       if (b.shortcut.weight != nullptr) {
         current = 1 - current;
-        plane_convolution(w, b.shortcut, true, at.shortcut[0], x, all(b.shortcut.in_channels),
-                          inside(w.planes[current]), all(b.shortcut.out_channels), false, false, team);
+        float* y = inside(w.planes[current]);
+        plane_convolution(w, b.shortcut, true, at.shortcut[0], x, all(b.shortcut.in_channels), y,
+                          all(b.shortcut.out_channels), false, false, team);
       }
       Choice in = all(b.convolutions[0].in_channels);
       for (int64_t k = 0; k < b.num_convolutions; ++k) {

@@ -18,7 +18,7 @@ constexpr int kMostConvolutions = 3;  // of a block
 //   packed   cut into groups of kOuterVectors vectors of output channels, each group being input
 //            channels × kernel elements × its output channels; the last group may be narrower
 //   blocked  output channel × block of kBlock input channels × kernel elements × its channels
-//   grouped  cut evenly into groups of up to kPlaneChannels output channels, each group as in packed
+//   grouped  cut evenly into groups of up to kPlaneChannels output channels, each as in packed
 //   plain    output channel × input channel × kernel elements
 struct Convolution {
   int64_t in_channels;

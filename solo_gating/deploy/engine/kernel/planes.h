@@ -18,9 +18,9 @@
 
 namespace gated {
 
-// From kernel columns to copies: a convolution of more than one pixel reads, instead of a plane, one
-// copy of it for each column of the kernel, shifted accordingly and as wide as the output, so that
-// any run of pixels is a tile. With a stride, a copy has one part for each row modulo the stride.
+// One copy of a plane for each column of the kernel, shifted accordingly and as wide as the output:
+// in them, any run of output pixels reads runs of numbers. With a stride, a copy has one part for
+// each row modulo the stride.
 inline void write_copies(const PlaneShape& s, const float* from, float* to) {
   for (int64_t shift = -s.padding(); shift < s.kernel - s.padding(); ++shift) {
     // The output pixels whose input is inside the map.

@@ -3,9 +3,9 @@
 // Each keeps a tile of sums in registers. `outer_tile` has output channels in its lanes and reads
 // one number of the input at a time, which suits convolutions of few, freely chosen input channels
 // into all output channels. `dot_tile` has input channels in its lanes, which suits convolutions
-// of all input channels into few, freely chosen output channels. `plane_tile` has pixels in its lanes
-// and reads one weight at a time, which suits both at once, where pixels fill the lanes. None copies
-// or pads the chosen weights.
+// of all input channels into few, freely chosen output channels. `plane_tile` has pixels in its
+// lanes and reads one weight at a time, so that input and output channels can both be chosen. None
+// copies or pads the chosen weights.
 //
 // The order of additions in one output number depends on neither the tile's shape nor its place,
 // so that results do not depend on the number of threads.
