@@ -497,7 +497,7 @@ def test_no_state_of_the_process_and_no_size_is_deadly():
 
     def too_many_pixels():
         engine = fast._engine
-        nothing = (None, None, None)
+        nothing = (None,) * 4
         return engine._library.gated_run(engine._engine, None, 1, 2**16, 2**15, *nothing, 1)
 
     results = {
@@ -760,7 +760,7 @@ def test_other_parts_that_are_refused():
     kept = Kept(tuple(torch.arange(n) for n in deploy.compile(net).channels), 0.5)
     small = slice_encoder(net, kept, gates=False)
     small.blocks[0].gate = net.layer1[0].gate
-    with pytest.raises(InputError, match="found a gate, accepted is none on the dense path"):
+    with pytest.raises(InputError, match="path: found dense, this SlicedResNet has gated only"):
         deploy.compile(small, "dense", engine="pytorch")
     handle = nn.modules.module.register_module_forward_hook(double)
     try:

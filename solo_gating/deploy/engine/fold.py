@@ -139,15 +139,16 @@ class FoldedNetwork:
         if not self.gates:
             return None
         thresholds, counts = [], []
-        for gate, channels in zip(self.gates, self.hidden, strict=True):
-            shift, count = torch.zeros(channels), -1
-            if isinstance(gate, FoldedGate):
-                shift = gate.shift(budget).float()
-                count = -1 if gate.count is None else gate.count(budget)
-            counts.append(count)
-            # With a count logits are compared with each other, and their shifts are no thresholds.
-            thresholds.append(-shift if count >= 0 else threshold - shift)
-        return Decisions(torch.cat(thresholds), torch.tensor(counts), budget)
+        with torch.device("cpu"):  # whatever the default is
+            for gate, channels in zip(self.gates, self.hidden, strict=True):
+                shift, count = torch.zeros(channels, dtype=torch.float32), -1
+                if isinstance(gate, FoldedGate):
+                    shift = gate.shift(budget).float()
+                    count = -1 if gate.count is None else gate.count(budget)
+                counts.append(count)
+                # With a count logits are compared with each other: shifts are no thresholds.
+                thresholds.append(-shift if count >= 0 else threshold - shift)
+            return Decisions(torch.cat(thresholds), torch.tensor(counts), budget)
 
     @property
     def smallest_image(self) -> int:
@@ -220,7 +221,8 @@ def _folded_block(block: Any, path: str, name: str) -> FoldedBlock:
 def _folded_gate(gate: Gate, name: str) -> FoldedGate | Gate:
     # A copy: later changes to the backbone have no effect.
     gate = copy.deepcopy(gate).to("cpu").eval()
-    folded = gate.fold()
+    with torch.device("cpu"):
+        folded = gate.fold()
     if folded is None:
         return gate.float()
     return replace(
