@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.nn.utils import parametrizations, prune
-from torchvision.models import resnet18, resnet50
+from torchvision.models import resnet18, resnext50_32x4d
 from torchvision.models.resnet import BasicBlock
 from torchvision.tv_tensors import Image
 
@@ -369,7 +369,10 @@ def test_images_of_another_kind_are_refused(x, message):
     [
         ((resnet18(),), r"path: found gated, this ResNet has dense only"),
         ((nn.Linear(2, 2),), "backbone: found Linear"),
-        ((resnet50(), "dense"), "backbone: found Bottleneck, accepted is BasicBlock"),
+        (
+            (resnext50_32x4d(), "dense"),
+            "backbone: found groups=32, accepted is 1 for layer1.0.conv2",
+        ),
         ((encoder(), "gatd"), "path: found 'gatd'"),
         (("no/such/file.ckpt",), "no/such/file.ckpt"),
         ((3,), "source: found 3, accepted is a module or a checkpoint"),
@@ -494,7 +497,7 @@ def test_no_state_of_the_process_and_no_size_is_deadly():
 
     def too_many_pixels():
         engine = fast._engine
-        nothing = (None, None, None)
+        nothing = (None,) * 4
         return engine._library.gated_run(engine._engine, None, 1, 2**16, 2**15, *nothing, 1)
 
     results = {
@@ -757,7 +760,7 @@ def test_other_parts_that_are_refused():
     kept = Kept(tuple(torch.arange(n) for n in deploy.compile(net).channels), 0.5)
     small = slice_encoder(net, kept, gates=False)
     small.blocks[0].gate = net.layer1[0].gate
-    with pytest.raises(InputError, match="found a gate, accepted is none on the dense path"):
+    with pytest.raises(InputError, match="path: found dense, this SlicedResNet has gated only"):
         deploy.compile(small, "dense", engine="pytorch")
     handle = nn.modules.module.register_module_forward_hook(double)
     try:

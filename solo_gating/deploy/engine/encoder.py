@@ -15,7 +15,7 @@ from ...budgets import checked_budget
 from ...checks import checked_threshold, is_int, one_of, require
 from ...errors import InputError
 from .fallback import TorchEngine
-from .fold import Decisions, FoldedNetwork, fold
+from .fold import MOST_CONVOLUTIONS, Decisions, FoldedNetwork, fold
 from .forks import is_forked, one_thread_if_forked
 from .library import PYTORCH, TOO_LARGE, BuildError, chosen_engine, load_library
 from .pack import PackedNetwork, Shapes
@@ -25,7 +25,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # OpenMP ends the process when it cannot start so many threads as it is told.
 MOST_THREADS = max(256, os.cpu_count() or 1)
 
-_UNKNOWN = "the kernel knows blocks of two 3×3 convolutions, with gates that say how they fold"
+_UNKNOWN = (
+    f"the kernel knows blocks of 2 to {MOST_CONVOLUTIONS} convolutions, 1×1 or 3×3, with gates that "
+    "say how they fold"
+)
 
 Images = TypeVar("Images", Tensor, np.ndarray)
 
@@ -47,8 +50,12 @@ class KernelEngine:
 
     def __init__(self, net: FoldedNetwork, isa: str, dtype: torch.dtype):
         self._library = load_library(isa, dtype)
+        library = self._library
         shapes = Shapes(
-            self._library.gated_lanes(), self._library.gated_group(), self._library.gated_block()
+            lanes=library.gated_lanes(),
+            group=library.gated_group(),
+            block=library.gated_block(),
+            plane_group=library.gated_plane_group(),
         )
         self._weights = PackedNetwork(net, shapes, dtype)
         self._features, self._channels = net.features, sum(net.hidden)
@@ -300,7 +307,7 @@ def compile(
 
     Args:
         source: a backbone (one of this package's, a sliced one of `main_export`, or torchvision's
-            resnet18 or 34), or a checkpoint with its `args.json` beside it. Its weights are copied:
+            resnet18, 34, 50 or 101), or a checkpoint with its `args.json` beside it. Its weights are copied:
             later changes to it have no effect.
         path: "gated" or "dense".
         threshold: of the gates; None for the backbone's own.
@@ -353,7 +360,7 @@ def _engine(
 ) -> tuple[str, KernelEngine | TorchEngine]:
     if name != PYTORCH:
         try:
-            if not all(block.is_basic for block in net.blocks):
+            if not all(block.is_compilable for block in net.blocks):
                 raise BuildError(_UNKNOWN)
             return name, KernelEngine(net, name, dtype)
         except BuildError as error:

@@ -25,7 +25,7 @@ from ...backbones import (
     convolutions,
 )
 from ...backbones.resnet import PickingConv2d
-from ...backbones.sliced import SlicedBlock, sliced_block
+from ...backbones.sliced import sliced_block
 from ...errors import InputError
 from ...gates import GATES, BudgetEmbedding, ChannelGate, Gate, ScoringGate
 
@@ -172,8 +172,6 @@ class _Inspection:
                 self._refuse(f"{len(gates)} gates", str(len(layers) - 1), name)
             for gate, hidden in zip(gates, widths[1:], strict=False):
                 self._gate(gate, channels, hidden)
-        elif isinstance(block, SlicedBlock) and block.gates:
-            self._refuse("a gate", "none on the dense path", name)
         return out
 
     def _gates(self, name: str) -> list[str]:

@@ -314,7 +314,7 @@ def _attempt(command: list[str], target: Path) -> str | None:
 
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     pointer, number = ctypes.c_void_p, ctypes.c_int64
-    for name in ("gated_lanes", "gated_group", "gated_block"):
+    for name in ("gated_lanes", "gated_group", "gated_block", "gated_plane_group"):
         getattr(library, name).restype = number
     library.gated_open.restype = pointer
     library.gated_open.argtypes = [pointer]
