@@ -705,3 +705,15 @@ def test_a_damaged_sweep_is_named(report, change, reason):
     files = report(metrics(), sweep({0.5: 20.0}) | change)
     assert reason in html.unescape(files["report.html"].decode())
     assert "sweeps.png" not in files
+
+
+@pytest.mark.parametrize(
+    ("gating", "variant"),
+    [
+        ({"gate": "channel"}, "vicreg_dual"),
+        ({"gate": "top_k"}, "vicreg_dual (top_k gates)"),
+    ],
+)
+def test_no_published_table_takes_another_kind_of_gates(gating, variant, tmp_path):
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics(gating=gating)))
+    assert {record.variant for record in read_records([tmp_path]).records} == {variant}

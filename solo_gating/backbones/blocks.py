@@ -1,6 +1,6 @@
 """Residual blocks with a second, gated way through them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -29,6 +29,19 @@ def convolutions(block: nn.Module) -> list[tuple[str, nn.Conv2d, Any]]:
 class BlockMixin(nn.Module):
     """What this package puts before a plain class of blocks: `class Gated(GatedBlock, BasicBlock)`."""
 
+    relu: nn.Module
+    downsample: nn.Module | None
+
+    def set_gates(self, gates: Sequence[Gate]) -> None:
+        """Hold gates as `gate`, `gate2`, ..., in order."""
+        for number, gate in enumerate(gates, 1):
+            setattr(self, "gate" if number == 1 else f"gate{number}", gate)
+
+    @property
+    def gates(self) -> list[Gate]:
+        """The gates, in order; none for a block of a dense encoder, or one whose gates were dropped."""
+        return [module for module in self._modules.values() if isinstance(module, Gate)]
+
 
 def plain_block(block: type[nn.Module]) -> type[nn.Module]:
     """The class of blocks that a mixin of this package's was put before; or the class itself."""
@@ -54,8 +67,6 @@ class GatedBlock(BlockMixin):
 
     path = "dense"
     separate_bn = False
-    relu: nn.Module
-    downsample: nn.Module | None
 
     def add_gates(self, make: Callable[[int, int], Gate], separate_bn: bool) -> None:
         """Add the gates, and the gated path's BatchNorms as copies of the dense path's.
@@ -66,24 +77,13 @@ class GatedBlock(BlockMixin):
         """
         layers = convolutions(self)
         inputs = layers[0][1].in_channels
-        for number, (_, conv, _) in enumerate(layers[:-1], 1):
-            name = "gate" if number == 1 else f"gate{number}"
-            setattr(self, name, make(inputs, conv.out_channels))
+        self.set_gates([make(inputs, conv.out_channels) for _, conv, _ in layers[:-1]])
         self.separate_bn = separate_bn
         if separate_bn:
             for number, (_, _, norm) in enumerate(layers, 1):
                 own = type(norm)(norm.num_features)
                 own.load_state_dict(norm.state_dict())
                 setattr(self, f"gated_bn{number}", own)
-
-    @property
-    def gates(self) -> list[Gate]:
-        """The gates, in order; none for a block of a dense encoder."""
-        return [
-            module
-            for name, module in self._modules.items()
-            if name.startswith("gate") and isinstance(module, Gate)
-        ]
 
     @property
     def gated_norms(self) -> list[nn.Module]:

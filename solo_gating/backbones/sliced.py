@@ -19,9 +19,6 @@ class SlicedBlock(BlockMixin):
     channels; where gates stay, h_i is multiplied by their masks as in `GatedBlock`.
     """
 
-    relu: nn.Module
-    downsample: nn.Module | None
-
     def slice(self, hidden: Sequence[int], gates: Sequence[Gate]) -> None:
         """Replace the convolutions by ones with so many channels between them."""
         layers = convolutions(self)
@@ -40,13 +37,7 @@ class SlicedBlock(BlockMixin):
             nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
             setattr(self, f"conv{number}", new)
             setattr(self, f"bn{number}", type(norm)(widths[number]))
-        for number, gate in enumerate(gates, 1):
-            setattr(self, "gate" if number == 1 else f"gate{number}", gate)
-
-    @property
-    def gates(self) -> list[Gate]:
-        """The gates that stayed, in order."""
-        return [module for module in self._modules.values() if isinstance(module, Gate)]
+        self.set_gates(gates)
 
     def forward(self, x: Tensor) -> Tensor:
         """B × C_in × H × W → B × C_out × H' × W'."""

@@ -11,6 +11,7 @@ from torch import nn
 from ..backbones import PATHS, TwoPathResNet
 from ..checks import shown
 from ..errors import InputError
+from ..metrics import pretraining_of
 from ..solo_learn import METHODS, BaseMethod
 from .reading import check_architecture, read_args, read_checkpoint, weights_of
 
@@ -79,38 +80,7 @@ class Encoder:
 
     def description(self) -> dict[str, Any]:
         """The key `pretraining` of every `metrics.json`: which pre-training this was."""
-        return describe_pretraining(self.args, self.epochs, self.checkpoint)
-
-
-def describe_pretraining(args: DictConfig, epochs: int, checkpoint: Path | None) -> dict[str, Any]:
-    """What identifies a pre-training among others: method, data, network, length, budget, seed.
-
-    The target budget is a number, or a list of both ends of a range.
-
-    Args:
-        args: a complete pre-training config.
-        epochs: epochs done.
-        checkpoint: its file, if there is one.
-    """
-
-    def group(key: str) -> Any:
-        return OmegaConf.to_container(args[key], resolve=True) if args.get(key) else None
-
-    return {
-        "name": args.get("name"),
-        "method": args.method,
-        "dataset": args.data.dataset,
-        "backbone": args.backbone.name,
-        "width": (args.backbone.get("kwargs") or {}).get("width", 64),
-        "epochs": epochs,
-        "target_budget": (group("gating") or {}).get("target_budget"),
-        "gating": group("gating"),
-        "method_kwargs": group("method_kwargs"),
-        "optimizer": group("optimizer"),
-        "fraction": args.data.get("fraction", -1),
-        "seed": args.get("seed"),
-        "checkpoint": None if checkpoint is None else str(checkpoint),
-    }
+        return pretraining_of(self.args, self.epochs, self.checkpoint)
 
 
 def encoder_of(checkpoint: str | Path, head: str = "backbone", key: str = KEY) -> Encoder:

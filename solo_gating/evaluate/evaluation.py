@@ -23,11 +23,11 @@ from ..data import (
     check_augmentations,
     check_data,
     evaluation_loader,
-    skipped_images,
 )
 from ..errors import InputError
 from ..files import make_folder, one_at_a_time, read_json, write_json
 from ..flops import count_flops
+from ..metrics import data_of
 from ..training.checkpoints import plain
 from ..training.trainer import refusal
 from .extract import Extraction, extract
@@ -112,13 +112,12 @@ class Evaluation:
             "identity": self.identity,
             "evaluation": self.kind,
             "pretraining": self.encoder.description(),
-            "data": {
-                "dataset": self.cfg.data.dataset,
-                "train_images": train_images,
-                "val_images": len(self.loaders["val"].dataset),  # type: ignore[arg-type]
-                "resolution": [self.cfg.augmentations[0].crop_size] * 2,
-                **skipped_images(self.cfg, **loaders),
-            },
+            "data": data_of(
+                self.cfg,
+                train_images,
+                len(self.loaders["val"].dataset),  # type: ignore[arg-type]
+                **loaders,
+            ),
             "settings": self.settings,
             **rows,
         }

@@ -10,23 +10,10 @@ from ..budgets import is_range, middle
 from ..checks import is_int, is_number, is_share, shown
 from ..errors import InputError
 from ..files import UnreadableError, json_content
+from ..metrics import ACCURACIES, DEFAULT_SETTINGS
 
-METRICS = ("linear", "knn")
 PATHS = ("dense", "gated")
 _LARGEST_COUNT = 10**12
-
-# What an evaluation does if its `settings` do not say otherwise; so does a pre-training's own 1-NN.
-_DEFAULT_SETTINGS = {
-    "linear": {"threshold": 0.0, "precision": "32-true"},
-    "knn": {
-        "k": 1,
-        "distance": "euclidean",
-        "normalise": False,
-        "features": "backbone",
-        "threshold": 0.0,
-        "precision": "32-true",
-    },
-}
 
 
 @dataclass(frozen=True)
@@ -134,7 +121,8 @@ def variant_of(pretraining: dict[str, Any]) -> str:
     """The method, with what the papers vary: a second encoder, the invariance loss.
 
     These are Tables 5 and 6 of the unification paper. Another backbone than the papers' ResNet-18
-    is named, and so is a range of budgets, so that no table of theirs takes it.
+    is named, and so are another kind of gates and a range of budgets, so that no table of theirs takes
+    it.
 
     Args:
         pretraining: the key of that name of a `metrics.json`.
@@ -148,6 +136,10 @@ def variant_of(pretraining: dict[str, Any]) -> str:
         name += f" ({backbone})"
     if (pretraining.get("method_kwargs") or {}).get("sim_loss_weight") == 0:
         name += "_no_invariance"
+    gating = pretraining.get("gating")
+    kind = gating.get("gate", "channel") if isinstance(gating, dict) else "channel"
+    if gated and kind != "channel":
+        name += f" ({kind} gates)"
     if is_range(pretraining.get("target_budget")):
         name += " (range of budgets)"
     return name
@@ -269,7 +261,7 @@ def _content(file: Path) -> dict[str, Any]:
 
 def _records(file: Path, content: dict[str, Any]) -> list[Record]:
     metric = content.get("evaluation")
-    if metric is not None and metric not in METRICS:
+    if metric is not None and metric not in ACCURACIES:
         return []
     if "pretraining" not in content:
         raise _UnusableError("has no key `pretraining`, which says of which run it is")
@@ -309,9 +301,7 @@ def _accuracies(row: Any, path: str, metric: str) -> list[tuple[dict[str, Any], 
     listed = row.get("knn") if metric == "knn" else None
     found = [
         (
-            _checked_settings(
-                {k: v for k, v in one.items() if k in _DEFAULT_SETTINGS["knn"]}, path
-            ),
+            _checked_settings({k: v for k, v in one.items() if k in DEFAULT_SETTINGS["knn"]}, path),
             _accuracy(one, "knn_top1", path),
         )
         for one in (listed if isinstance(listed, list) else [])
@@ -360,7 +350,7 @@ def _settings(content: dict[str, Any], metric: str) -> dict[str, Any]:
     given.pop("seeds", None)
     if "max_epochs" in given:
         given["epochs"] = given.pop("max_epochs")
-    settings = _checked_settings(_DEFAULT_SETTINGS[metric] | given, "settings")
+    settings = _checked_settings(DEFAULT_SETTINGS[metric] | given, "settings")
     if metric == "knn" and settings["distance"] == "euclidean":
         settings.pop("temperature", None)  # which has no effect there
     return settings

@@ -24,14 +24,14 @@ import lightning.pytorch as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from ..checkpoints.encoder import describe_pretraining
 from ..checkpoints.reading import read_checkpoint
 from ..config.pretraining import prepare_config, scale_learning_rates
 from ..config.schema import own_copy
-from ..data import evaluation_loader, has_labels, place_of, skipped_images, training_loader
+from ..data import evaluation_loader, has_labels, place_of, training_loader
 from ..errors import InputError
 from ..evaluate.table import final_table, format_table
 from ..files import make_folder, read_json, remove_leftovers, write_json
+from ..metrics import data_of, pretraining_of
 from ..plots.training import draw_curves
 from ..process_state import process_state_kept
 from ..terminal import say
@@ -108,14 +108,14 @@ def _pretrain(cfg: DictConfig, run: ExitStack) -> dict[str, Any]:
                 say(f"nothing left to train after {epochs} epochs: {file} stays as it is")
             return before
     metrics: dict[str, Any] = {
-        "pretraining": describe_pretraining(cfg, epochs, _saved(trainer, folder)),
-        "data": {
-            "dataset": cfg.data.dataset,
-            "train_images": len(train.dataset),
-            "val_images": len(val.dataset) if val else 0,  # type: ignore[arg-type]
-            "resolution": [cfg.augmentations[0].crop_size] * 2,
-            **skipped_images(cfg, train=train, val=val),
-        },
+        "pretraining": pretraining_of(cfg, epochs, _saved(trainer, folder)),
+        "data": data_of(
+            cfg,
+            len(train.dataset),
+            len(val.dataset) if val else 0,  # type: ignore[arg-type]
+            train=train,
+            val=val,
+        ),
         "epochs": epochs,
         "finished": epochs >= cfg.max_epochs,  # not if a limit of the Trainer stopped it
         "steps": trainer.global_step,
