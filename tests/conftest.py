@@ -8,7 +8,6 @@ import torch
 os.environ.setdefault("NUMBA_DISABLE_JIT", "1")
 
 import solo_gating  # noqa: F401 (solo-learn 1.0.2 can be imported only after it)
-from solo_gating import main_pretrain
 
 # Tiny tensors: a second thread costs more than it gives, and sums could depend on it.
 torch.set_num_threads(1)
@@ -48,7 +47,7 @@ def call(monkeypatch, tmp_path, capsys):
 @pytest.fixture
 def no_pictures(monkeypatch):
     """Runs draw no curves, which takes longer than some of them."""
-    monkeypatch.setattr(main_pretrain, "draw_curves", lambda *args: None)
+    monkeypatch.setattr("solo_gating.training.pretrain.draw_curves", lambda *args: None)
 
 
 # With what takes longest last, one process would wait for the other.

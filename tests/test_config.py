@@ -51,9 +51,13 @@ def test_every_row_of_the_papers_has_a_config():
         assert f"vicreg_dual_{variant}_cifar100" in names
 
 
+SIZES = {"cifar10": 32, "cifar100": 32, "stl10": 96, "imagenet100": 224, "custom": 12}
+
+
 @pytest.mark.parametrize("name", config_names())
 def test_a_shipped_config_is_complete_and_consistent(name):
     cfg = prepare_config(shipped(name))
+    assert {view.crop_size for view in cfg.augmentations} == {SIZES[cfg.data.dataset]}
     method, data = cfg.name.rsplit("-", 1)
     assert f"{method}_{data}" == name
     assert name.replace("_any_", "_dual_").startswith(cfg.method)

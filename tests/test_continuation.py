@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 
 from solo_gating import METHODS, InputError, main_pretrain
 from solo_gating.cli import one_sentence_errors
+from solo_gating.config.pretraining import DEFAULTS
 from solo_gating.main_pretrain import pretrain
 from solo_gating.training import pretrain as training_pretrain
 from solo_gating.training.continuation import changes, find_checkpoint, locked
@@ -469,3 +470,13 @@ def test_a_signal_ends_a_run_at_any_time(name, when, call, monkeypatch, tmp_path
     assert "Traceback" not in errors
     assert not list(tmp_path.glob("runs/*/*/metrics.json"))
     assert signal.signal(number, outer) is signal.SIG_DFL
+
+
+def test_the_size_of_all_views_is_no_second_difference():
+    view = {"crop_size": "${image_size}", "num_crops": 2, "horizontal_flip": {"prob": 0.5}}
+    before = OmegaConf.merge(DEFAULTS, tiny_config("vicreg"))
+    now = OmegaConf.merge(before, {"image_size": 16, "augmentations": [view]})
+    args = OmegaConf.to_container(before)
+    assert changes(args, now) == {}
+    now.image_size = 24
+    assert changes(args, now) == {"augmentations.0.crop_size": [16, 24]}

@@ -186,6 +186,7 @@ PRETRAINING: Table = {
     "data.split": among("train", "train+unlabeled", "unlabeled", None),
     "data.num_large_crops": ANY,
     "data.num_small_crops": ANY,
+    "image_size": CROP.or_null(),  # what views in our configs refer to
     "augmentations": ANY,
     "checkpoint.enabled": TRUTH,
     "checkpoint.dir": PATH,
@@ -313,6 +314,7 @@ _FROZEN: Table = {
     "data.num_small_crops": ANY,
     # Of the groups of data sets, which say it for pre-training.
     "backbone.kwargs": GROUP,
+    "image_size": CROP.or_null(),
     "hydra": ANY,
 }
 EVALUATIONS: Mapping[str, Table] = {

@@ -55,7 +55,8 @@ _FREE_TO_CHANGE = (
     "final_knn",
     "flops",
 )
-_OF_A_SESSION = ("resume_from_checkpoint", "wandb_run_id")
+# Of a session; and the size that each view's own crop_size repeats.
+_NO_CHANGE = ("resume_from_checkpoint", "wandb_run_id", "image_size")
 # What no run can change on its way, even where the weights would fit.
 _FIXED = ("method", "optimizer.name")
 # In a checkpoint: what its run has logged, and where it was continued.
@@ -163,7 +164,7 @@ def changes(args: Mapping[str, Any], cfg: DictConfig) -> dict[str, list[Any]]:
     return {
         key: [then.get(key, "absent"), now.get(key, "absent")]
         for key in {**now, **then}
-        if then.get(key, "absent") != now.get(key, "absent") and key not in _OF_A_SESSION
+        if then.get(key, "absent") != now.get(key, "absent") and key not in _NO_CHANGE
     }
 
 
