@@ -1,6 +1,7 @@
 """Small configs, and training steps without a Trainer."""
 
 import copy
+import importlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,6 +37,12 @@ METHOD_KWARGS: dict[str, dict[str, Any]] = {
     "dino": {"num_prototypes": 12},
     "all4one": {"pred_hidden_dim": 8, "temperature": 0.2, "queue_size": 32},
 }
+
+
+def explanation_of(command: Any) -> str:
+    """What a command's `--help` says: the docstring of the room that the command's own names."""
+    room = command.__doc__.rpartition("or `")[2].partition("`")[0]
+    return importlib.import_module(f"solo_gating.{room}").__doc__.strip()
 
 
 def package_environment(**more: str) -> dict[str, str]:

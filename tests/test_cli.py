@@ -10,7 +10,7 @@ from solo_gating import main_flops, main_pretrain
 from solo_gating.__main__ import main as run_script
 from solo_gating.config.compose import config_names
 
-from .helpers import ROOT, package_environment, write_images
+from .helpers import ROOT, explanation_of, package_environment, write_images
 
 
 def start(*arguments, cwd):
@@ -63,7 +63,7 @@ def test_a_mistake_ends_with_one_sentence(argument, parts, call, tmp_path):
 def test_help_explains_the_command_and_lists_the_configs(module, call):
     code, stdout, _ = call(module, "--help")
     assert code == 0
-    assert module.__doc__.splitlines()[0] in stdout
+    assert explanation_of(module) in stdout
     assert set(config_names()) - {"run"} <= set(stdout.split())
 
 

@@ -46,7 +46,7 @@ from solo_gating.gates import ChannelGate
 from solo_gating.main_knn import evaluate_knn
 from solo_gating.training import pretrain as training_pretrain
 
-from .helpers import fixed_noise, randomise_norms, tiny_config
+from .helpers import explanation_of, fixed_noise, randomise_norms, tiny_config
 
 VAL = slice(1400, 1431)  # digits by other writers than the first 1,400
 
@@ -739,7 +739,7 @@ def test_help_explains_an_evaluation_and_lists_its_configs(module, call):
     code, stdout, _ = call(module, "--help")
     assert code == 0
     explanation, _, configs = stdout.partition("\nconfigs:\n")
-    assert explanation.strip() == module.__doc__.strip()
+    assert explanation.strip() == explanation_of(module)
     assert set(configs.split()) == EVALUATIONS[module]
 
 

@@ -167,7 +167,15 @@ def test_with_a_number_the_network_and_its_config_are_the_papers():
     assert not [n for n in model.state_dict() if "embedding" in n or n.endswith("expand.bias")]
     assert list(cfg.gating) == [
         *("target_budget", "sparsity_weight", "bound_weight", "bound_decay", "bound_target"),
-        *("bound_gradient", "reduction", "temperature", "weight_decay", "separate_bn"),
+        *(
+            "bound_gradient",
+            "gate",
+            "gate_kwargs",
+            "reduction",
+            "temperature",
+            "weight_decay",
+            "separate_bn",
+        ),
         *("warmup_epochs", "views"),
     ]
     assert set(cfg.backbone.kwargs) == {"width", "stem", "reduction", "temperature", "separate_bn"}
@@ -787,7 +795,7 @@ def test_a_compiled_encoder_changes_its_budget_at_no_cost(name):
 
 
 def test_a_compiled_encoder_has_the_gates_bias(tmp_path):
-    backbone, (images, _) = tiny_backbone(gate_kwargs={"bias": 4.0}), digit_tensors(VAL)
+    backbone, (images, _) = tiny_backbone(open_start=True), digit_tensors(VAL)
     for block in backbone.gated_blocks:
         nn.init.normal_(block.gate.expand.bias)
     fast = compile_encoder(backbone, engine="pytorch")

@@ -64,7 +64,7 @@ class BudgetEmbedding(nn.Module):
 
         No network needs less than a hundredth, and 1 has no log-odds: t stays within ±4.6.
         """
-        log_odds = torch.logit(budget, eps=0.01).to(self.reduce.weight.dtype)
+        log_odds = torch.logit(budget, eps=0.01)
         shifts = self.expand(torch.relu(self.reduce(log_odds.reshape(-1, 1))))
         return shifts.reshape(budget.shape + (-1,))  # noqa: RUF005 - torch.fx unpacks no shape
 
@@ -131,7 +131,7 @@ class ScoringGate(Gate):
             return logits
         if budget is None:
             budget = logits.new_full((), self.budget)
-        return logits + self.embedding(budget)
+        return logits + self.embedding(budget.to(logits.dtype))
 
     @property
     def bias(self) -> Tensor:
