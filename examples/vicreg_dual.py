@@ -26,7 +26,9 @@ SIZE, BUDGET, REST, RATE = 12, 0.3, 6, 3e-3  # pixels; share of FLOPs; epochs of
 DEFAULTS = ("datasets/digits", "30")
 PLAIN = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.3] * 3, [0.37] * 3)]
 MOVED = v2.RandomAffine(20, (0.125, 0.125), (0.7, 1.3), shear=17)
-VIEW = v2.Compose([v2.Resize(SIZE), MOVED, v2.ColorJitter(0.4, 0.4), *PLAIN, v2.RandomErasing(0.5, (0.02, 0.2))])
+VIEW = v2.Compose(
+    [v2.Resize(SIZE), MOVED, v2.ColorJitter(0.4, 0.4), *PLAIN, v2.RandomErasing(0.5, (0.02, 0.2))]
+)
 
 
 def train(folder, epochs=30, width=16, batch=64):
@@ -40,7 +42,9 @@ def train(folder, epochs=30, width=16, batch=64):
     )
     weights = [*backbone.parameters(), *projector.parameters()]
     optimizer = torch.optim.AdamW(weights, lr=RATE, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, epochs * len(loader), pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, RATE, epochs * len(loader), pct_start=0.1
+    )
     flops = count_flops(backbone, (SIZE, SIZE))
     for epoch in range(epochs):
         for (one, other), _ in loader:
