@@ -28,6 +28,9 @@ GENERATED = ROOT / "docs/results/reproduction/report.md"
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "research/README.md"])
 WRITTEN = [page for page in PAGES if page != GENERATED]
 
+# Of a network of width 8 for a range of budgets, its args.json beside it.
+CHECKPOINT = ROOT / "tests/fixtures/before_gate_kinds/range/last.ckpt"
+
 # Words of the commands' grammar that the docs use before the commands know them. A command with
 # one may be refused, or the key be absent; what is known may leave the list.
 PENDING = ("checkpoint", "normalize", "neighbors", "runs")
@@ -199,7 +202,7 @@ def test_python_runs(page, as_ours, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SOLO_GATING_ISA", "pytorch")  # building the kernel takes long
     run = tmp_path / "trained_models/vicreg_dual/<run>"
-    shutil.copytree(ROOT / "tests/fixtures/before_gate_kinds/range", run)
+    shutil.copytree(CHECKPOINT.parent, run)
     images = torch.randn(2, 3, 16, 16)
     names = {"__name__": "block", "images": images, "one": images, "other": images + 1}
     for code in blocks(page, "python"):
@@ -247,7 +250,7 @@ def test_commands_exist(page, command, mark, call, own_configs):
     if mark in MARKS[:2]:
         return
     own_configs(page)
-    for part in command.split("&&"):
+    for part in command.replace("$CKPT", str(CHECKPOINT)).split("&&"):
         check_command(shlex.split(part), call)
 
 
