@@ -88,7 +88,7 @@ def small_stem(tmp_path_factory):
     [("dense", "resnet18_plain"), ("dense", "resnet18_gated"), ("gated", "resnet18_gated")],
 )
 def test_solo_learn_s_main_linear_is_told_the_stem(path, backbone, small_stem, monkeypatch):
-    """docs/evaluation.md: `backbone.name=... +backbone.kwargs.stem=cifar`, through the plugin."""
+    """docs/guide/solo_learn.md: `backbone.name=... +backbone.kwargs.stem=cifar`, through the plugin."""
     folder, expected = small_stem
     script = Path(solo.__file__).parents[1] / "main_linear.py"
     if not script.is_file():

@@ -313,7 +313,7 @@ def compile(
         threshold: of the gates; None for the backbone's own.
         budget: that the gates are told, of a network trained for a range; None for the backbone's own.
         dtype: "float32", or "bfloat16" to hold the convolutions' weights in half of the memory.
-            Sums and activations stay float32, but results change (docs/deploy.md says how much).
+            Sums and activations stay float32, but results change (docs/results/inference_speed.md says how much).
         engine: "avx512", "avx2", "portable" or "pytorch"; None for what the environment's
             SOLO_GATING_ISA says, or the best that this CPU has.
 
