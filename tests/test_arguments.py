@@ -6,7 +6,8 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from solo_gating import InputError, main_export, main_flops, main_knn, main_policy
-from solo_gating.config.arguments import flags_to_overrides, quoted, read_arguments
+from solo_gating.config.arguments import as_typed, flags_to_overrides, quoted, read_arguments
+from solo_gating.config.compose import composed
 
 from .test_cli import assert_one_sentence
 
@@ -226,3 +227,10 @@ def test_a_flag_of_the_policy_and_an_override_are_one_setting(call):
     arguments = ["pretrained_feature_extractor=x", "--calibrate", "0.3", "threshold=0.5"]
     code, _, stderr = call(main_policy, *arguments)
     assert_one_sentence(code, stderr, "threshold: found 0.5", "calibrate")
+
+
+def test_arguments_of_a_kind_of_gates_need_no_plus():
+    cfg = composed("vicreg_dual_digits", ["gating.gate_kwargs.bias=4", "gating.gate=channel"])
+    assert cfg.gating.gate_kwargs == {"bias": 4}
+    assert as_typed("+gating.gate_kwargs.bias=4") == "+gating.gate_kwargs.bias=4"
+    assert as_typed("gating.reduction=4") == "gating.reduction=4"

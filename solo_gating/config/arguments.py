@@ -18,6 +18,9 @@ from ..errors import InputError
 # Paths and names may hold what means something else to Hydra: = ' [ { ~ # and, unless in a sweep,
 # commas. These keys' values are what was typed.
 _LISTS = ("data.train_path", "data.val_path")
+# A group whose keys its owner knows.
+_OPEN_GROUP = "gating.gate_kwargs."
+
 _TEXTS = (
     *_LISTS,
     *("pretrained_feature_extractor", "resume_from_checkpoint", "checkpoint.dir", "output"),
@@ -142,12 +145,17 @@ def quoted(text: str) -> str:
 
 
 def as_typed(override: str, multirun: bool = False) -> str:
-    """An override whose value is a path or a name, quoted where Hydra would not read it as typed.
+    """An override as Hydra wants it for what was typed.
+
+    A path or a name is quoted where Hydra would not read it as typed; arguments of a kind of gates,
+    which no config can name beforehand, are added.
 
     Args:
         override: `key=value`.
         multirun: whether commas separate the values of a sweep.
     """
+    if override.startswith(_OPEN_GROUP):
+        override = f"++{override}"
     key, equals, value = override.partition("=")
     if not equals or key.lstrip("+") not in _TEXTS or _reads_as_text(key, value, multirun):
         return override
