@@ -6,8 +6,9 @@ import torchvision
 from torch import nn
 from torchvision.models.resnet import BasicBlock
 
-from solo_gating import BACKBONES, BaseMethod, create_backbone
+from solo_gating import BACKBONES, BaseMethod, InputError, create_backbone
 from solo_gating.backbones import GatedResNet, TwoEncoderResNet, register_resnet
+from solo_gating.deploy import compile as compile_encoder
 from solo_gating.deploy.static import kept_channels, slice_encoder
 from solo_gating.evaluate.extract import extract
 from solo_gating.evaluate.policy import policy_of
@@ -186,6 +187,13 @@ def test_a_block_from_outside_is_gated_counted_and_trained(tmp_path):
         with torch.no_grad():
             macs = multiplications(backbone, lambda: backbone(x))
         assert count_flops(backbone, (16, 16)).dense == sum(macs.values())
+        network = lively(block=Triple, stem="cifar").float()
+        x = x.float()
+        fast = compile_encoder(network)  # in the kernel: nothing warns
+        with torch.no_grad(), network.path("gated"):
+            torch.testing.assert_close(fast(x), network(x), rtol=1e-4, atol=1e-4)
+        with pytest.raises(InputError, match="found GatedTriple, accepted is GatedBasicBlock"):
+            compile_encoder(network, "dense")  # whose forward may be anything
         metrics = pretrain(
             run_config(tmp_path, max_epochs=1, backbone={"name": "resnet_triple_gated"})
         )

@@ -13,7 +13,7 @@ from solo_gating.checkpoints.encoder import encoder_of
 from solo_gating.deploy import compile as compile_encoder
 from solo_gating.evaluate.calibrate import calibrate, mean_share
 from solo_gating.flops import count_flops, selected_channels
-from solo_gating.gates import GATES, FixedGate, Gate, TopKGate, register_gate
+from solo_gating.gates import GATES, ChannelGate, FixedGate, Gate, TopKGate, register_gate
 from solo_gating.gates.shares import number_of_channels
 from solo_gating.main_knn import evaluate_knn
 from solo_gating.main_policy import evaluate_policy
@@ -277,3 +277,23 @@ def test_a_fixed_gate_by_itself_needs_no_budget():
     assert gate(torch.randn(2, 3, 5, 5)).tolist() == [[1.0] * 4] * 2
     gate.budget = 0.5
     assert gate(torch.randn(2, 3, 5, 5)).tolist() == [[1.0, 1.0, 0.0, 0.0]] * 2
+
+
+def test_a_gate_that_decides_otherwise_does_not_fold_as_its_base():
+    class Most(ChannelGate):
+        """Computes what its base does not."""
+
+        def forward(self, x, budget=None):
+            return 1 - super().forward(x, budget)
+
+    register_gate("mine")(Most)
+    try:
+        backbone, (images, _) = backbone_of("mine"), digit_tensors(slice(4))
+        with pytest.warns(RuntimeWarning, match="gates that say how they fold"):
+            fast = compile_encoder(backbone)
+        with torch.no_grad(), backbone.path("gated") as passes:
+            backbone(images)
+        for ours, theirs in zip(fast.features_and_masks(images)[1], passes[-1].masks, strict=True):
+            assert torch.equal(ours, theirs.bool())
+    finally:
+        del GATES["mine"]

@@ -150,8 +150,8 @@ class ScoringGate(Gate):
             return self.bias + self.embedding(self.bias.new_tensor(budget))
 
     @torch.no_grad()
-    def fold(self) -> FoldedGate:
-        """The BatchNorm folded into W₁, in float64 so that it costs one rounding and no more."""
+    def folded_scores(self) -> FoldedGate:
+        """For a kind's `fold`: the logits, with the BatchNorm folded into W₁, in float64 so that it costs one rounding and no more."""
         norm: Any = self.norm
         scale = (norm.running_var.double() + norm.eps).rsqrt()
         shift = -norm.running_mean.double() * scale

@@ -222,7 +222,7 @@ def _folded_gate(gate: Gate, name: str) -> FoldedGate | Gate:
     # A copy: later changes to the backbone have no effect.
     gate = copy.deepcopy(gate).to("cpu").eval()
     with torch.device("cpu"):
-        folded = gate.fold()
+        folded = gate.fold() if _fold_is_of_forward(type(gate)) else None
     if folded is None:
         return gate.float()
     return replace(
@@ -232,6 +232,16 @@ def _folded_gate(gate: Gate, name: str) -> FoldedGate | Gate:
         expand=_float(folded.expand, name),
         shift=_shift(gate.float(), name),
     )
+
+
+def _fold_is_of_forward(kind: type[Gate]) -> bool:
+    """Whether no subclass decides otherwise than the class whose `fold` it inherits."""
+
+    def owner(name: str) -> type:
+        return next(cls for cls in kind.__mro__ if name in vars(cls))
+
+    decides = [name for name in ("forward", "logits") if hasattr(kind, name)]
+    return all(issubclass(owner("fold"), owner(name)) for name in decides)
 
 
 def _shift(gate: Gate, name: str) -> Callable[[float | None], Tensor]:

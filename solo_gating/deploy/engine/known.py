@@ -15,6 +15,7 @@ from torchvision.models.resnet import ResNet as TorchvisionResNet
 
 from ...backbones import (
     GatedBasicBlock,
+    GatedBlock,
     GatedBottleneck,
     GatedResNet,
     ResNet,
@@ -24,6 +25,7 @@ from ...backbones import (
     TwoPathResNet,
     convolutions,
 )
+from ...backbones.blocks import plain_block
 from ...backbones.resnet import PickingConv2d
 from ...backbones.sliced import sliced_block
 from ...errors import InputError
@@ -38,8 +40,11 @@ _BLOCKS: dict[type[nn.Module], tuple[type[nn.Module], ...]] = {
     SlicedResNet: (sliced_block(BasicBlock), sliced_block(Bottleneck)),
 }
 
-# Kernel sizes of the blocks' convolutions; stride is the first 3×3's.
-_KERNELS = {2: (3, 3), 3: (1, 3, 1)}
+# Kernel sizes of the blocks' convolutions; the stride is that of the first 3×3.
+_KERNELS: dict[type[nn.Module], tuple[int, ...]] = {BasicBlock: (3, 3), Bottleneck: (1, 3, 1)}
+
+# What a block from outside leaves as it is.
+_GATED_PATH = ("forward_gated", "gated_norms", "gates")
 
 _STAGES = (nn.Sequential, Stage)
 
@@ -85,6 +90,14 @@ def _paths(backbone: nn.Module) -> tuple[str, ...]:
     return ("dense",)
 
 
+def _kernels(block: nn.Module, layers: list[Any]) -> tuple[int, ...]:
+    """Kernel sizes that are accepted of a block's convolutions: torchvision's, or 1×1 and 3×3."""
+    plain = plain_block(type(block))
+    if plain in _KERNELS:
+        return _KERNELS[plain]
+    return tuple(1 if conv.kernel_size == (1, 1) else 3 for _, conv, _ in layers)
+
+
 class _Inspection:
     """Looks at a network's parts by their names."""
 
@@ -108,13 +121,21 @@ class _Inspection:
         if not names:
             raise InputError("backbone: found no blocks, accepted is at least one")
         for name in names:
-            self._part(name, *_BLOCKS[type(encoder)])
+            self._part(name, *_BLOCKS[type(encoder)], *self._chain(name, path))
             channels = self._block(name, channels, path)
         self._part(f"{prefix}avgpool", nn.AdaptiveAvgPool2d, output_size=1)
         if isinstance(self._part("fc", nn.Identity, nn.Linear), nn.Linear):
             self._linear("fc", channels)
         if path == "gated":
             self._budgets(names)
+
+    def _chain(self, name: str, path: str) -> tuple[type[nn.Module], ...]:
+        """The class of a block from outside, if its gated path is the one that `GatedBlock` makes."""
+        cls = type(self._backbone.get_submodule(name))
+        known = issubclass(cls, GatedBlock) and all(
+            getattr(cls, key) is getattr(GatedBlock, key) for key in _GATED_PATH
+        )
+        return (cls,) if path == "gated" and known else ()
 
     def _stem(self, prefix: str) -> int:
         name = f"{prefix}conv1"
@@ -141,10 +162,10 @@ class _Inspection:
         layers = convolutions(block)
         widths, stride = [channels], 1
         for number, ((conv, _, _), kernel) in enumerate(
-            zip(layers, _KERNELS[len(layers)], strict=True), 1
+            zip(layers, _kernels(block, layers), strict=True), 1
         ):
             step = 1
-            if kernel == 3 and stride == 1 and number < 3:
+            if kernel == 3 and stride == 1:
                 step = 2 if self._part(f"{name}.{conv}", nn.Conv2d).stride == (2, 2) else 1
                 stride = step
             norm = f"{name}.{own}bn{number}"
