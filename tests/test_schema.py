@@ -199,12 +199,12 @@ def test_trainer_arguments_that_were_overridden_silently_count():
 
 
 def test_a_copy_is_checked_and_the_config_stays():
-    cfg = OmegaConf.create({"pretrained_feature_extractor": "~/last.ckpt"}, flags={"struct": True})
+    cfg = OmegaConf.create({"checkpoint": "~/last.ckpt"}, flags={"struct": True})
     own = own_copy(cfg, EVALUATIONS["knn"])
     own.new = 1
-    assert own.pretrained_feature_extractor.endswith("/last.ckpt")
-    assert not own.pretrained_feature_extractor.startswith("~")
-    assert cfg == {"pretrained_feature_extractor": "~/last.ckpt"}
+    assert own.checkpoint.endswith("/last.ckpt")
+    assert not own.checkpoint.startswith("~")
+    assert cfg == {"checkpoint": "~/last.ckpt"}
 
 
 def test_numbers_of_numpy_s_are_numbers():

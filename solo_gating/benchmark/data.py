@@ -1,10 +1,10 @@
 """How fast views are made: by solo-learn's pipeline from PIL images, and in batches on a device.
 
-    python -m solo_gating.main_benchmark_data --config-name vicreg_dual_cifar100 --output DIR \\
+    python -m solo_gating.main_benchmark_data --config-name vicreg_dual_cifar100 output=DIR \\
         data.format=npz data.train_path='data/train_*.npz' [key=value ...]
 
-    --seconds   for all pipelines together; default 20
-    --threads   of PyTorch's operations; default 1
+    seconds=20  for all pipelines together
+    threads=1   of PyTorch's operations
 
 The config is one of pre-training, for what `data.pipeline: device` can take; --help lists them. Both pipelines
 run in this process and take turns in a new order each round: `workers` is what one worker process does

@@ -1,16 +1,14 @@
 """FLOPs and parameters of an encoder, per block and in total, dense and gated.
 
     python -m solo_gating.main_flops --config-name vicreg_dual_cifar100 [key=value ...]
+    python -m solo_gating.main_flops checkpoint=PATH/last.ckpt [key=value ...]
 
 FLOPs are multiply-accumulates of convolutions for one image of the first view's crop size; BatchNorm,
 ReLU, pooling and the classifier are not counted, the gates are. Without a checkpoint the gated path
 is shown at gating.target_budget, with the same share of channels in every block; if that is a range, at
-its middle or at flops.budget. With
-
-    flops.checkpoint=trained_models/vicreg_dual/<run>/last.ckpt   flops.images=1000
-
-it is measured on the first validation images (data.val_path). Writes metrics.json into
-flops.output (default: outputs/flops/<name>).
+its middle or at flops.budget. With a checkpoint it is measured on the first flops.images=1000 validation
+images, if there are any (data.val_path); the config is then, unless one is named, the args.json beside
+it. Writes metrics.json into flops.output (default: outputs/flops/<name>).
 """
 
 from pathlib import Path
@@ -59,7 +57,7 @@ def report_flops(cfg: DictConfig) -> dict[str, Any]:
     flops = count_flops(backbone, (size, size))
     channels, source = None, ""
     if isinstance(backbone, TwoPathResNet):
-        if cfg.flops.checkpoint is None:
+        if cfg.flops.checkpoint is None or cfg.data.val_path is None:
             budget = cfg.gating.target_budget
             if backbone.budget is not None:
                 budget = backbone.budget

@@ -1,24 +1,26 @@
 """How long a training step takes: gated methods beside solo-learn's own VICReg.
 
-    python -m solo_gating.main_benchmark_train --batch 64 --resolution 32 --output DIR
+    python -m solo_gating.main_benchmark_train batch=64 resolution=32 output=DIR [key=value ...]
 
-    --methods           of vicreg_dual, vicreg_gated, vicreg_dual_two_encoders (two encoders that share nothing,
+Every key may also be written as --key value.
+
+    methods             of vicreg_dual, vicreg_gated, vicreg_dual_two_encoders (two encoders that share nothing,
                         the unification paper's Table 5), vicreg_any; vicreg always takes part
-    --batch             images of each of the two views
-    --resolution        in pixels; stem: cifar up to 64, imagenet above
-    --backbone-width    of the first stage; 64 is ResNet-18's
-    --projector-width   of its layers; 2048 in the papers
-    --optimization      lars (the papers'), sgd or adamw
-    --precision         32-true, bf16-mixed or 16-mixed
-    --memory-format     contiguous or channels_last
-    --compile           torch.compile of backbone and projector; it needs a C++ compiler and some minutes
-    --changes           also the first of the methods with one thing different, each a row of its own: of compile,
+    batch               images of each of the two views
+    resolution          in pixels; stem: cifar up to 64, imagenet above
+    backbone_width      of the first stage; 64 is ResNet-18's
+    projector_width     of its layers; 2048 in the papers
+    optimization        lars (the papers'), sgd or adamw
+    precision           32-true, bf16-mixed or 16-mixed
+    memory_format       contiguous or channels_last
+    compile             torch.compile of backbone and projector; it needs a C++ compiler and some minutes
+    changes             also the first of the methods with one thing different, each a row of its own: of compile,
                         contiguous, channels_last, 32-true, bf16-mixed, 16-mixed, fused (of sgd or adamw)
-    --accelerator       cpu, gpu, or auto
-    --threads           of PyTorch on the CPU
+    accelerator         cpu, gpu, or auto
+    threads             of PyTorch on the CPU
 
 A step is forward, both views' losses, backward and optimiser, on one random batch: no data is loaded and nothing
-is logged. The methods take turns of one step in a new order each round, for --seconds or five rounds; the ratio is
+is logged. The methods take turns of one step in a new order each round, for seconds=60 or five rounds; the ratio is
 the median over rounds of a method's time / vicreg's in the same round. Memory is the most that is held at any
 moment of a step: weights, gradients, the optimiser's state, the batch, and what the step allocates. Then the
 parts of each method that vicreg has not are timed alone, and a large matrix product: a step's operations per

@@ -1,7 +1,6 @@
 """Linear evaluation of a frozen encoder, on its dense and its gated path.
 
-    python -m solo_gating.main_linear --config-name linear_cifar100 \\
-        pretrained_feature_extractor=PATH/last.ckpt [key=value ...]
+    python -m solo_gating.main_linear checkpoint=PATH/last.ckpt [key=value ...]
 
     path=dense|gated|both       default: both, if both were trained
     seeds=5                     classifiers to train; the result is mean ± std over them

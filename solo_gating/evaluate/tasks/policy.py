@@ -1,6 +1,6 @@
 """Which channels a gated encoder uses on a set of images, and the dial for its FLOPs.
 
-    python -m solo_gating.main_policy pretrained_feature_extractor=PATH/last.ckpt [key=value ...]
+    python -m solo_gating.main_policy checkpoint=PATH/last.ckpt [key=value ...]
 
     --calibrate 0.3     find the threshold at which the gated path uses 0.3 of the dense FLOPs, on
                         calibration_images=512 training images (no labels), and use it; evaluations
