@@ -22,10 +22,10 @@ from .config.arguments import Arguments, flags_to_overrides, read_arguments, tod
 from .config.compose import (
     config_names,
     config_of_checkpoint,
-    configs_folder,
     hydra_sentence,
     known_keys,
 )
+from .config.defaults import configs_folder
 from .config.gating import check_key
 from .config.schema import EVALUATIONS, PRETRAINING, TRUTH
 from .distributed import rank_and_processes

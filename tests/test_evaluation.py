@@ -35,7 +35,7 @@ from solo_gating import (
     main_umap,
 )
 from solo_gating.checkpoints.encoder import encoder_of
-from solo_gating.config.compose import configs_folder
+from solo_gating.config.defaults import configs_folder
 from solo_gating.config.pretraining import prepare_config
 from solo_gating.evaluate import calibrate as dial
 from solo_gating.evaluate import evaluation, policy

@@ -10,7 +10,8 @@ from omegaconf import OmegaConf
 from solo_gating import InputError
 from solo_gating.checkpoints.reading import as_text
 from solo_gating.config.compose import composed
-from solo_gating.config.pretraining import DEFAULTS, prepare_config
+from solo_gating.config.defaults import DEFAULTS
+from solo_gating.config.pretraining import prepare_config
 from solo_gating.config.schema import EVALUATIONS, PRETRAINING, own_copy
 from solo_gating.data import training_loader
 from solo_gating.training.model import build_method

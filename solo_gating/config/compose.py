@@ -15,18 +15,11 @@ from ..checkpoints.reading import args_beside
 from ..checks import no_such_key
 from ..errors import InputError
 from .arguments import Arguments, as_typed
-from .pretraining import DEFAULTS
+from .defaults import DEFAULTS, configs_folder
 from .schema import EVALUATIONS as EVALUATION_KEYS
 from .schema import PRETRAINING, own_copy
 
 EVALUATIONS = ("linear", "knn", "policy", "umap")
-
-
-def configs_folder() -> Path:
-    """The package's configs, in an installed wheel or in a checkout."""
-    package = Path(__file__).resolve().parents[1]
-    installed = package / "configs"
-    return installed if installed.is_dir() else package.parent / "configs"
 
 
 def config_names(evaluation: str | None = None) -> list[str]:

@@ -17,7 +17,8 @@ from ..checkpoints.reading import as_text, literal
 from ..checks import at_least, is_number, one_of, require, true_or_false
 from ..config.arguments import ALIASES
 from ..config.compose import composed
-from ..config.pretraining import DEFAULTS, number_of_classes
+from ..config.defaults import DEFAULTS
+from ..config.pretraining import number_of_classes
 from ..data import (
     DATASETS,
     FORMATS,
