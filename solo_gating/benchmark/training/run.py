@@ -40,6 +40,7 @@ from ...config.compose import user_path
 from ...config.schema import SEED
 from ...files import make_folder, write_json
 from ...terminal import say
+from ...texts import aligned
 from ..machine import check_effort, cores, cpu_name, torch_threads, versions
 from ..timing import interleaved, is_noisy, noisy_note, paired_ratio
 from .memory import MEANING
@@ -159,25 +160,37 @@ def format_report(report: Mapping[str, Any]) -> str:
         f"{report['memory_format']}{', compiled' if report['compile'] else ''}; "
         f"{report['rows'][0]['rounds']} rounds",
         "",
-        f"{'method':26}{'ratio':>8}{'ms':>10}{'images/s':>10}{'MiB':>9}{'ratio':>8}",
-    ]
-    for row in report["rows"]:
-        lines.append(
-            f"{row['method']:26}{row['ratio']:>8.3f}{row['milliseconds']:>10.1f}"
-            f"{row['images_per_second']:>10.2f}{row['peak_memory_mib']:>9.0f}"
-            f"{row['memory_ratio']:>8.3f}{'  *' if row['noisy'] else ''}"
-        )
-    lines += ["", "parts alone, ms (forward and backward), beside what the whole step takes more"]
-    for row in report["rows"]:
-        found = [f"{part} {ms:.1f}" for part, ms in row["parts_milliseconds"].items()]
-        lines.append(f"{row['method']:26}{', '.join(found)}; more: {row['extra_milliseconds']:.1f}")
-    lines += [
+        *aligned(
+            [
+                ["method", "ratio", "ms", "images/s", "MiB", "ratio"],
+                *(
+                    [
+                        row["method"],
+                        f"{row['ratio']:.3f}",
+                        f"{row['milliseconds']:.1f}",
+                        f"{row['images_per_second']:.2f}",
+                        f"{row['peak_memory_mib']:.0f}",
+                        f"{row['memory_ratio']:.3f}",
+                        *(["*"] if row["noisy"] else []),
+                    ]
+                    for row in report["rows"]
+                ),
+            ]
+        ),
+        "",
+        "parts alone, ms (forward and backward), beside what the whole step takes more",
+        *aligned([[row["method"], _parts(row)] for row in report["rows"]], left=2),
         "",
         f"of the speed of a large matrix product, {report['matrix_flops_per_second'] / 1e12:.3g} TFLOP/s: "
         + ", ".join(f"{row['method']} {row['share_of_peak']:.0%}" for row in report["rows"]),
         f"MiB: {report['memory']}",
     ]
     return "\n".join([*lines, *noisy_note(report["rows"])])
+
+
+def _parts(row: Mapping[str, Any]) -> str:
+    found = [f"{part} {ms:.1f}" for part, ms in row["parts_milliseconds"].items()]
+    return f"{', '.join(found)}; more: {row['extra_milliseconds']:.1f}"
 
 
 def _cases(options: argparse.Namespace, setup: Setup) -> dict[str, tuple[str, Setup]]:
