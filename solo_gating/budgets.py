@@ -1,16 +1,14 @@
 """Target budgets: one share of the FLOPs, or a range of them with new ones at each step."""
 
-import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .checks import is_number, is_share, one_of, require
+from .checks import is_number, is_share, require
 from .errors import InputError
 
 RANGE = "a range like [0.05, 0.9]"
-SAMPLINGS = ("uniform", "log_uniform", "sandwich")
 
 Range = tuple[float, float]
 
@@ -65,21 +63,13 @@ class BudgetSchedule:
     Attributes:
         low: the lower end; with low = high every step has this budget.
         high: the upper end.
-        sampling: "uniform"; "log_uniform", uniform in the logarithm; or "sandwich": successive
-            steps take the lower end, the upper end, and a uniform draw between, in turn. (The
-            sandwich rule of slimmable networks, arXiv:1903.05134, does all three in *every* step,
-            at three times the cost.)
         anneal_epochs: over so many epochs the lower end falls linearly to its value, from the
             upper end, or for a single budget from 1.
     """
 
     low: float
     high: float
-    sampling: str = "uniform"
     anneal_epochs: int = 0
-
-    def __post_init__(self) -> None:
-        one_of("gating.budget_sampling", self.sampling, SAMPLINGS)
 
     @property
     def constant(self) -> bool:
@@ -120,11 +110,10 @@ class BudgetSchedule:
         low, high = self.ends(epoch)
         if low == high:
             return [low] * images
-        if self.sampling == "sandwich" and step % 3 < 2:
-            return [(low, high)[step % 3]] * images
+        return [low + u * (high - low) for u in self.draws(seed, step, images)]
+
+    def draws(self, seed: int | None, step: int, images: int) -> list[float]:
+        """The numbers between 0 and 1, uniform, by which a step's budgets are drawn."""
         # Seeded with a text: the same numbers on every machine and in every Python.
         stream = random.Random(f"target budget, seed {seed}, step {step}")
-        uniform = [stream.random() for _ in range(images)]
-        if self.sampling == "log_uniform":
-            return [min(high, low * math.exp(u * math.log(high / low))) for u in uniform]
-        return [low + u * (high - low) for u in uniform]
+        return [stream.random() for _ in range(images)]

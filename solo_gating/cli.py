@@ -7,9 +7,8 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import MappingProxyType
 from typing import Any
 
 import hydra
@@ -19,9 +18,16 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from .config.arguments import Arguments, flags_to_overrides, read_arguments
-from .config.compose import config_names, configs_folder, hydra_sentence, known_keys
+from .config.arguments import Arguments, flags_to_overrides, read_arguments, todays_name
+from .config.compose import (
+    config_names,
+    config_of_checkpoint,
+    hydra_sentence,
+    known_keys,
+)
+from .config.defaults import configs_folder
 from .config.gating import check_key
+from .config.schema import EVALUATIONS, PRETRAINING, TRUTH
 from .distributed import rank_and_processes
 from .errors import InputError
 from .process_state import process_state_kept
@@ -43,7 +49,7 @@ _QUIET_HYDRA = (
 def run(
     task: Callable[[DictConfig], Any],
     evaluation: str | None = None,
-    flags: Mapping[str, str | None] = MappingProxyType({}),
+    checkpoint: str | None = None,
 ) -> None:
     """Run an entry point under Hydra, with the process's arguments.
 
@@ -56,22 +62,39 @@ def run(
         task: takes the composed config; what it returns is dropped.
         evaluation: the evaluation it does, whose config of the same name is the default; None for
             what needs a pre-training's config.
-        flags: config keys that may also be given as `--key value` or, where this says the value,
-            as a bare `--key`.
+        checkpoint: the key of a checkpoint, for which `checkpoint` is short, and whose args.json is
+            the config where none is named.
     """
     with lasting_streams(), process_state_kept():
         try:
-            arguments = read_arguments(flags_to_overrides(sys.argv[1:], flags))
-            if _needs_config(arguments, evaluation) and _explained(task, arguments, evaluation):
-                return
-            _run_hydra(task, arguments, evaluation)
+            arguments = read_arguments(_overrides(sys.argv[1:], evaluation, checkpoint))
+            config = evaluation
+            if _needs_config(arguments):
+                if checkpoint is not None and "help" not in arguments:
+                    config = config_of_checkpoint(arguments, checkpoint)
+                if _explained(task, arguments, evaluation, config):
+                    return
+            _run_hydra(task, arguments, evaluation, config)
         except InputError as error:
             if os.environ.get(_FULL_ERROR):
                 raise
             _fail(str(error))
 
 
-def _needs_config(arguments: Arguments, evaluation: str | None) -> bool:
+def _overrides(typed: list[str], evaluation: str | None, checkpoint: str | None) -> list[str]:
+    """What was typed, in Hydra's grammar and with today's names."""
+    table = PRETRAINING if evaluation is None else EVALUATIONS[evaluation]
+    words = flags_to_overrides(typed, {key for key, kind in table.items() if kind is TRUTH})
+    for index, word in enumerate(words):
+        key, equals, value = word.partition("=")
+        if equals and key == "checkpoint" and checkpoint is not None:
+            words[index] = f"{checkpoint}={value}"
+        elif equals:
+            words[index] = f"{todays_name(key, table)}={value}"
+    return words
+
+
+def _needs_config(arguments: Arguments) -> bool:
     if {"config_name", "config_path"} & set(arguments.flags):
         _check_config_name(arguments)
         return False
@@ -79,7 +102,10 @@ def _needs_config(arguments: Arguments, evaluation: str | None) -> bool:
 
 
 def _explained(
-    task: Callable[[DictConfig], Any], arguments: Arguments, evaluation: str | None
+    task: Callable[[DictConfig], Any],
+    arguments: Arguments,
+    evaluation: str | None,
+    config: str | None,
 ) -> bool:
     """Whether the user asked for an explanation, which then was printed."""
     names = config_names(evaluation)
@@ -87,7 +113,7 @@ def _explained(
         explanation = inspect.getdoc(sys.modules[task.__module__]) or ""
         print(f"{explanation}\n\nconfigs:\n  " + "\n  ".join(names))
         return True
-    if evaluation is None:
+    if config is None:
         raise InputError(f"--config-name: missing, accepted are {', '.join(names)}")
     return False
 
@@ -108,7 +134,10 @@ def _check_config_name(arguments: Arguments) -> None:
 
 
 def _run_hydra(
-    task: Callable[[DictConfig], Any], arguments: Arguments, evaluation: str | None
+    task: Callable[[DictConfig], Any],
+    arguments: Arguments,
+    evaluation: str | None,
+    config: str | None,
 ) -> None:
     for override in arguments.parsed():
         if key := re.fullmatch(r"gating\.(\w+)", override.key_or_group):
@@ -123,13 +152,13 @@ def _run_hydra(
     GlobalHydra.instance().clear()  # of a notebook's; it is put back
     try:
         with _variable(_FULL_ERROR, "1"):  # Hydra then leaves its errors to us
-            hydra.main(
-                version_base="1.2", config_path=str(configs_folder()), config_name=evaluation
-            )(jobs.run)()
+            hydra.main(version_base="1.2", config_path=str(configs_folder()), config_name=config)(
+                jobs.run
+            )()
     except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
         if os.environ.get(_FULL_ERROR) or error is jobs.error:
             raise
-        raise InputError(hydra_sentence(error, known_keys(arguments, evaluation))) from error
+        raise InputError(hydra_sentence(error, known_keys(arguments, config))) from error
     jobs.report()
 
 

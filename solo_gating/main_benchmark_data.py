@@ -1,17 +1,20 @@
 """How fast images are made ready for training: see `--help`, or `benchmark.data`."""
 
+import sys
+
 if not __package__:  # started as a file
     import as_module  # noqa: F401
 
 from .benchmark.data import benchmark_data, parser
 from .cli import one_sentence_errors
+from .config.arguments import read_options
+from .config.compose import overridable
 
 
 def main() -> None:
     """Entry point."""
     with one_sentence_errors():
-        # Overrides may stand between the options.
-        options = parser().parse_intermixed_args()
+        options = read_options(parser(), sys.argv[1:], overridable())
         benchmark_data(options)
         print(options.output / "benchmark_data.json")
 

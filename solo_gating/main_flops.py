@@ -9,7 +9,7 @@ from .report.flops import report_flops
 
 def main() -> None:
     """Entry point."""
-    run(report_flops)
+    run(report_flops, checkpoint="flops.checkpoint")
 
 
 if __name__ == "__main__":

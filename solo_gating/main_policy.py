@@ -9,7 +9,7 @@ from .evaluate.tasks.policy import evaluate_policy
 
 def main() -> None:
     """Entry point."""
-    run(evaluate_policy, evaluation="policy", flags={"calibrate": None, "sweep": "true"})
+    run(evaluate_policy, evaluation="policy")
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ DEFAULT_SETTINGS: dict[str, dict[str, Any]] = {
     "knn": {
         "k": 1,
         "distance": "euclidean",
-        "normalise": False,
+        "normalize": False,
         "features": "backbone",
         "threshold": 0.0,
         "precision": "32-true",

@@ -62,3 +62,8 @@ class _Lasting:
 def say(text: str) -> None:
     """Print what a command has to say, at once, also into a pipe."""
     print(text, flush=True)
+
+
+def note(text: str) -> None:
+    """Print what a user should know beside a command's output, on standard error."""
+    print(text, file=sys.stderr, flush=True)

@@ -1,8 +1,9 @@
-"""Names that users and strangers gave, where they must not be read as anything but text."""
+"""Text for people: tables, and names that must not be read as anything but names."""
 
 import html
 import re
 import unicodedata
+from collections.abc import Sequence
 
 _LONGEST = 120  # of a text in a picture
 
@@ -40,3 +41,21 @@ def in_picture(text: str) -> str:
     line = one_line(text)
     line = line if len(line) <= _LONGEST else f"{line[: _LONGEST - 1]}…"
     return " " * line.startswith("_") + line.replace("$", r"\$")
+
+
+def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
+    """The lines of a table, each column as wide as its widest cell.
+
+    Args:
+        rows: cells, the heading first; a row may lack its last cells.
+        left: how many of the first columns are aligned on the left; the others are on the right.
+    """
+    columns = max(map(len, rows))
+    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(columns)]
+    return [
+        "  ".join(
+            cell.ljust(width) if place < left else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=False))
+        ).rstrip()
+        for row in rows
+    ]

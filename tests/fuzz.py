@@ -90,7 +90,7 @@ class Fuzz:
     def _base(self, command: str) -> list[str]:
         if command in ("main_pretrain", "main_flops"):
             return ["--config-name", "vicreg_dual_digits", *_PRETRAINING, *self.data]
-        checkpoint = f"pretrained_feature_extractor={self.checkpoint}"
+        checkpoint = f"checkpoint={self.checkpoint}"
         return [checkpoint, *_EVALUATION, *_SHORT.get(command, ())]
 
     def _keys(self, command: str) -> list[str]:

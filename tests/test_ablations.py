@@ -1,9 +1,11 @@
 """The study's variants (research/every_budget/ablations.py) do what their names say."""
 
+import math
 import runpy
 from dataclasses import replace
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 
@@ -41,6 +43,54 @@ def test_half_of_the_steps_are_dense():
         paths.append(model.views_of_step())
     assert set(paths) == {("dense", "dense"), ("gated", "dense")}
     assert 150 < paths.count(("dense", "dense")) < 250
+
+
+def test_views_are_shuffled_by_step():
+    model = model_of("vicreg_shuffled")
+    seen = []
+    for number in range(40):
+        model._trainer.global_step = number
+        seen.append(model.views_of_step())
+        assert model.views_of_step() == seen[-1]
+    assert set(seen) == {("gated", "dense"), ("dense", "gated")}
+    assert 10 < seen.count(("gated", "dense")) < 30
+
+
+LOW, HIGH = RANGE
+
+
+def draws(method, number=4000):
+    """The budgets of the first steps."""
+    schedule = model_of(method).budget_schedule
+    return np.array([schedule.at(5, step, epoch=0) for step in range(number)])
+
+
+def test_log_uniform_draws_are_uniform_in_the_logarithm():
+    found = draws("vicreg_log_uniform")
+    assert found.min() >= LOW
+    assert found.max() <= HIGH
+    assert found.mean() == pytest.approx((HIGH - LOW) / math.log(HIGH / LOW), abs=0.012)
+    expected = np.log(np.sort(found) / LOW) / math.log(HIGH / LOW)
+    # Kolmogorov-Smirnov: 1.63 / √n is the 1 % point.
+    assert np.abs(expected - np.linspace(0, 1, len(found))).max() < 1.63 / len(found) ** 0.5
+
+
+def test_a_sandwich_takes_both_ends_and_a_draw_in_turn():
+    found = draws("vicreg_sandwich", 300).reshape(-1, 3)
+    assert (found[:, 0] == LOW).all()
+    assert (found[:, 1] == HIGH).all()
+    assert (found[:, 2] == draws("vicreg_dual", 300).reshape(-1, 3)[:, 2]).all()
+    assert len(set(found[:, 2])) == 100
+
+
+@pytest.mark.parametrize("method", ["vicreg_log_uniform", "vicreg_sandwich"])
+def test_other_draws_are_annealed_like_the_core_s(method):
+    schedule = replace(model_of(method).budget_schedule, anneal_epochs=10)
+    assert type(schedule) is type(model_of(method).budget_schedule)
+    for epoch in (0, 4, 10):
+        found = schedule.each(5, 0, epoch, 50)
+        low = max(LOW, HIGH - (HIGH - LOW) * epoch / 10)
+        assert low * (1 - 1e-12) <= min(found) <= max(found) <= HIGH
 
 
 def test_gated_norms_are_inherited_once():

@@ -1,12 +1,20 @@
 """Hydra's grammar at the command line: flags anywhere, paths as typed, sweeps to their end."""
 
+import argparse
 import json
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from solo_gating import InputError, main_export, main_flops, main_knn, main_policy
-from solo_gating.config.arguments import as_typed, flags_to_overrides, quoted, read_arguments
+from solo_gating.config.arguments import (
+    as_typed,
+    flags_to_overrides,
+    quoted,
+    read_arguments,
+    read_options,
+    todays_name,
+)
 from solo_gating.config.compose import composed
 
 from .test_cli import assert_one_sentence
@@ -20,7 +28,7 @@ PATHS = [
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("key", ["checkpoint.dir", "+name", "pretrained_feature_extractor"])
+@pytest.mark.parametrize("key", ["checkpoint.dir", "+name", "checkpoint"])
 def test_paths_and_names_are_what_was_typed(path, key):
     (override,) = read_arguments([f"{key}={path}"]).parsed()
     assert override.value() == path
@@ -32,7 +40,7 @@ def test_a_quoted_text_is_the_text(path):
 
 
 def test_paths_of_a_sweep_are_separated_by_commas():
-    typed = ["-m", "pretrained_feature_extractor=a-ep=0.ckpt,it's,c"]
+    typed = ["-m", "checkpoint=a-ep=0.ckpt,it's,c"]
     (override,) = read_arguments(typed).parsed()
     assert list(
         override.sweep_iterator(transformer=lambda value: getattr(value, "text", value))
@@ -75,7 +83,6 @@ def test_flags_may_stand_anywhere(typed, expected):
 @pytest.mark.parametrize(
     ("typed", "words"),
     [
-        (["--pretrained_feature_extractor=x"], "--pretrained_feature_extractor: no such flag"),
         (["last.ckpt"], "found 'last.ckpt', accepted is key=value"),
         (["seed=a=b"], "quoted for the shell and for Hydra"),
         (["--config-name"], "expected one argument"),
@@ -89,12 +96,128 @@ def test_what_is_no_argument_is_refused(typed, words):
 
 
 def test_a_flag_and_an_override_that_disagree_are_refused():
-    flags = {"calibrate": None, "sweep": "true"}
-    assert flags_to_overrides(["--calibrate", "0.3", "calibrate=0.3", "--sweep"], flags) == [
-        *("calibrate=0.3", "calibrate=0.3", "sweep=true"),
+    assert flags_to_overrides(["--calibrate", "0.3", "calibrate=0.3"]) == ["calibrate=0.3"] * 2
+    for typed in (["--calibrate=0.3", "calibrate=0.5"], ["calibrate=0.3", "--calibrate", "0.5"]):
+        with pytest.raises(InputError, match=r"--calibrate: found 0.[35], and calibrate=0.[35]"):
+            flags_to_overrides(typed)
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        (["--checkpoint", "a=b.ckpt", "--output=it's"], ["checkpoint=a=b.ckpt", "output=it's"]),
+        (["--data.val_path", "x", "--threshold", "-0.5"], ["data.val_path=x", "threshold=-0.5"]),
+        (["--max-epochs", "3"], ["max_epochs=3"]),
+        (["x", "--sweep", "--k", "1", "y"], ["x", "sweep=true", "k=1", "y"]),
+        (["--help"], ["--help"]),
+        (["--sweep", "false", "-m"], ["sweep=false", "-m"]),
+        (["--config-name", "x", "--cfg", "job"], ["--config-name", "x", "--cfg", "job"]),
+        (["--config-dir=x", "--multirun"], ["--config-dir=x", "--multirun"]),
+    ],
+)
+def test_every_key_may_be_a_flag(typed, expected):
+    assert flags_to_overrides(typed, {"sweep"}) == expected
+
+
+@pytest.mark.parametrize("typed", [["--calibrate"], ["--calibrate", "--sweep"], ["--calibrate="]])
+def test_a_flag_without_a_value_is_refused(typed):
+    with pytest.raises(InputError, match="--calibrate: needs a value"):
+        flags_to_overrides(typed, {"sweep"})
+
+
+def command():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--checkpoint")
+    parser.add_argument("--densities", type=float, nargs="+", default=[0.5])
+    parser.add_argument("--memory-format", choices=("contiguous", "channels_last"))
+    parser.add_argument("--random", action="store_true")
+    parser.add_argument("--normalize", action="store_true")
+    parser.add_argument("--seconds", type=float, default=20.0)
+    return parser
+
+
+def with_overrides():
+    parser = command()
+    parser.add_argument("overrides", nargs="*")
+    return parser
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        "checkpoint=a=b.ckpt densities=[0.1,0.3] memory_format=contiguous random=true seconds=3",
+        "--checkpoint a=b.ckpt --densities 0.1 0.3 --memory-format contiguous --random --seconds 3",
+        "--densities 0.1 0.3 checkpoint=a=b.ckpt --random=true --memory_format=contiguous seconds=3",
+        "seconds=3 --random memory_format=contiguous densities=[0.1,0.3] --checkpoint=a=b.ckpt",
+        "seconds=3 --random random=true --densities 0.1 0.3 --densities 0.1 0.3 memory_format=contiguous"
+        " checkpoint=a=b.ckpt checkpoint=a=b.ckpt",
+    ],
+)
+def test_options_are_keys_and_flags_alike(typed):
+    expected = argparse.Namespace(
+        checkpoint="a=b.ckpt",
+        densities=[0.1, 0.3],
+        memory_format="contiguous",
+        random=True,
+        normalize=False,
+        seconds=3.0,
+    )
+    assert read_options(command(), typed.split()) == expected
+
+
+def test_what_is_not_given_has_its_default():
+    typed = ["checkpoint=null", "seconds=null", "random=false", "densities=0.2"]
+    found = read_options(command(), typed)
+    assert (found.checkpoint, found.seconds, found.random) == (None, 20.0, False)
+    assert found.densities == [0.2]
+
+
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [
+        (["densites=0.1"], "densites: no such key, the nearest is densities"),
+        (["--densites", "0.1"], "--densites: no such key, the nearest is --densities"),
+        (["random=yes"], "random: found 'yes', accepted is true or false"),
+        (["--checkpoint"], "--checkpoint: needs a value"),
+        (["--densities", "--random"], "--densities: needs a value"),
+        (["densities=[]"], "--densities: needs a value"),
+        (["seconds=soon"], "--seconds: invalid float value: 'soon'"),
+        (["memory_format=x"], "invalid choice: 'x'"),
+        (["seconds=1", "--seconds", "2"], "seconds: found 1, and 2; accepted is one of them"),
+        (["stray"], "found 'stray', accepted is key=value"),
+    ],
+)
+def test_what_no_option_takes_is_refused(typed, words):
+    with pytest.raises(InputError, match=words):
+        read_options(command(), typed)
+
+
+def test_keys_of_a_config_stand_among_the_options():
+    known = ["data.val_path", "augmentations", "dataset"]
+    typed = ["--densities", "0.1", "data.val_path=a", "--dataset", "x", "+new=1", "~dataset=y"]
+    found = read_options(with_overrides(), [*typed, "augmentations.0.crop_size=8"], known)
+    assert found.densities == [0.1]
+    assert found.overrides == [
+        *("data.val_path=a", "dataset=x", "+new=1", "~dataset=y", "augmentations.0.crop_size=8"),
     ]
-    with pytest.raises(InputError, match=r"--calibrate: found 0.3, and calibrate=0.5"):
-        flags_to_overrides(["--calibrate=0.3", "calibrate=0.5"], flags)
+    with pytest.raises(
+        InputError, match=r"data.val_paths: no such key, the nearest is data.val_path"
+    ):
+        read_options(with_overrides(), ["data.val_paths=x"], known)
+
+
+def test_an_earlier_name_is_told_once(capsys):
+    known = {"checkpoint", "normalize"}
+    assert todays_name("pretrained_feature_extractor", known) == "checkpoint"
+    line = "pretrained_feature_extractor is called checkpoint now; the earlier name still works\n"
+    assert capsys.readouterr() == ("", line)
+    assert [todays_name(key, known) for key in ("normalize", "neighbours", "seed")] == [
+        *("normalize", "neighbours", "seed"),
+    ]
+    typed = ["pretrained_feature_extractor=x", "--normalise"]
+    found = read_options(command(), typed)
+    assert (found.checkpoint, found.normalize) == ("x", True)
+    assert len(capsys.readouterr().err.splitlines()) == 2
 
 
 @pytest.mark.parametrize(
@@ -107,9 +230,9 @@ def test_flags_after_overrides_do_what_hydra_says(flags, call):
 
 
 def test_flags_after_overrides_of_an_evaluation(call):
-    code, stdout, _ = call(main_knn, "pretrained_feature_extractor=a=b", "--cfg", "job")
+    code, stdout, _ = call(main_knn, "checkpoint=a=b", "--cfg", "job")
     assert code == 0
-    assert "pretrained_feature_extractor: a=b" in stdout
+    assert "checkpoint: a=b" in stdout
 
 
 @pytest.mark.parametrize(
@@ -216,7 +339,7 @@ def test_ctrl_c_ends_a_sweep(call, monkeypatch):
 
 @pytest.mark.parametrize(
     ("override", "option"),
-    [("path=dense", "--path"), ("crop_size=8", "--resolution"), ("threshold=1", "the policy's")],
+    [("crop_size=8", "resolution"), ("threshold=1", "the policy's"), ("budget=1", "the policy's")],
 )
 def test_an_option_s_override_is_refused(override, option, call):
     code, _, stderr = call(main_export, "--checkpoint", "x", "--output", "y", override)
@@ -224,7 +347,7 @@ def test_an_option_s_override_is_refused(override, option, call):
 
 
 def test_a_flag_of_the_policy_and_an_override_are_one_setting(call):
-    arguments = ["pretrained_feature_extractor=x", "--calibrate", "0.3", "threshold=0.5"]
+    arguments = ["checkpoint=x", "--calibrate", "0.3", "threshold=0.5"]
     code, _, stderr = call(main_policy, *arguments)
     assert_one_sentence(code, stderr, "threshold: found 0.5", "calibrate")
 

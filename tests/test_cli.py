@@ -64,6 +64,7 @@ def test_help_explains_the_command_and_lists_the_configs(module, call):
     code, stdout, _ = call(module, "--help")
     assert code == 0
     assert explanation_of(module) in stdout
+    assert f"python -m {module.__name__} --config-name" in stdout
     assert set(config_names()) - {"run"} <= set(stdout.split())
 
 

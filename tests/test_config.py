@@ -13,10 +13,12 @@ from omegaconf import OmegaConf
 
 from solo_gating import METHODS, InputError
 from solo_gating.checkpoints.reading import check_architecture, read_checkpoint
-from solo_gating.config.compose import config_names, configs_folder
+from solo_gating.config.compose import composed, config_names
+from solo_gating.config.defaults import DEFAULTS, configs_folder
 from solo_gating.config.pretraining import prepare_config, scale_learning_rates
 from solo_gating.data.arrays import read_arrays
 from solo_gating.main_pretrain import pretrain
+from solo_gating.solo_learn import LINE
 
 from .helpers import tiny_config, write_images
 
@@ -49,6 +51,48 @@ def test_every_row_of_the_papers_has_a_config():
     assert set(REQUIRED) <= set(names)
     for variant in ("two_encoders", "no_invariance"):
         assert f"vicreg_dual_{variant}_cifar100" in names
+
+
+def flat(cfg, above=""):
+    """Every value of nested groups, by its key with dots."""
+    found = {}
+    for name, value in cfg.items():
+        inside = isinstance(value, dict) and value
+        found |= flat(value, f"{above}{name}.") if inside else {f"{above}{name}": value}
+    return found
+
+
+def test_our_configs_change_these_of_the_defaults():
+    defaults, ours = flat(DEFAULTS), flat(OmegaConf.to_container(composed("run", [])))
+    assert {
+        key: (defaults.get(key), ours[key]) for key in ours if defaults.get(key) != ours[key]
+    } == {
+        "max_epochs": (100, 500),
+        "precision": ("32-true", "16-mixed"),
+        "sync_batchnorm": (False, True),
+        "checkpoint.enabled": (False, True),
+        "wandb.project": ("solo-learn", "solo-gating"),
+        "knn_eval.k": (20, 1),
+        # Lightning's own.
+        "enable_progress_bar": (None, True),
+        "log_every_n_steps": (None, 50),
+        "check_val_every_n_epoch": (None, 1),
+    }
+
+
+@pytest.mark.skipif(LINE == "legacy", reason="1.0.2 has no such configs")
+def test_the_defaults_are_solo_learn_s():
+    from solo.methods.base import BaseMethod
+    from solo.utils.auto_resumer import AutoResumer
+    from solo.utils.checkpointer import Checkpointer
+
+    cfg = OmegaConf.create({"backbone": {}, "optimizer": {}, "scheduler": {}})
+    for part in (BaseMethod, AutoResumer, Checkpointer):
+        cfg = part.add_and_assert_specific_cfg(cfg)
+    theirs, ours = flat(OmegaConf.to_container(cfg)), flat(DEFAULTS)
+    both = set(theirs) & set(ours)
+    assert {"knn_eval.k", "checkpoint.enabled", "scheduler.warmup_epochs"} <= both
+    assert {key: ours[key] for key in both} == {key: theirs[key] for key in both}
 
 
 SIZES = {"cifar10": 32, "cifar100": 32, "stl10": 96, "imagenet100": 224, "custom": 12}

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from solo_gating import METHODS, InputError, main_pretrain
 from solo_gating.cli import one_sentence_errors
-from solo_gating.config.pretraining import DEFAULTS
+from solo_gating.config.defaults import DEFAULTS
 from solo_gating.main_pretrain import pretrain
 from solo_gating.training import pretrain as training_pretrain
 from solo_gating.training.continuation import changes, find_checkpoint, locked

@@ -31,10 +31,6 @@ WRITTEN = [page for page in PAGES if page != GENERATED]
 # Of a network of width 8 for a range of budgets, its args.json beside it.
 CHECKPOINT = ROOT / "tests/fixtures/before_gate_kinds/range/last.ckpt"
 
-# Words of the commands' grammar that the docs use before the commands know them. A command with
-# one may be refused, or the key be absent; what is known may leave the list.
-PENDING = ("checkpoint", "normalize", "neighbors", "runs")
-
 # At the end of a command: what keeps it from running here. The first two are not checked.
 MARKS = ("network", "elsewhere", "hours", "minutes")
 
@@ -160,7 +156,7 @@ def test_the_other_keys_exist():
         for cell in row[:2] if row[0].startswith("`main_") or not row[0] else row[:1]:
             for key in re.findall(r"`([\w.]+)(?:=\w+)?`", cell):
                 if not key.startswith("main_") and key != "dataset":
-                    assert known(key, everything) or key in PENDING, key
+                    assert known(key, everything), key
 
 
 def test_the_readme_names_what_there_is():
@@ -276,16 +272,13 @@ def check_module(name, arguments, call):
     if not name.startswith("solo_gating.main_"):
         assert callable(module.main)
         return
-    waiting = any(
-        re.match(rf"(--)?{word}\b", argument) for word in PENDING for argument in arguments
-    )
     if kind not in WITHOUT_CONFIG:
         if "-m" in arguments:  # of a sweep the first job
             arguments = [word.partition(",")[0] for word in arguments if word != "-m"]
         # Composed, every key looked up, and printed.
         shown = [] if {"--help", "--cfg"} & set(arguments) else ["--cfg", "job"]
         code, _, error = call(module, *arguments, *shown)
-        assert code == 0 or waiting, error
+        assert code == 0, error
         return
     _, explanation, _ = call(module, "--help")
     words = set(re.findall(r"[a-z][\w-]*", explanation))
@@ -294,10 +287,8 @@ def check_module(name, arguments, call):
         if key is None:
             continue
         option = key[1] or key[2]
-        assert (
-            option in words
-            or option in PENDING
-            or ("." in option and known(option, {**PRETRAINING, **EVALUATIONS["knn"]}))
+        assert option in words or (
+            "." in option and known(option, {**PRETRAINING, **EVALUATIONS["knn"]})
         ), option
 
 

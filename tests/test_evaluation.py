@@ -27,6 +27,7 @@ from solo_gating import (
     METHODS,
     BaseMethod,
     InputError,
+    main_flops,
     main_knn,
     main_linear,
     main_policy,
@@ -34,7 +35,7 @@ from solo_gating import (
     main_umap,
 )
 from solo_gating.checkpoints.encoder import encoder_of
-from solo_gating.config.compose import configs_folder
+from solo_gating.config.defaults import configs_folder
 from solo_gating.config.pretraining import prepare_config
 from solo_gating.evaluate import calibrate as dial
 from solo_gating.evaluate import evaluation, policy
@@ -126,7 +127,7 @@ def composed(name, *overrides):
 def evaluation_config(name, checkpoint, *overrides):
     """A shipped evaluation config for a checkpoint."""
     cfg = composed(name, *overrides).copy()
-    cfg.pretrained_feature_extractor = str(checkpoint)
+    cfg.checkpoint = str(checkpoint)
     return cfg
 
 
@@ -342,7 +343,7 @@ def truncated(folder):
     file.write_bytes(file.read_bytes()[:-3000])
 
 
-KEY = "pretrained_feature_extractor: "
+KEY = "checkpoint: "
 BAD_RUNS = {
     "no file": (lambda f: (f / "last.ckpt").unlink(), [KEY, "last.ckpt", "is not a file"]),
     "truncated": (truncated, [KEY, "cannot read", "last.ckpt"]),
@@ -740,6 +741,7 @@ def test_help_explains_an_evaluation_and_lists_its_configs(module, call):
     assert code == 0
     explanation, _, configs = stdout.partition("\nconfigs:\n")
     assert explanation.strip() == explanation_of(module)
+    assert f"python -m {module.__name__} checkpoint=PATH/last.ckpt" in explanation
     assert set(configs.split()) == EVALUATIONS[module]
 
 
@@ -757,15 +759,36 @@ def test_without_a_checkpoint_an_evaluation_asks_for_one(module, call, tmp_path,
     )  # it need not be installed
     code, _, stderr = call(module)
     assert code == 2
-    assert stderr.startswith("error: pretrained_feature_extractor: missing")
+    assert stderr.startswith("error: checkpoint: missing")
     assert len(stderr.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_mistake_is_one_line(call, tmp_path):
-    assert call(main_knn, "pretrained_feature_extractor=nowhere.ckpt") == (
+    assert call(main_knn, "checkpoint=nowhere.ckpt") == (
         2,
         "",
-        "error: pretrained_feature_extractor: 'nowhere.ckpt' is not a file\n",
+        "error: checkpoint: 'nowhere.ckpt' is not a file\n",
     )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_flops_of_a_checkpoint_need_no_config(dual, call, tmp_path):
+    """Measured on the validation images of its run, as its own evaluation is."""
+    code, stdout, stderr = call(main_flops, f"checkpoint={dual.checkpoint}", "flops.images=31")
+    assert code == 0, stderr
+    found = json.loads((tmp_path / "outputs/flops/tiny/metrics.json").read_text())
+    cfg = evaluation_config("knn", dual.checkpoint, f"output={tmp_path / 'knn'}", "path=gated")
+    assert found["flops"]["gated"] == pytest.approx(evaluate_knn(cfg)["gated"]["flops"])
+    assert "measured on 31 images" in stdout
+    typed = ("--flops.checkpoint", str(dual.checkpoint), "data.val_path=null", "name=other")
+    code, stdout, stderr = call(main_flops, *typed)
+    assert code == 0, stderr
+    assert "at the target budget 0.5" in stdout
+
+
+def test_flops_of_a_checkpoint_without_its_config_are_refused(dual, call, tmp_path):
+    shutil.copy(dual.checkpoint, tmp_path / "alone.ckpt")
+    code, _, stderr = call(main_flops, "checkpoint=alone.ckpt")
+    assert (code, stderr.count("\n")) == (2, 1)
+    assert stderr.startswith("error: checkpoint: there is no args.json beside 'alone.ckpt'")

@@ -106,23 +106,6 @@ def test_uniform_draws_are_uniform():
     assert abs(np.corrcoef(found[:-1], found[1:])[0, 1]) < 3 / len(found) ** 0.5
 
 
-def test_log_uniform_draws_are_uniform_in_the_logarithm():
-    found = draws(sampling="log_uniform")
-    assert found.min() >= LOW
-    assert found.max() <= HIGH
-    assert found.mean() == pytest.approx((HIGH - LOW) / math.log(HIGH / LOW), abs=0.006)
-    expected = np.log(np.sort(found) / LOW) / math.log(HIGH / LOW)
-    assert np.abs(expected - np.linspace(0, 1, len(found))).max() < 1.63 / len(found) ** 0.5
-
-
-def test_a_sandwich_takes_both_ends_and_a_draw_in_turn():
-    found = draws(300, sampling="sandwich").reshape(-1, 3)
-    assert (found[:, 0] == LOW).all()
-    assert (found[:, 1] == HIGH).all()
-    assert (found[:, 2] == draws(300).reshape(-1, 3)[:, 2]).all()
-    assert len(set(found[:, 2])) == 100
-
-
 def test_draws_depend_on_seed_and_step_alone():
     torch.manual_seed(1)
     one = draws(50)
@@ -184,10 +167,10 @@ def test_with_a_number_the_network_and_its_config_are_the_papers():
 
 
 def test_a_range_is_in_the_config_and_in_the_checkpoint_s_args():
-    cfg = prepare_config(gating_config(target_budget=RANGE, budget_sampling="log_uniform"))
+    cfg = prepare_config(gating_config(target_budget=RANGE, budget_per_image=True))
     model = METHODS["vicreg_dual"](cfg)
     assert cfg.gating.target_budget == RANGE
-    assert cfg.gating.budget_sampling == "log_uniform"
+    assert cfg.gating.budget_per_image is True
     assert cfg.gating.budget_anneal == 0
     assert cfg.backbone.kwargs.budget_range == RANGE
     assert model.backbone.budget_range == tuple(RANGE)
@@ -425,7 +408,7 @@ def test_a_single_budget_is_annealed_in_the_losses_only():
     assert model.logged["train_target_budget"].item() == pytest.approx(0.825)
     assert model.backbone.budget is None
     assert cfg.gating.budget_anneal == 0.5
-    assert "budget_sampling" not in cfg.gating
+    assert "budget_per_image" not in cfg.gating
 
 
 def test_gates_of_a_range_need_not_be_told():
@@ -434,18 +417,6 @@ def test_gates_of_a_range_need_not_be_told():
     assert "train_target_budget" in model.logged
     assert model.backbone.budget is None
     assert not [name for name in model.state_dict() if "embedding" in name]
-
-
-def test_views_are_shuffled_by_step():
-    cfg = gating_config(target_budget=0.3, shuffle_views=True)
-    model = tiny_model(cfg)
-    seen = []
-    for number in range(40):
-        model._trainer.global_step = number
-        seen.append(model.views_of_step())
-        assert model.views_of_step() == seen[-1]
-    assert set(seen) == {("gated", "dense"), ("dense", "gated")}
-    assert 10 < seen.count(("gated", "dense")) < 30
 
 
 @pytest.fixture(scope="module")

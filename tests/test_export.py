@@ -274,8 +274,7 @@ def test_a_senseless_resolution_is_refused(resolution, run, call):
     code, _, stderr = call(main_export, "--checkpoint", str(run.checkpoint), *options)
     assert code == 2
     assert (
-        stderr
-        == f"error: --resolution: found {resolution}, accepted is an integer from 1 to 4096\n"
+        stderr == f"error: resolution: found {resolution}, accepted is an integer from 1 to 4096\n"
     )
     assert not Path("out").exists()
 

@@ -43,7 +43,6 @@ BUDGET = "a number in (0, 1] or a range like [0.05, 0.9]"
         ("budget_anneal", 1.5, "a number from 0 to 1"),
         ("budget_per_image", "yes", "true or false"),
         ("budget_embedding", 1, "true or false"),
-        ("shuffle_views", 0, "true or false"),
     ],
 )
 def test_a_value_is_refused_in_one_sentence(key, value, accepted):
@@ -148,3 +147,30 @@ def test_absent_keys_of_an_older_record_mean_what_they_meant():
     assert as_it_was(new, 1e-4) == new
     assert as_it_was(old, 1e-4) == {**old, "bound_gradient": "all", "weight_decay": 1e-4}
     assert as_it_was(old, 0.0) == read({"bound_gradient": "all"})._written()
+
+
+RETIRED = {"open_start": False, "shuffle_views": False, "budget_sampling": "uniform"}
+
+
+def test_keys_of_earlier_versions_at_their_defaults_say_nothing():
+    assert read(RETIRED) == read({})
+    assert as_it_was(RETIRED, 0.0) == as_it_was({}, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "instead"),
+    [
+        ("open_start", True, "expected is gating.gate_kwargs.bias=4"),
+        ("shuffle_views", True, "research/every_budget/ablations.py has methods that do it"),
+        ("shuffle_views", 0, "research/every_budget/ablations.py has methods that do it"),
+        (
+            "budget_sampling",
+            "sandwich",
+            "research/every_budget/ablations.py has methods that do it",
+        ),
+    ],
+)
+def test_what_earlier_versions_did_besides_is_refused(key, value, instead):
+    with pytest.raises(InputError) as error:
+        read({key: value})
+    assert str(error.value) == f"gating.{key}: no such key, {instead}"

@@ -12,7 +12,8 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from solo_gating import InputError
-from solo_gating.config.pretraining import DEFAULTS, prepare_config
+from solo_gating.config.defaults import DEFAULTS
+from solo_gating.config.pretraining import prepare_config
 from solo_gating.data import (
     classification_loader,
     count_class_folders,

@@ -1,13 +1,16 @@
 """Nearest neighbours against scikit-learn's, and the command that evaluates with them."""
 
+import hashlib
 import json
 
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
+from sklearn import preprocessing
 from sklearn.neighbors import KNeighborsClassifier
-from sklearn.preprocessing import normalize
 
+from solo_gating import InputError, main_knn
 from solo_gating.checkpoints.encoder import encoder_of
 from solo_gating.data import evaluation_loader
 from solo_gating.evaluate.knn import knn_top1
@@ -46,10 +49,10 @@ def tensors(arrays):
     return tuple(map(torch.from_numpy, arrays))
 
 
-def scikit_learn(train, test, k, distance, temperature=0.07, normalise=False):
+def scikit_learn(train, test, k, distance, temperature=0.07, normalize=False):
     """The same vote with scikit-learn's own neighbours, in percent."""
-    if normalise:
-        train, test = ((normalize(x), y) for x, y in (train, test))
+    if normalize:
+        train, test = ((preprocessing.normalize(x), y) for x, y in (train, test))
     if distance == "cosine":
 
         def weights(distances):
@@ -60,7 +63,7 @@ def scikit_learn(train, test, k, distance, temperature=0.07, normalise=False):
     return 100 * knn.fit(*train).score(*test)
 
 
-@pytest.mark.parametrize("normalise", [False, True])
+@pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize(
     ("k", "distance", "temperature"),
     [
@@ -73,9 +76,9 @@ def scikit_learn(train, test, k, distance, temperature=0.07, normalise=False):
         (1, "cosine", 0.07),
     ],
 )
-def test_the_accuracy_is_scikit_learn_s(k, distance, temperature, normalise):
+def test_the_accuracy_is_scikit_learn_s(k, distance, temperature, normalize):
     train, test = features(500, 0), features(400, 1)
-    settings = {"k": k, "distance": distance, "temperature": temperature, "normalise": normalise}
+    settings = {"k": k, "distance": distance, "temperature": temperature, "normalize": normalize}
     expected = scikit_learn(train, test, **settings)
     assert 40 < expected < 95
     assert knn_top1(tensors(train), tensors(test), **settings) == pytest.approx(expected)
@@ -86,9 +89,9 @@ def test_the_settings_make_a_difference():
     train, test = tensors(features(500, 0)), tensors(features(400, 1))
     settings = [
         {"k": 1},
-        {"k": 1, "normalise": True},
+        {"k": 1, "normalize": True},
         {"k": 5},
-        {"k": 50, "normalise": True},
+        {"k": 50, "normalize": True},
         {"k": 50, "distance": "cosine"},
         {"k": 50, "distance": "cosine", "temperature": 1.0},
     ]
@@ -210,7 +213,7 @@ def test_every_combination_of_lists_is_evaluated(run):
 
 
 def test_metrics_say_what_was_evaluated(run, tmp_path):
-    cfg = evaluation_config("knn", run.checkpoint, f"output={tmp_path}", "normalise=true")
+    cfg = evaluation_config("knn", run.checkpoint, f"output={tmp_path}", "normalize=true")
     metrics = evaluate_knn(cfg)
     assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
     assert metrics["evaluation"] == "knn"
@@ -222,7 +225,7 @@ def test_metrics_say_what_was_evaluated(run, tmp_path):
         "val_images": 31,
         "resolution": [16, 16],
     }
-    settings = {"k": 1, "distance": "euclidean", "normalise": True, "threshold": 0.0}
+    settings = {"k": 1, "distance": "euclidean", "normalize": True, "threshold": 0.0}
     assert metrics["settings"] | settings == metrics["settings"]
     dense, gated = metrics["dense"], metrics["gated"]
     assert dense["flops"] == flops_by_hand(None)
@@ -235,7 +238,7 @@ def test_metrics_say_what_was_evaluated(run, tmp_path):
     flops = np.mean([flops_by_hand(image) for image in channels])
     assert gated["flops"] == pytest.approx(flops)
     assert gated["flops_cut"] == pytest.approx(1 - flops / dense["flops"])
-    assert gated["knn_top1"] == pytest.approx(scikit_learn(*sets, 1, "euclidean", normalise=True))
+    assert gated["knn_top1"] == pytest.approx(scikit_learn(*sets, 1, "euclidean", normalize=True))
 
 
 def test_the_projector_s_features_can_be_classified(run):
@@ -276,10 +279,58 @@ def test_images_without_a_label_are_refused(run, tmp_path):
         ("distance=manhattan", ["distance: found 'manhattan'", "euclidean or cosine"]),
         ("distance=[cosine,dot]", ["distance: found 'dot'"]),
         ("temperature=0", ["temperature: found 0", "a number > 0"]),
-        ("normalise=maybe", ["normalise: found 'maybe'", "true or false"]),
+        ("normalize=maybe", ["normalize: found 'maybe'", "true or false"]),
         ("k=[]", ["k: found []"]),
     ],
 )
 def test_a_mistake_is_found_before_anything_is_read(override, parts):
     cfg = evaluation_config("knn", "nowhere.ckpt", override)
     assert_refused(lambda: evaluate_knn(cfg), *parts)
+
+
+EARLIER = ("pretrained_feature_extractor", "normalise")
+
+
+def test_earlier_names_of_keys_mean_today_s(run, tmp_path, call):
+    assert run_knn(call, f"checkpoint={run.checkpoint}", "--normalize", "output=today")[1] == ""
+    typed = (f"--pretrained_feature_extractor={run.checkpoint}", "normalise=true", "output=then")
+    _, stderr = run_knn(call, *typed)
+    lines = [line for line in stderr.splitlines() if "is called" in line]
+    assert [line.split()[0] for line in lines] == list(EARLIER)
+    today, then = (
+        json.loads((tmp_path / f"{name}/metrics.json").read_text()) for name in ("today", "then")
+    )
+    assert today == then
+    assert today["settings"]["normalize"] is True
+
+
+def run_knn(call, *arguments):
+    code, stdout, stderr = call(main_knn, *arguments, "accelerator=cpu", "path=dense")
+    assert code == 0, stderr
+    return stdout, "".join(line for line in stderr.splitlines(True) if "is called" in line)
+
+
+def test_earlier_names_in_a_config_mean_today_s(run, tmp_path, capsys):
+    cfg = evaluation_config("knn", "???", f"output={tmp_path}", "path=dense")
+    OmegaConf.set_struct(cfg, False)
+    cfg.pretrained_feature_extractor, cfg.normalise = str(run.checkpoint), True
+    metrics = evaluate_knn(cfg)
+    assert [line.split()[0] for line in capsys.readouterr().err.splitlines()[:2]] == list(EARLIER)
+    assert metrics["settings"]["normalize"] is True
+    cfg.checkpoint = "another.ckpt"
+    with pytest.raises(InputError, match=r"checkpoint: found 'another.ckpt', and pretrained_"):
+        evaluate_knn(cfg)
+
+
+def test_an_evaluation_of_an_earlier_version_is_the_same(run, tmp_path):
+    """Its identity was that of the settings by their names of then."""
+    found = evaluate_knn(evaluation_config("knn", run.checkpoint, f"output={tmp_path}"))
+    data = {
+        key: value
+        for key, value in OmegaConf.to_container(run.cfg.data).items()
+        if key not in ("num_workers", "on_damaged", "num_large_crops", "num_small_crops")
+    } | {"split": "train"}
+    settings = {key: found["settings"][key] for key in ("threshold", "features", "precision")}
+    settings |= {"k": 1, "distance": "euclidean", "temperature": 0.07, "normalise": False}
+    text = json.dumps([settings, data, 16, 7], sort_keys=True)
+    assert found["identity"] == hashlib.sha1(text.encode()).hexdigest()[:6]

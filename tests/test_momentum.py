@@ -199,9 +199,11 @@ def test_the_teacher_s_gates_are_told_what_the_student_s_are():
     assert [torch.equal(budget, student) for budget in told["momentum_backbone"]] == [True, True]
 
 
-def test_a_teacher_s_paths_follow_shuffled_views_and_rest_with_the_gates():
-    gating = {"momentum_path": "same", "shuffle_views": True, "warmup_epochs": 1}
+def test_a_teacher_s_paths_follow_the_step_s_views_and_rest_with_the_gates(monkeypatch):
+    gating = {"momentum_path": "same", "warmup_epochs": 1}
     model = tiny_model(tiny_config("byol_dual", gating=gating), epoch=1)
+    order = [("gated", "dense"), ("dense", "gated")]
+    monkeypatch.setattr(model, "views_of_step", lambda: order[model.global_step % 2])
     paths = []
     model.momentum_backbone.register_forward_hook(
         lambda teacher, *_: paths.append(scope_of(teacher).passes[-1].path)

@@ -11,7 +11,6 @@ from PIL import Image
 from torch import nn
 
 from solo_gating import InputError, main_policy
-from solo_gating.config.arguments import flags_to_overrides
 from solo_gating.evaluate.calibrate import Setting, calibrate, lowest_share, mean_share, sweep
 from solo_gating.evaluate.extract import extract
 from solo_gating.evaluate.policy import policy_of, read_policy
@@ -485,7 +484,7 @@ def test_a_sweep_is_written_and_drawn(run, tmp_path, capsys):
 
 
 def test_the_command_s_flags_calibrate(run, calibrated, tmp_path, monkeypatch):
-    checkpoint = f"pretrained_feature_extractor={run.checkpoint}"
+    checkpoint = f"checkpoint={run.checkpoint}"
     arguments = [checkpoint, "--calibrate", "0.3", f"output={tmp_path}", "accelerator=cpu"]
     monkeypatch.setattr("sys.argv", ["main_policy", *arguments])
     main_policy.main()
@@ -495,43 +494,6 @@ def test_the_command_s_flags_calibrate(run, calibrated, tmp_path, monkeypatch):
     assert metrics["gated"]["threshold"] == pytest.approx(0.4)
     assert read_policy(tmp_path / "policy.json").threshold == metrics["gated"]["threshold"]
     assert not (tmp_path / "sweep.csv").exists()
-
-
-FLAGS = {"calibrate": None, "sweep": "true"}
-
-
-@pytest.mark.parametrize(
-    ("arguments", "overrides"),
-    [
-        (["--calibrate", "0.3"], ["calibrate=0.3"]),
-        (["--calibrate=0.3"], ["calibrate=0.3"]),
-        (["calibrate=0.3"], ["calibrate=0.3"]),
-        (["--sweep"], ["sweep=true"]),
-        (["--sweep=false"], ["sweep=false"]),
-        (
-            ["x=1", "--sweep", "--calibrate", "0.3", "y"],
-            ["x=1", "sweep=true", "calibrate=0.3", "y"],
-        ),
-        (["--config-name", "policy", "-cn=x"], ["--config-name", "policy", "-cn=x"]),
-        (["--help"], ["--help"]),
-    ],
-)
-def test_flags_become_overrides(arguments, overrides):
-    assert flags_to_overrides(arguments, FLAGS) == overrides
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["--calibrate"],
-        ["x=1", "--calibrate"],
-        ["--calibrate", "--sweep"],
-        ["--calibrate=", "0.3"],
-    ],
-)
-def test_a_flag_without_its_value_is_refused(arguments):
-    with pytest.raises(InputError, match=r"^--calibrate: needs a value$"):
-        flags_to_overrides(arguments, FLAGS)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from solo_gating.report.tables import compare
 
 PUBLISHED = {table.identity: table for table in published_tables()}
 LINEAR = {"max_epochs": 100, "augment": True, "optimizer": {"lr": 0.3}, "threshold": 0.0}
-KNN = {"k": 1, "distance": "euclidean", "normalise": False, "features": "backbone"}
+KNN = {"k": 1, "distance": "euclidean", "normalize": False, "features": "backbone"}
 
 
 def metrics(evaluation="linear", to=None, images=(50_000, 10_000), settings=None, rows=None, **run):
@@ -416,7 +416,7 @@ def test_a_copy_counts_once(store):
 
 
 @pytest.mark.parametrize(
-    "difference", [{"k": 5}, {"distance": "cosine"}, {"normalise": True}, {"features": "projector"}]
+    "difference", [{"k": 5}, {"distance": "cosine"}, {"normalize": True}, {"features": "projector"}]
 )
 def test_only_the_papers_nearest_neighbours_enter_their_tables(difference, store, call):
     root = store(metrics("knn", settings=KNN | difference))
@@ -717,3 +717,13 @@ def test_a_damaged_sweep_is_named(report, change, reason):
 def test_no_published_table_takes_another_kind_of_gates(gating, variant, tmp_path):
     (tmp_path / "metrics.json").write_text(json.dumps(metrics(gating=gating)))
     assert {record.variant for record in read_records([tmp_path]).records} == {variant}
+
+
+def test_settings_by_their_earlier_names_are_read(store):
+    root = store(metrics("knn", settings=KNN), metrics("knn", settings=KNN))
+    file = root / "run1" / "metrics.json"
+    content = json.loads(file.read_text())
+    content["settings"]["normalise"] = content["settings"].pop("normalize")
+    file.write_text(json.dumps(content))
+    today, then = sorted(read_records([root])[0], key=lambda record: record.file)
+    assert today.settings == then.settings

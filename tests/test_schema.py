@@ -10,7 +10,8 @@ from omegaconf import OmegaConf
 from solo_gating import InputError
 from solo_gating.checkpoints.reading import as_text
 from solo_gating.config.compose import composed
-from solo_gating.config.pretraining import DEFAULTS, prepare_config
+from solo_gating.config.defaults import DEFAULTS
+from solo_gating.config.pretraining import prepare_config
 from solo_gating.config.schema import EVALUATIONS, PRETRAINING, own_copy
 from solo_gating.data import training_loader
 from solo_gating.training.model import build_method
@@ -199,12 +200,12 @@ def test_trainer_arguments_that_were_overridden_silently_count():
 
 
 def test_a_copy_is_checked_and_the_config_stays():
-    cfg = OmegaConf.create({"pretrained_feature_extractor": "~/last.ckpt"}, flags={"struct": True})
+    cfg = OmegaConf.create({"checkpoint": "~/last.ckpt"}, flags={"struct": True})
     own = own_copy(cfg, EVALUATIONS["knn"])
     own.new = 1
-    assert own.pretrained_feature_extractor.endswith("/last.ckpt")
-    assert not own.pretrained_feature_extractor.startswith("~")
-    assert cfg == {"pretrained_feature_extractor": "~/last.ckpt"}
+    assert own.checkpoint.endswith("/last.ckpt")
+    assert not own.checkpoint.startswith("~")
+    assert cfg == {"checkpoint": "~/last.ckpt"}
 
 
 def test_numbers_of_numpy_s_are_numbers():

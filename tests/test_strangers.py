@@ -38,7 +38,7 @@ from .test_evaluation import (
     write_arrays,
 )
 
-KEY = "pretrained_feature_extractor: "
+KEY = "checkpoint: "
 WEIGHT, COUNT = "backbone.layer1.0.conv1.weight", "backbone.bn1.num_batches_tracked"
 
 

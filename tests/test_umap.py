@@ -38,8 +38,8 @@ def projected(monkeypatch):
     """The features that are embedded; the embedding is their first two columns."""
     seen = []
 
-    def fake(features, neighbours, min_dist, seed):
-        seen.append((features, neighbours, min_dist, seed))
+    def fake(features, neighbors, min_dist, seed):
+        seen.append((features, neighbors, min_dist, seed))
         return features[:, :2].numpy()
 
     monkeypatch.setattr("solo_gating.evaluate.tasks.umap.embed", fake)
@@ -55,7 +55,7 @@ def rows_of(folder):
 def test_digits_are_embedded(run, tmp_path):
     pytest.importorskip("umap")
     cfg = evaluation_config(
-        "umap", run.checkpoint, "classes=3", "path=gated", f"output={tmp_path}", "neighbours=5"
+        "umap", run.checkpoint, "classes=3", "path=gated", f"output={tmp_path}", "neighbors=5"
     )
     metrics = evaluate_umap(cfg)
     _, labels = digits(VAL)
@@ -84,7 +84,7 @@ def test_umap_keeps_neighbours_together():
 
 
 def test_both_paths_are_beside_each_other(run, projected, tmp_path):
-    overrides = ["images=20", "classes=7", "neighbours=4", "min_dist=0.3", "seed=9"]
+    overrides = ["images=20", "classes=7", "neighbors=4", "min_dist=0.3", "seed=9"]
     metrics = evaluate_umap(
         evaluation_config("umap", run.checkpoint, f"output={tmp_path}", *overrides)
     )
@@ -167,7 +167,7 @@ def test_no_two_classes_look_alike():
         ("classes=11", ["classes: found 11", "1 to 10"]),
         ("classes=0", ["classes: found 0"]),
         ("images=9", ["images: found 9", "an integer ≥ 10"]),
-        ("neighbours=1", ["neighbours: found 1"]),
+        ("neighbors=1", ["neighbors: found 1"]),
         ("min_dist=-1", ["min_dist: found -1", "a number ≥ 0"]),
     ],
 )

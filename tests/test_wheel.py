@@ -18,7 +18,8 @@ assert beside.VALUE == 41 and "vicreg_dual" in METHODS
 assert __name__ == "__main__" and sys.argv[2:] == ["--config-name", "x"]
 import solo_gating
 from hydra import compose, initialize_config_dir
-from solo_gating.config.compose import EVALUATIONS, config_names, configs_folder
+from solo_gating.config.compose import EVALUATIONS, config_names
+from solo_gating.config.defaults import configs_folder
 from solo_gating.config.pretraining import prepare_config
 
 site = Path(sys.argv[1])

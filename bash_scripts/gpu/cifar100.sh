@@ -62,7 +62,7 @@ for run in "${runs[@]}"; do
         settings=()
         [ "$kind" = knn ] || settings=("${linear[@]}")
         evaluated "$folder/$kind/metrics.json" "$checkpoint" ||
-            within "$python" -m "solo_gating.main_$kind" pretrained_feature_extractor="$checkpoint" \
+            within "$python" -m "solo_gating.main_$kind" checkpoint="$checkpoint" \
                 output="$folder/$kind" ${settings[@]+"${settings[@]}"}
     done
 done

@@ -111,7 +111,7 @@ evaluate() { # linear or knn, run's name, data set of evaluation, overrides
     echo "== $name: $kind on $dataset"
     mapfile -t where < <(images "$dataset")
     run "$python" -m "solo_gating.main_$kind" dataset="$dataset" \
-        pretrained_feature_extractor="$of" output="$folder" "${where[@]}" \
+        checkpoint="$of" output="$folder" "${where[@]}" \
         ${fraction[@]+"${fraction[@]}"} "$@"
 }
 

@@ -5,7 +5,9 @@ python research/every_budget/ablations.py --config-name vicreg_dual_cifar10 meth
 is `python -m solo_gating.main_pretrain` that knows their NAMEs, too: see ABLATIONS.
 """
 
+import math
 import random
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 from solo_gating import GATED_METHODS, METHODS
 from solo_gating.backbones import ForwardPass
 from solo_gating.backbones.paths import scope_of
+from solo_gating.budgets import BudgetSchedule
 from solo_gating.main_pretrain import main
 from solo_gating.methods import GatedMethod, VICRegDual
 
@@ -69,11 +72,64 @@ class Diverse(VICRegDual):
         return super().gate_losses(passes, *args) - 4 * variances.sum()
 
 
+class Shuffled(VICRegDual):
+    """Each step draws which of the views take which of the paths."""
+
+    def views_of_step(self) -> tuple[str, ...]:
+        """As drawn."""
+        views = list(super().views_of_step())
+        random.Random(f"views, seed {self._seed}, step {self.global_step}").shuffle(views)
+        return tuple(views)
+
+
+class LogUniformSchedule(BudgetSchedule):
+    """Budgets that are uniform in the logarithm."""
+
+    def each(self, seed: int | None, step: int, epoch: int, images: int) -> list[float]:
+        """As drawn."""
+        low, high = self.ends(epoch)
+        draws = self.draws(seed, step, images)
+        return [min(high, low * math.exp(u * math.log(high / low))) for u in draws]
+
+
+class SandwichSchedule(BudgetSchedule):
+    """Successive steps take the lower end, the upper end, and a draw between, in turn.
+
+    The sandwich rule of slimmable networks (arXiv:1903.05134) does all three in *every* step, at
+    three times the cost.
+    """
+
+    def each(self, seed: int | None, step: int, epoch: int, images: int) -> list[float]:
+        """As drawn."""
+        if step % 3 < 2:
+            return [self.ends(epoch)[step % 3]] * images
+        return super().each(seed, step, epoch, images)
+
+
+class LogUniform(VICRegDual):
+    """Steps draw from a range as `LogUniformSchedule`."""
+
+    def __init__(self, cfg: DictConfig):
+        super().__init__(cfg)
+        self.budget_schedule = LogUniformSchedule(**asdict(self.budget_schedule))
+
+
+class Sandwich(VICRegDual):
+    """Steps draw from a range as `SandwichSchedule`."""
+
+    def __init__(self, cfg: DictConfig):
+        super().__init__(cfg)
+        self.budget_schedule = SandwichSchedule(**asdict(self.budget_schedule))
+
+
 ABLATIONS: dict[str, type[GatedMethod]] = {
     "vicreg_half_dense": HalfDense,
     "vicreg_inherited_bn": InheritedBatchNorm,
     "vicreg_diverse": Diverse,
     "vicreg_detached_dense": DetachedDense,
+    "vicreg_shuffled": Shuffled,
+    "vicreg_log_uniform": LogUniform,
+    "vicreg_sandwich": Sandwich,
 }
 GATED_METHODS.update(ABLATIONS)
 METHODS.update(ABLATIONS)

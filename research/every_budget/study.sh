@@ -60,9 +60,9 @@ declare -A overrides=(
     [annealed_only]="$range gating.budget_anneal=0.5"
     [any]="$range gating.budget_anneal=0.5 gating.budget_per_image=true"  # vicreg_any_*
     [annealed_slow]="$annealed gating.budget_anneal=1"
-    [annealed_log_uniform]="$annealed gating.budget_sampling=log_uniform"
-    [annealed_sandwich]="$annealed gating.budget_sampling=sandwich"
-    [annealed_shuffled]="$annealed gating.shuffle_views=true"
+    [annealed_log_uniform]="$annealed method=vicreg_log_uniform"
+    [annealed_sandwich]="$annealed method=vicreg_sandwich"
+    [annealed_shuffled]="$annealed method=vicreg_shuffled"
     [annealed_lambda_5]="$annealed gating.sparsity_weight=5"
     [annealed_per_image]="$annealed gating.budget_per_image=true"
     [annealed_diverse]="$annealed method=vicreg_diverse"

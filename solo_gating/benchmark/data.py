@@ -1,10 +1,10 @@
 """How fast views are made: by solo-learn's pipeline from PIL images, and in batches on a device.
 
-    python -m solo_gating.main_benchmark_data --config-name vicreg_dual_cifar100 --output DIR \\
+    python -m solo_gating.main_benchmark_data --config-name vicreg_dual_cifar100 output=DIR \\
         data.format=npz data.train_path='data/train_*.npz' [key=value ...]
 
-    --seconds   for all pipelines together; default 20
-    --threads   of PyTorch's operations; default 1
+    seconds=20  for all pipelines together
+    threads=1   of PyTorch's operations
 
 The config is one of pre-training, for what `data.pipeline: device` can take; --help lists them. Both pipelines
 run in this process and take turns in a new order each round: `workers` is what one worker process does
@@ -28,6 +28,7 @@ from ..config.pretraining import prepare_config
 from ..data import Place, training_loader
 from ..files import make_folder, write_json
 from ..terminal import say
+from ..texts import aligned
 from .machine import check_effort, cores, cpu_name, torch_threads, versions
 from .timing import interleaved, is_noisy, paired_ratio
 
@@ -64,13 +65,18 @@ def benchmark_data(options: argparse.Namespace) -> dict[str, Any]:
         "rows": [_row(name, times, batch) for name in calls],
     }
     write_json(options.output / "benchmark_data.json", report)
-    for row in report["rows"]:
-        noisy = "  (noisy)" if row["noisy"] else ""
-        say(
-            f"{row['pipeline']:12} {row['milliseconds']:9.2f} ms  "
-            f"{row['images_per_second']:9.0f} images/s  {row['ratio']:6.2f}×{noisy}"
-        )
+    say("\n".join(aligned([_cells(row) for row in report["rows"]])))
     return report
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    return [
+        row["pipeline"],
+        f"{row['milliseconds']:.2f} ms",
+        f"{row['images_per_second']:.0f} images/s",
+        f"{row['ratio']:.2f}×",
+        *(["(noisy)"] if row["noisy"] else []),
+    ]
 
 
 def _row(name: str, times: dict[str, list[float]], batch: int) -> dict[str, Any]:

@@ -13,9 +13,8 @@ from ..checks import shown
 from ..errors import InputError
 from ..metrics import pretraining_of
 from ..solo_learn import METHODS, BaseMethod
-from .reading import check_architecture, read_args, read_checkpoint, weights_of
+from .reading import args_beside, check_architecture, read_checkpoint, weights_of
 
-KEY = "pretrained_feature_extractor"
 HEADS = ("backbone", "projector")
 
 
@@ -83,7 +82,7 @@ class Encoder:
         return pretraining_of(self.args, self.epochs, self.checkpoint)
 
 
-def encoder_of(checkpoint: str | Path, head: str = "backbone", key: str = KEY) -> Encoder:
+def encoder_of(checkpoint: str | Path, head: str = "backbone", key: str = "checkpoint") -> Encoder:
     """Load the encoder of any pre-training of this package or of solo-learn's modern line.
 
     Args:
@@ -98,7 +97,7 @@ def encoder_of(checkpoint: str | Path, head: str = "backbone", key: str = KEY) -
         raise InputError(f"features: found {head!r}, accepted are {', '.join(HEADS)}")
     path = Path(checkpoint)
     content = read_checkpoint(path, key)
-    args = _read_args(path, key)
+    args = args_beside(path, key)
     if head != "backbone" and args.method not in METHODS:
         raise InputError(
             f"features: method {shown(args.method)} is not known, accepted is backbone"
@@ -139,7 +138,7 @@ def load_encoder(
         InputError: for files that are missing, damaged, or do not belong together, or a setting that
             the network does not have.
     """
-    encoder = encoder_of(checkpoint, key="checkpoint")
+    encoder = encoder_of(checkpoint)
     if path is not None:
         encoder.paths(path)
     backbone: Any = encoder.backbone
@@ -150,16 +149,6 @@ def load_encoder(
     elif budget is not None or threshold:
         raise InputError(f"budget, threshold: {str(encoder.checkpoint)!r} has no gates")
     return backbone
-
-
-def _read_args(checkpoint: Path, key: str) -> DictConfig:
-    file = checkpoint.parent / "args.json"
-    if not file.exists():
-        raise InputError(
-            f"{key}: there is no args.json beside {str(checkpoint)!r}; solo-learn writes it there, "
-            "and it says which network this is"
-        )
-    return read_args(file, key)
 
 
 def _build(head: str, args: DictConfig, path: Path, key: str) -> Any:

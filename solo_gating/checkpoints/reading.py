@@ -276,6 +276,25 @@ def read_args(file: Path, key: str) -> DictConfig:
     return OmegaConf.create(literal(content))
 
 
+def args_beside(checkpoint: Path, key: str) -> DictConfig:
+    """The args.json of a checkpoint's run, as `read_args`.
+
+    Args:
+        checkpoint: the file; it may be missing.
+        key: the config key that names it, for messages.
+
+    Raises:
+        InputError: as `read_args`, or if there is none.
+    """
+    file = checkpoint.parent / "args.json"
+    if not file.exists():
+        raise InputError(
+            f"{key}: there is no args.json beside {str(checkpoint)!r}; solo-learn writes it there, "
+            "and it says which network this is"
+        )
+    return read_args(file, key)
+
+
 def literal(value: Any) -> Any:
     """Escaped, so that OmegaConf takes a text for what it is, and without what it holds missing."""
     if isinstance(value, dict):

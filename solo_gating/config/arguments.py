@@ -1,9 +1,14 @@
-"""The command line of an entry point under Hydra: what was typed, in the order that Hydra takes."""
+"""The commands' one grammar: `key=value`, or `--key value`, in any order.
+
+Commands with a config hand it to Hydra (`read_arguments`), those without to argparse
+(`read_options`).
+"""
 
 import argparse
 import os
 import re
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -13,7 +18,16 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
+from ..checks import no_such_key
 from ..errors import InputError
+from ..terminal import note
+
+# Earlier names of keys, solo-learn's among them, and today's.
+ALIASES = {
+    "pretrained_feature_extractor": "checkpoint",
+    "normalise": "normalize",
+    "neighbours": "neighbors",
+}
 
 # Paths and names may hold what means something else to Hydra: = ' [ { ~ # and, unless in a sweep,
 # commas. These keys' values are what was typed.
@@ -23,7 +37,7 @@ _OPEN_GROUP = "gating.gate_kwargs."
 
 _TEXTS = (
     *_LISTS,
-    *("pretrained_feature_extractor", "resume_from_checkpoint", "checkpoint.dir", "output"),
+    *("checkpoint", "resume_from_checkpoint", "checkpoint.dir", "output"),
     *("flops.checkpoint", "flops.output", "name", "wandb.project", "wandb.entity"),
 )
 
@@ -105,37 +119,155 @@ def _at_their_place(flags: dict[str, Any]) -> dict[str, Any]:
     return flags
 
 
-def flags_to_overrides(typed: list[str], flags: Mapping[str, str | None]) -> list[str]:
+def flags_to_overrides(typed: Iterable[str], switches: Container[str] = ()) -> list[str]:
     """`--calibrate 0.3` and `--calibrate=0.3` become `calibrate=0.3`, which is Hydra's language.
 
     Args:
-        typed: without the program's name.
-        flags: config keys that may be given so, and their values where there is none.
+        typed: without the program's name; Hydra's own flags stay as they are.
+        switches: keys whose flag alone means true.
 
     Raises:
         InputError: for a flag without a value, or one whose key has another value, too.
     """
+    hydras = get_args_parser()._option_string_actions
     overrides: list[str] = []
     given: dict[str, str] = {}
-    rest = iter(typed)
-    for argument in rest:
-        name, _, value = argument.removeprefix("--").partition("=")
-        if not argument.startswith("--") or name not in flags:
-            overrides.append(argument)
+    words = deque(typed)
+    while words:
+        word = words.popleft()
+        flag, equals, value = word.partition("=")
+        if not flag.startswith("--") or any(option.startswith(flag) for option in hydras):
+            overrides.append(word)
             continue
-        if "=" not in argument:
-            value = flags[name] or next(rest, "")
-        if not value or value.startswith("--"):
-            raise InputError(f"--{name}: needs a value")
-        given[name] = value
-        overrides.append(f"{name}={value}")
-    for argument in typed:
+        name = _named(flag)
+        given[name] = value if equals else _next_value(words, name in switches)
+        _check_value(flag, given[name])
+        overrides.append(f"{name}={given[name]}")
+    for argument in overrides:
         name, _, value = argument.lstrip("+").partition("=")
         if given.get(name, value) != value:
-            raise InputError(
-                f"--{name}: found {given[name]}, and {argument}; accepted is one of them"
-            )
+            raise _given_twice(f"--{name}", given[name], argument)
     return overrides
+
+
+def read_options(
+    parser: argparse.ArgumentParser, typed: Iterable[str], overridden: Iterable[str] = ()
+) -> argparse.Namespace:
+    """The options of a command without a config, as `key=value` or as `--key value`.
+
+    A list is `key=[a,b]` or `--key a b`, a switch `key=true` or `--key`; null is an option that was
+    not given.
+
+    Args:
+        parser: its options; what else is typed are its positionals.
+        typed: without the program's name.
+        overridden: keys of a config, which may be typed among the options.
+
+    Raises:
+        InputError: for a key that does not exist, one with two values, or a value that its option
+            does not take.
+    """
+    parser.__class__ = _Parser
+    options: dict[str, Any] = {a.dest: a for a in parser._actions if a.option_strings}
+    positionals = len(options) < len(parser._actions)
+    known = list(overridden)
+    given: dict[str, list[str]] = {}
+    others: list[str] = []
+    words = deque("--help" if word == "-h" else word for word in typed)
+    while words:
+        word = words.popleft()
+        if not _is_key(word):
+            if not positionals:
+                raise InputError(f"found {word!r}, accepted is key=value")
+            others.append(word)
+            continue
+        flag, equals, value = word.partition("=")
+        name = todays_name(_named(flag), options)
+        if name in options:
+            values = _values(value if equals else None, options[name].nargs, words)
+            if values != ["null"] and given.setdefault(name, values) != values:
+                raise _given_twice(name, " ".join(given[name]), " ".join(values))
+        elif _is_below(name.lstrip("~"), known):
+            others.append(f"{name}={value if equals else _next_value(words)}")
+        else:
+            raise no_such_key(
+                flag, [flag[: flag.startswith("--") * 2] + key for key in [*options, *known]]
+            )
+    return parser.parse_args([*_for_argparse(given, options), *(["--", *others] if others else [])])
+
+
+def todays_name(key: str, known: Container[str]) -> str:
+    """A key by today's name; if it was an earlier one, a line on standard error says so.
+
+    Args:
+        key: as it was typed, or written in a config.
+        known: those that the command has.
+    """
+    name = ALIASES.get(key, key)
+    if name == key or name not in known:
+        return key
+    note(f"{key} is called {name} now; the earlier name still works")
+    return name
+
+
+def _named(flag: str) -> str:
+    return flag.removeprefix("--").replace("-", "_") if flag.startswith("--") else flag
+
+
+def _is_key(word: str) -> bool:
+    """Whether a word names a key, and is not the path of something with a `=` in its name."""
+    typed = re.match(r"[+~]*[A-Za-z_][\w.@/]*=", word)
+    return word.startswith("--") or (typed is not None and not os.path.exists(word))
+
+
+def _is_below(key: str, known: Iterable[str]) -> bool:
+    """Whether a config has the key, or a part of it; of `+key` Hydra judges."""
+    return key.startswith("+") or any(
+        f"{key}.".startswith(f"{name}.") or name.startswith(f"{key}.") for name in known
+    )
+
+
+def _next_value(words: deque[str], switch: bool = False) -> str:
+    """What follows a flag; after a switch it may be left out."""
+    if switch and (not words or words[0] not in ("true", "false")):
+        return "true"
+    return words.popleft() if words and not words[0].startswith("--") else ""
+
+
+def _values(typed: str | None, nargs: int | str | None, words: deque[str]) -> list[str]:
+    """An option's values: those behind its `=`, or the words behind its flag."""
+    if nargs != "+":
+        return [_next_value(words, nargs == 0) if typed is None else typed]
+    found = []
+    while typed is None and words and not _is_key(words[0]):
+        found.append(words.popleft())
+    if typed is not None:
+        listed = re.fullmatch(r"\[(.*)\]", typed)
+        found = [part.strip(" '\"") for part in listed[1].split(",")] if listed else [typed]
+    return found
+
+
+def _for_argparse(given: Mapping[str, list[str]], options: Mapping[str, Any]) -> list[str]:
+    words: list[str] = []
+    for name, values in given.items():
+        flag, nargs = options[name].option_strings[-1], options[name].nargs
+        _check_value(flag, "".join(values))
+        if nargs == 0 and values not in (["true"], ["false"]):
+            raise InputError(f"{name}: found {values[0]!r}, accepted is true or false")
+        if nargs == 0:
+            words += [flag] * (values == ["true"])
+        else:  # in one word a value may begin with a dash
+            words += [f"{flag}={values[0]}"] if nargs is None else [flag, *values]
+    return words
+
+
+def _check_value(flag: str, value: str) -> None:
+    if not value or value.startswith("--"):
+        raise InputError(f"{flag}: needs a value")
+
+
+def _given_twice(key: str, found: str, other: str) -> InputError:
+    return InputError(f"{key}: found {found}, and {other}; accepted is one of them")
 
 
 def quoted(text: str) -> str:

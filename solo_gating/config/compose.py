@@ -6,24 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ..checkpoints.reading import args_beside
 from ..checks import no_such_key
 from ..errors import InputError
 from .arguments import Arguments, as_typed
+from .defaults import DEFAULTS, configs_folder
 from .schema import EVALUATIONS as EVALUATION_KEYS
-from .schema import own_copy
+from .schema import PRETRAINING, own_copy
 
 EVALUATIONS = ("linear", "knn", "policy", "umap")
-
-
-def configs_folder() -> Path:
-    """The package's configs, in an installed wheel or in a checkout."""
-    package = Path(__file__).resolve().parents[1]
-    installed = package / "configs"
-    return installed if installed.is_dir() else package.parent / "configs"
 
 
 def config_names(evaluation: str | None = None) -> list[str]:
@@ -58,6 +54,38 @@ def composed(name: str, overrides: list[str]) -> DictConfig:
     except (HydraException, OmegaConfBaseException) as error:
         raise InputError(hydra_sentence(error, known_keys(arguments, None))) from error
     return own_copy(cfg, EVALUATION_KEYS.get(name))
+
+
+def config_of_checkpoint(arguments: Arguments, key: str) -> str | None:
+    """The name under which Hydra then finds the config that a checkpoint was trained with.
+
+    Args:
+        arguments: what was typed.
+        key: that names the checkpoint.
+
+    Returns:
+        None if no checkpoint was named, or several.
+
+    Raises:
+        InputError: for a checkpoint without an args.json that can be used.
+    """
+    found = [o.value() for o in arguments.parsed() if o.key_or_group == key]
+    if len(found) != 1 or not isinstance(found[0], str):
+        return None
+    args = args_beside(user_path(found[0]), "checkpoint")
+    name = "args"
+    ConfigStore.instance().store(name, OmegaConf.merge(DEFAULTS, args))
+    return name
+
+
+def overridable(config: str | None = None) -> list[str]:
+    """The keys of a config that `key=value` reaches, for commands that are not Hydra's own.
+
+    Args:
+        config: the name of an evaluation's; None for one of pre-training.
+    """
+    folders = [path.name for path in configs_folder().iterdir() if path.is_dir()]
+    return [*(PRETRAINING if config is None else EVALUATION_KEYS[config]), *folders]
 
 
 def check_overrides(overrides: list[str], decided: Mapping[str, str]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from ..backbones import checked_path
-from ..budgets import RANGE, SAMPLINGS, BudgetSchedule, Range, is_range
+from ..budgets import RANGE, BudgetSchedule, Range, is_range
 from ..checks import (
     at_least,
     is_not_negative,
@@ -50,16 +50,14 @@ class GatingConfig:
         views: the path of each view, "gated" or "dense". Default: the method's.
         momentum_path: that of a momentum method's teacher: "dense", "gated", or "same" for that of
             the student's view with the same images. A config names it where it is not dense.
-        budget_sampling: how steps draw from a range, see `BudgetSchedule`.
         budget_anneal: over this share of the run's epochs, once the gates are switched on, the
             lower end of the range falls to its value from the upper end; the budget, where it is a
             number, from 1.
         budget_per_image: whether of a range each image of a step draws, not each step.
         budget_embedding: whether the gates are told the budget of a range. Without it the network
             cannot be set to a budget later; its threshold can.
-        shuffle_views: whether each step draws which of the views take which of the paths.
 
-    The last five are of no published run; a config with a number for a budget that leaves them at
+    The last three are of no published run; a config with a number for a budget that leaves them at
     their defaults does not name them.
     """
 
@@ -78,11 +76,9 @@ class GatingConfig:
     warmup_epochs: int = 0
     views: tuple[str, ...] = field(default=())
     momentum_path: str = "dense"
-    budget_sampling: str = "uniform"
     budget_anneal: float = 0.0
     budget_per_image: bool = False
     budget_embedding: bool = True
-    shuffle_views: bool = False
 
     @classmethod
     def from_config(cls, cfg: DictConfig, default_views: tuple[str, ...]) -> "GatingConfig":
@@ -102,8 +98,9 @@ class GatingConfig:
             given = OmegaConf.to_container(given, resolve=True)
         if not isinstance(given, dict):
             raise InputError(f"gating: found {given!r}, accepted is a group with {_KEYS}")
-        if given.get("open_start") is False:  # as earlier versions recorded it
-            del given["open_start"]
+        for key, (default, _) in _RETIRED.items():
+            if given.get(key) == default and type(given[key]) is type(default):
+                del given[key]
         for key in given:
             check_key(key)
         given = {key: value for key, value in given.items() if value is not None}
@@ -140,14 +137,13 @@ class GatingConfig:
             lambda v: is_share(v) or is_range(v),
             f"a number in (0, 1] or {RANGE}",
         )
-        one_of("gating.budget_sampling", self.budget_sampling, SAMPLINGS)
         require(
             "gating.budget_anneal",
             self.budget_anneal,
             lambda v: is_not_negative(v) and v <= 1,
             "a number from 0 to 1",
         )
-        for key in ("budget_per_image", "budget_embedding", "shuffle_views"):
+        for key in ("budget_per_image", "budget_embedding"):
             true_or_false(f"gating.{key}", getattr(self, key))
         if self.budget_range and self.budget_per_image and not self.budget_embedding:
             raise InputError(
@@ -223,7 +219,7 @@ class GatingConfig:
         """
         low, high = self.budget_range or (self.target_budget, self.target_budget)
         anneal = round(self.budget_anneal * epochs)
-        return BudgetSchedule(low, high, self.budget_sampling, anneal)  # type: ignore[arg-type]
+        return BudgetSchedule(low, high, anneal)  # type: ignore[arg-type]
 
     @property
     def kind(self) -> type[Gate]:
@@ -254,12 +250,18 @@ class GatingConfig:
 
 
 _UNPUBLISHED = (
-    "budget_sampling",
     "budget_anneal",
     "budget_per_image",
     "budget_embedding",
-    "shuffle_views",
 )
+_STUDIED = "research/every_budget/ablations.py has methods that do it"
+# Keys of earlier versions, with the values at which their configs record them, and what to say of
+# others.
+_RETIRED: dict[str, tuple[Any, str]] = {
+    "open_start": (False, "expected is gating.gate_kwargs.bias=4"),
+    "shuffle_views": (False, _STUDIED),
+    "budget_sampling": ("uniform", _STUDIED),
+}
 _KEYS = ", ".join(item.name for item in fields(GatingConfig))
 
 
@@ -267,7 +269,8 @@ def as_it_was(group: Mapping[str, Any], weight_decay: float) -> dict[str, Any]:
     """A recorded group `gating` with what its absent keys meant when it was written.
 
     Args:
-        group: of an `args.json`; until 0.1.0 without the keys `bound_gradient` and `weight_decay`.
+        group: of an `args.json`; until 0.1.0 without the keys `bound_gradient` and `weight_decay`,
+            later with some that there are no more.
         weight_decay: the optimiser's, which was then the gates', too.
     """
     return {
@@ -275,7 +278,7 @@ def as_it_was(group: Mapping[str, Any], weight_decay: float) -> dict[str, Any]:
         "weight_decay": weight_decay,
         "gate": "channel",
         "gate_kwargs": {},
-        **group,
+        **{k: v for k, v in group.items() if k not in _RETIRED or v != _RETIRED[k][0]},
     }
 
 
@@ -285,7 +288,7 @@ def check_key(key: str) -> None:
     Raises:
         InputError: naming it and those that exist.
     """
-    if key == "open_start":
-        raise InputError("gating.open_start: no such key, expected is gating.gate_kwargs.bias=4")
+    if key in _RETIRED:
+        raise InputError(f"gating.{key}: no such key, {_RETIRED[key][1]}")
     if key not in _KEYS.split(", "):
         raise InputError(f"gating.{key}: no such key, accepted are {_KEYS}")

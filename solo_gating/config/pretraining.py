@@ -22,46 +22,10 @@ from ..data import (
 from ..errors import InputError
 from ..methods import GATED_METHODS, REFUSED, check_gated_backbone, plain_method
 from ..solo_learn import METHODS, BaseMethod, BaseMomentumMethod, VICReg, with_momentum
-from ..training.model import PERFORMANCE
+from .defaults import DEFAULTS
 from .gating import GatingConfig
 from .schema import METHOD_KWARGS, METHOD_NEEDS, PRETRAINING, QUEUE_SIZE, QUEUES, VIEW, check_values
 
-# Where solo-learn has a default, this is it.
-DEFAULTS: dict[str, Any] = {
-    "name": "run",
-    "seed": 5,
-    "max_epochs": 100,
-    "resume_from_checkpoint": None,
-    "accelerator": "auto",
-    "devices": 1,
-    "num_nodes": 1,
-    "strategy": "auto",
-    "precision": "32-true",
-    "sync_batchnorm": False,
-    "accumulate_grad_batches": 1,
-    "backbone": {"kwargs": {}},
-    "data": {
-        "val_path": None,
-        "format": "image_folder",
-        "pipeline": "workers",
-        "no_labels": False,
-        "fraction": -1,
-        "on_damaged": "stop",
-        "num_workers": 4,
-        "num_classes": None,
-        "split": "train+unlabeled",
-    },
-    "optimizer": {"classifier_lr": 0.1, "weight_decay": 0.0, "kwargs": {}},
-    "scheduler": {"name": "warmup_cosine", "warmup_epochs": 10},
-    "checkpoint": {"enabled": False, "dir": "trained_models", "frequency": 1, "keep_prev": False},
-    "auto_resume": {"enabled": False, "max_hours": 36},
-    "wandb": {"enabled": False, "entity": None, "project": "solo-learn", "offline": False},
-    "knn_eval": {"enabled": False, "k": 20, "distance_func": "euclidean"},
-    "performance": PERFORMANCE,
-    "method_kwargs": {},
-    "final_knn": {"enabled": False, "labels_per_class": 10, "draws": 20, "budgets": []},
-    "flops": {"checkpoint": None, "images": 1000, "budget": None, "output": None},
-}
 _OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {
     "sgd": {"momentum": 0.9},
     "lars": {"momentum": 0.9, "eta": 1e-3, "clip_lr": False, "exclude_bias_n_norm": False},

@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ..checkpoints.reading import LARGEST_SIDE, as_text, literal
 from ..checks import Kind, is_int, is_not_negative, is_number, is_positive, no_such_key, shown
 from ..errors import InputError
+from .arguments import ALIASES, todays_name
 
 Table = Mapping[str, Kind]
 
@@ -291,7 +292,7 @@ VIEW: Table = {
 
 _FROZEN: Table = {
     **_HARDWARE,
-    "pretrained_feature_extractor": PATH,
+    "checkpoint": PATH,
     "path": ANY,
     "threshold": NUMBER,
     "budget": NUMBER.or_null(),
@@ -331,7 +332,7 @@ EVALUATIONS: Mapping[str, Table] = {
         "k": ANY,
         "distance": ANY,
         "temperature": ANY,
-        "normalise": TRUTH,
+        "normalize": TRUTH,
     },
     "policy": {
         **_FROZEN,
@@ -344,7 +345,7 @@ EVALUATIONS: Mapping[str, Table] = {
         **_FROZEN,
         "classes": ANY,
         "images": ANY,
-        "neighbours": ANY,
+        "neighbors": ANY,
         "min_dist": NOT_NEGATIVE,
     },
 }
@@ -366,8 +367,25 @@ def own_copy(cfg: DictConfig | Mapping[str, Any], table: Table | None = None) ->
     OmegaConf.set_readonly(own, False)
     OmegaConf.set_struct(own, False)
     if table is not None:
+        _rename(own, table)
         check_values(own, table)
     return own
+
+
+def _rename(cfg: DictConfig, table: Table) -> None:
+    """Give keys their names of today, in place; of two that disagree neither is taken."""
+    for key in [key for key in cfg if key in ALIASES]:
+        name = todays_name(str(key), table)
+        if name == key:
+            continue
+        # Only a checkpoint has no default, which an earlier name overrides.
+        if name == "checkpoint" and cfg.get(name) not in (None, cfg[key]):
+            raise InputError(
+                f"{name}: found {shown(cfg[name])}, and {key}: {shown(cfg[key])}; accepted is one "
+                "of them"
+            )
+        cfg[name] = cfg._get_node(key)
+        del cfg[key]
 
 
 def check_values(cfg: DictConfig, table: Table) -> None:

@@ -1,19 +1,21 @@
 """Turn a checkpoint into a network that others can run.
 
-    python -m solo_gating.main_export --checkpoint PATH/last.ckpt --path dense --output DIR
-    python -m solo_gating.main_export --checkpoint PATH/last.ckpt --policy PATH/policy.json \\
-        --keep dynamic --gates keep --format onnx --output DIR [key=value ...]
+    python -m solo_gating.main_export checkpoint=PATH/last.ckpt path=dense output=DIR
+    python -m solo_gating.main_export checkpoint=PATH/last.ckpt policy=PATH/policy.json \\
+        keep=dynamic gates=keep format=onnx output=DIR [data.val_path=PATH ...]
+
+Every key may also be written as --key value.
 
 The gated path becomes a physically smaller network, from a policy of main_policy, at the threshold and,
 for a network that was trained for a range of budgets, at the budget of that policy:
 
-    --keep dynamic      the channels that at least one of the policy's images selected (default)
-    --keep always_on    those that all images selected
-    --keep top:0.3      the most often selected ones, with which the network has 0.3 of the FLOPs
-    --gates keep        gates choose among them: exactly the gated path on the policy's images, and on
+    keep=dynamic        the channels that at least one of the policy's images selected (default)
+    keep=always_on      those that all images selected
+    keep=top:0.3        the most often selected ones, with which the network has 0.3 of the FLOPs
+    gates=keep          gates choose among them: exactly the gated path on the policy's images, and on
                         every image that needs no removed channel
-    --gates drop        all of them are computed for every image: an approximation
-    --multiple 8        numbers of channels are rounded up to a multiple
+    gates=drop          all of them are computed for every image: an approximation
+    multiple=8          numbers of channels are rounded up to a multiple
 
 Formats:
 
@@ -26,7 +28,7 @@ Formats:
     solo-learn          dense: args.json and last.ckpt of the method without gates (vicreg for
                         vicreg_dual), which solo-learn's scripts read without this plugin
 
-With --evaluate, or with key=value (data.train_path=..., data.val_path=..., dataset=cifar10), 1-NN
+With evaluate=true, or with data.train_path=..., data.val_path=... or dataset=cifar10, 1-NN
 accuracy before and after is measured on the validation images. export.json says what was made.
 """
 
@@ -58,12 +60,9 @@ from .static import kept_channels, slice_encoder, static_flops
 
 # The options that decide what overrides would, too.
 _DECIDED_BY = {
-    "pretrained_feature_extractor": "--checkpoint",
-    "path": "--path",
     "threshold": "the policy's alone",
     "budget": "the policy's alone",
-    "crop_size": "--resolution",
-    "output": "--output",
+    "crop_size": "resolution alone",
 }
 FORMATS = ("torch", "onnx", "openvino-via-onnx", "solo-learn")
 
@@ -82,7 +81,7 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
         InputError: before anything is written, for what cannot be used or does not fit.
     """
     check_overrides(options.overrides, _DECIDED_BY)
-    encoder = encoder_of(options.checkpoint, key="--checkpoint")
+    encoder = encoder_of(options.checkpoint, key="checkpoint")
     _check(options, encoder)
     make_folder(options.output)
     overrides = options.overrides
@@ -115,17 +114,17 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
 def _check(options: argparse.Namespace, encoder: Encoder) -> None:
     at_least("multiple", options.multiple, 1)
     if options.resolution is not None:
-        CROP.check("--resolution", options.resolution)
+        CROP.check("resolution", options.resolution)
     if options.path is None:
         options.path = "dense" if options.policy is None else "gated"
     encoder.paths(options.path)
     if options.path == "dense" and options.policy is not None:
-        raise InputError("policy: found one for the dense path, accepted is --path gated")
+        raise InputError("policy: found one for the dense path, accepted is path=gated")
     if options.path == "gated" and options.policy is None:
         raise InputError("policy: missing, the gated path needs main_policy's policy.json")
     if options.path == "gated" and options.format == "solo-learn":
         raise InputError(
-            "format: found solo-learn, which has no gated path; accepted is --path dense"
+            "format: found solo-learn, which has no gated path; accepted is path=dense"
         )
     if (
         options.format == "solo-learn"

@@ -24,17 +24,17 @@ def load_umap() -> Any:
     return UMAP
 
 
-def embed(features: Tensor, neighbours: int, min_dist: float, seed: int) -> np.ndarray:
+def embed(features: Tensor, neighbors: int, min_dist: float, seed: int) -> np.ndarray:
     """N × C features → N × 2 (McInnes et al., arXiv:1802.03426).
 
     Args:
         features: of the images.
-        neighbours: size of UMAP's neighbourhoods.
+        neighbors: size of UMAP's neighbourhoods.
         min_dist: least distance of points in the plane.
         seed: of the optimisation.
     """
     umap = load_umap()(
-        n_neighbors=min(neighbours, len(features) - 1),
+        n_neighbors=min(neighbors, len(features) - 1),
         min_dist=min_dist,
         random_state=seed,
         n_jobs=1,

@@ -15,8 +15,10 @@ from ..backbones import TwoPathResNet
 from ..checkpoints.encoder import Encoder, encoder_of
 from ..checkpoints.reading import as_text, literal
 from ..checks import at_least, is_number, one_of, require, true_or_false
+from ..config.arguments import ALIASES
 from ..config.compose import composed
-from ..config.pretraining import DEFAULTS, number_of_classes
+from ..config.defaults import DEFAULTS
+from ..config.pretraining import number_of_classes
 from ..data import (
     DATASETS,
     FORMATS,
@@ -166,11 +168,11 @@ def _prepare(
     cfg: DictConfig, kind: str, settings: tuple[str, ...], splits: tuple[str, ...]
 ) -> Evaluation:
     OmegaConf.set_struct(cfg, False)
-    if OmegaConf.is_missing(cfg, "pretrained_feature_extractor"):
-        raise InputError("pretrained_feature_extractor: missing, accepted is a checkpoint's path")
+    if OmegaConf.is_missing(cfg, "checkpoint"):
+        raise InputError("checkpoint: missing, accepted is a checkpoint's path")
     at_least("batch_size", cfg.batch_size, 1)
     require("threshold", cfg.threshold, is_number, "a number")
-    encoder = encoder_of(cfg.pretrained_feature_extractor, cfg.get("features", "backbone"))
+    encoder = encoder_of(cfg.checkpoint, cfg.get("features", "backbone"))
     paths = encoder.paths(cfg.path)
     backbone = encoder.backbone
     if isinstance(backbone, TwoPathResNet):
@@ -197,9 +199,12 @@ def _prepare(
     }
     if getattr(backbone, "budget", None) is not None:
         decisive["budget"] = backbone.budget
+    earlier = {name: key for key, name in ALIASES.items()}
     free = ("num_workers", "on_damaged", "num_large_crops", "num_small_crops")
     data = {key: value for key, value in config["data"].items() if key not in free}
-    decides = [decisive, data, cfg.augmentations[0].crop_size, encoder.epochs]
+    # Earlier names, so that folders of finished evaluations are found again.
+    named = {earlier.get(key, key): value for key, value in decisive.items()}
+    decides = [named, data, cfg.augmentations[0].crop_size, encoder.epochs]
     identity = hashlib.sha1(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:6]
     name = f"{kind}-{cfg.data.dataset}-{identity}"
     folder = Path(cfg.output) if cfg.output else encoder.checkpoint.parent / "evaluation" / name
@@ -218,7 +223,7 @@ def evaluation_of(checkpoint: Path, overrides: list[str], splits: tuple[str, ...
         InputError: as `prepare_evaluation`.
     """
     cfg = composed("knn", overrides)
-    cfg.pretrained_feature_extractor = as_text(str(checkpoint))
+    cfg.checkpoint = as_text(str(checkpoint))
     return _prepare(cfg, "knn", (), splits)
 
 

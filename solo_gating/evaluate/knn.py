@@ -17,7 +17,7 @@ def knn_top1(
     k: int = 1,
     distance: str = "euclidean",
     temperature: float = 0.07,
-    normalise: bool = False,
+    normalize: bool = False,
 ) -> float:
     """Top-1 accuracy in percent; the papers' Tables 4 to 6 have k = 1, euclidean, not normalised.
 
@@ -30,7 +30,7 @@ def knn_top1(
         k: number of neighbours.
         distance: "euclidean" or "cosine".
         temperature: of the cosine's weights; no effect on euclidean ones.
-        normalise: scale every feature vector to length 1 (the cosine always does).
+        normalize: scale every feature vector to length 1 (the cosine always does).
 
     Returns:
         NaN if there is nothing to compare: no labelled image in one of the sets.
@@ -39,7 +39,7 @@ def knn_top1(
     (bank, labels), (queries, truth) = map(_labelled, (train, test))
     if not len(labels) or not len(truth):
         return math.nan
-    if normalise:
+    if normalize:
         bank, queries = F.normalize(bank), F.normalize(queries)
     knn.update(train_features=bank, train_targets=labels)
     knn.update(test_features=queries, test_targets=truth)

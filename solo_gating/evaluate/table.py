@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..backbones import TwoPathResNet
+from ..texts import aligned
 from .extract import NonFiniteFeaturesError, extract
 from .knn import knn_top1, knn_top1_few_labels
 
@@ -95,14 +96,11 @@ def format_table(table: dict[str, Row]) -> str:
     """The table as text, a row for each encoder."""
     few = next(key for key in table["raw"] if key.endswith("_per_class"))
     heading = f"{few.removeprefix('knn_top1_').removesuffix('_per_class')} labels per class"
-    lines = [
-        f"{'1-NN accuracy, %':<16} {'all labels':>11} {heading:>21} {'FLOPs/image':>13} {'cut':>7}"
-    ]
+    rows = [["1-NN accuracy, %", "all labels", heading, "FLOPs/image", "cut"]]
     for name, row in table.items():
         kinds = {"knn_top1": ".1f", few: ".1f", "flops": ".4g", "flops_cut": ".1%"}
-        cells = [figure(row.get(key), kind) for key, kind in kinds.items()]
-        lines.append("{:<16} {:>11} {:>21} {:>13} {:>7}".format(name, *cells))
-    return "\n".join(lines)
+        rows.append([name, *(figure(row.get(key), kind) for key, kind in kinds.items())])
+    return "\n".join(aligned(rows))
 
 
 def figure(value: float | None, kind: str) -> str:

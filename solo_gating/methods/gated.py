@@ -1,6 +1,5 @@
 """Gating for any solo-learn method that compares views: `class X(Method, DualMethod)`."""
 
-import random
 from collections import deque
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
@@ -141,10 +140,7 @@ class GatedMethod(BaseMethod):
 
         The epochs of warm-up, in which all are dense, are not asked for.
         """
-        views = list(self.gating.views)
-        if self.gating.shuffle_views:
-            random.Random(f"views, seed {self._seed}, step {self.global_step}").shuffle(views)
-        return tuple(views)
+        return self.gating.views
 
     def budget_of_step(self, epoch: int, targets: Tensor) -> tuple[float, Tensor | None]:
         """The budget of this step.

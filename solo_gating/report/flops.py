@@ -1,16 +1,14 @@
 """FLOPs and parameters of an encoder, per block and in total, dense and gated.
 
     python -m solo_gating.main_flops --config-name vicreg_dual_cifar100 [key=value ...]
+    python -m solo_gating.main_flops checkpoint=PATH/last.ckpt [key=value ...]
 
 FLOPs are multiply-accumulates of convolutions for one image of the first view's crop size; BatchNorm,
 ReLU, pooling and the classifier are not counted, the gates are. Without a checkpoint the gated path
 is shown at gating.target_budget, with the same share of channels in every block; if that is a range, at
-its middle or at flops.budget. With
-
-    flops.checkpoint=trained_models/vicreg_dual/<run>/last.ckpt   flops.images=1000
-
-it is measured on the first validation images (data.val_path). Writes metrics.json into
-flops.output (default: outputs/flops/<name>).
+its middle or at flops.budget. With a checkpoint it is measured on the first flops.images=1000 validation
+images, if there are any (data.val_path); the config is then, unless one is named, the args.json beside
+it. Writes metrics.json into flops.output (default: outputs/flops/<name>).
 """
 
 from pathlib import Path
@@ -35,6 +33,7 @@ from ..flops import BackboneFlops, count_flops, count_parameters
 from ..gates.shares import number_of_channels
 from ..process_state import process_state_kept
 from ..terminal import say
+from ..texts import aligned
 from ..training.model import build_method
 
 
@@ -59,7 +58,7 @@ def report_flops(cfg: DictConfig) -> dict[str, Any]:
     flops = count_flops(backbone, (size, size))
     channels, source = None, ""
     if isinstance(backbone, TwoPathResNet):
-        if cfg.flops.checkpoint is None:
+        if cfg.flops.checkpoint is None or cfg.data.val_path is None:
             budget = cfg.gating.target_budget
             if backbone.budget is not None:
                 budget = backbone.budget
@@ -159,22 +158,19 @@ def summarise(backbone: ResNet, flops: BackboneFlops, channels: Tensor | None) -
 
 def format_report(metrics: dict[str, Any], source: str) -> str:
     """The figures as text; `source` says where the gated path's come from."""
-    gated = "gated" in metrics["flops"]
-    heading = f"{'block':<10} {'channels':>9} {'dense FLOPs':>14}"
+    flops = metrics["flops"]
+    gated = "gated" in flops
+    rows = [["block", "channels", "dense FLOPs"], ["stem", "", f"{flops['stem']:,}"]]
+    rows += [[b["name"], str(b["channels"]), f"{b['dense']:,}"] for b in metrics["blocks"]]
+    rows.append(["total", "", f"{flops['dense']:,}"])
     if gated:
-        heading += f" {'active':>8} {'gated FLOPs':>14} {'share':>7} {'gate':>8}"
-    lines = [heading, f"{'stem':<10} {'':>9} {metrics['flops']['stem']:>14,}"]
-    for block in metrics["blocks"]:
-        line = f"{block['name']:<10} {block['channels']:>9} {block['dense']:>14,}"
-        if gated:
+        rows[0] += ["active", "gated FLOPs", "share", "gate"]
+        for row, block in zip(rows[2:], metrics["blocks"], strict=False):
             share = block["gated"] / block["dense"]
-            line += f" {block['active']:>8.1f} {block['gated']:>14,.0f} {share:>7.1%} {block['gate']:>8,}"
-        lines.append(line)
-    total = f"{'total':<10} {'':>9} {metrics['flops']['dense']:>14,}"
-    if gated:
-        flops = metrics["flops"]
-        total += f" {'':>8} {flops['gated']:>14,.0f} {flops['share']:>7.1%} {flops['gates']:>8,}"
-    lines.append(total)
+            row += [f"{block['active']:.1f}", f"{block['gated']:,.0f}", f"{share:.1%}"]
+            row.append(f"{block['gate']:,}")
+        rows[-1] += ["", f"{flops['gated']:,.0f}", f"{flops['share']:.1%}", f"{flops['gates']:,}"]
+    lines = aligned(rows)
     parameters = metrics["parameters"]
     lines.append(f"\nparameters: {parameters['dense']:,} dense")
     if gated:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from ..budgets import is_range, middle
 from ..checks import is_int, is_number, is_share, shown
+from ..config.arguments import ALIASES
 from ..errors import InputError
 from ..files import UnreadableError, json_content
 from ..metrics import ACCURACIES, DEFAULT_SETTINGS
@@ -60,7 +61,7 @@ class Record:
     @property
     def as_in_the_papers(self) -> bool:
         """Whether it is a linear accuracy, or 1-NN as in the papers' Tables 4 to 6."""
-        wanted = {"k": 1, "distance": "euclidean", "normalise": False, "features": "backbone"}
+        wanted = {"k": 1, "distance": "euclidean", "normalize": False, "features": "backbone"}
         return self.metric == "linear" or all(self.settings[k] == v for k, v in wanted.items())
 
     @property
@@ -345,7 +346,8 @@ def _data(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _settings(content: dict[str, Any], metric: str) -> dict[str, Any]:
-    given = dict(_object(content, "settings")) if "settings" in content else {}
+    given = _object(content, "settings") if "settings" in content else {}
+    given = {ALIASES.get(key, key): value for key, value in given.items()}
     # The number of classifiers changes the deviation, not the accuracy.
     given.pop("seeds", None)
     if "max_epochs" in given:
@@ -361,7 +363,7 @@ _SETTINGS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "threshold": (is_number, "a number"),
     "budget": (lambda v: v is None or is_share(v), "a number in (0, 1]"),
     "k": (lambda v: is_int(v, 1), "an integer ≥ 1"),
-    "normalise": (lambda v: isinstance(v, bool), "true or false"),
+    "normalize": (lambda v: isinstance(v, bool), "true or false"),
     "epochs": (lambda v: is_int(v, 1), "an integer ≥ 1"),
 }
 

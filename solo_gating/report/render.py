@@ -1,11 +1,12 @@
-"""One report, as Markdown and as a HTML page that needs no other file."""
+"""One report, written as Markdown or as a HTML page that needs no other file."""
 
 import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from ..texts import in_html, in_markdown
-from .tables import Row, Table
+from .tables import Table
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 75rem;
@@ -58,62 +59,95 @@ class Section:
 
 def to_markdown(sections: Sequence[Section]) -> str:
     """The report as Markdown, with links to its pictures."""
-    parts: list[str] = []
-    for level, section in zip([1] + [2] * len(sections), sections, strict=False):
-        parts.append(f"{'#' * level} {in_markdown(section.heading)}")
-        parts += [in_markdown(paragraph) for paragraph in section.paragraphs]
-        if section.items:
-            parts.append("\n".join(f"- {in_markdown(item)}" for item in section.items))
-        if section.picture is not None:
-            parts.append(f"![{in_markdown(section.picture.description)}]({section.picture.name})")
-        if section.table is not None:
-            parts.append(_markdown_table(section.table))
-    return "\n\n".join(parts) + "\n"
-
-
-def _markdown_table(table: Table) -> str:
-    lines = [table.header, ("---",) * len(table.header), *(row.texts for row in table.rows)]
-    return "\n".join(
-        f"| {' | '.join(text if text == '---' else in_markdown(text) for text in line)} |"
-        for line in lines
-    )
+    return "\n\n".join(_rendered(sections, _Markdown())) + "\n"
 
 
 def to_html(sections: Sequence[Section]) -> str:
     """The report as one HTML page with its style and pictures inside."""
-    body: list[str] = []
-    for level, section in zip([1] + [2] * len(sections), sections, strict=False):
-        body.append(f"<h{level}>{in_html(section.heading)}</h{level}>")
-        body += [f"<p>{in_html(paragraph)}</p>" for paragraph in section.paragraphs]
-        if section.items:
-            items = "\n".join(f"<li>{in_html(item)}</li>" for item in section.items)
-            body.append(f"<ul>\n{items}\n</ul>")
-        if section.picture is not None:
-            content = base64.b64encode(section.picture.png).decode("ascii")
-            description = in_html(section.picture.description)
-            body.append(f'<p><img src="data:image/png;base64,{content}" alt="{description}"></p>')
-        if section.table is not None:
-            body.append(_html_table(section.table))
-    title = in_html(sections[0].heading)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{title}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
-        + "\n".join(body)
+        f"<title>{in_html(sections[0].heading)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+        + "\n".join(_rendered(sections, _Html()))
         + "\n</body>\n</html>\n"
     )
 
 
-def _html_table(table: Table) -> str:
-    head = "".join(f'<th scope="col">{in_html(text)}</th>' for text in table.header)
-    rows = "\n".join(_html_row(row) for row in table.rows)
-    return (
-        f'<div class="table"><table>\n<thead><tr>{head}</tr></thead>\n'
-        f"<tbody>\n{rows}\n</tbody>\n</table></div>"
-    )
+class _Form(Protocol):
+    """How a kind of file writes a report's parts; all texts but `text`'s are escaped already."""
+
+    def text(self, text: str) -> str: ...
+    def heading(self, text: str, level: int) -> str: ...
+    def paragraph(self, text: str) -> str: ...
+    def items(self, texts: list[str]) -> str: ...
+    def picture(self, picture: Picture, description: str) -> str: ...
+    def table(self, header: list[str], rows: list[tuple[list[str], bool]]) -> str: ...
 
 
-def _html_row(row: Row) -> str:
-    kind = "measured" if row.measured else "published"
-    cells = "".join(f"<td>{in_html(text)}</td>" for text in row.texts)
-    return f'<tr class="{kind}">{cells}</tr>'
+def _rendered(sections: Sequence[Section], form: _Form) -> list[str]:
+    """A report's parts in their order."""
+    parts: list[str] = []
+    for number, section in enumerate(sections):
+        parts.append(form.heading(form.text(section.heading), 2 if number else 1))
+        parts += [form.paragraph(form.text(paragraph)) for paragraph in section.paragraphs]
+        if section.items:
+            parts.append(form.items([form.text(item) for item in section.items]))
+        if section.picture is not None:
+            description = form.text(section.picture.description)
+            parts.append(form.picture(section.picture, description))
+        if section.table is not None:
+            header = [form.text(text) for text in section.table.header]
+            rows = [([form.text(t) for t in row.texts], row.measured) for row in section.table.rows]
+            parts.append(form.table(header, rows))
+    return parts
+
+
+class _Markdown:
+    def text(self, text: str) -> str:
+        return in_markdown(text)
+
+    def heading(self, text: str, level: int) -> str:
+        return f"{'#' * level} {text}"
+
+    def paragraph(self, text: str) -> str:
+        return text
+
+    def items(self, texts: list[str]) -> str:
+        return "\n".join(f"- {text}" for text in texts)
+
+    def picture(self, picture: Picture, description: str) -> str:
+        return f"![{description}]({picture.name})"
+
+    def table(self, header: list[str], rows: list[tuple[list[str], bool]]) -> str:
+        lines = [header, ["---"] * len(header), *(cells for cells, _ in rows)]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+class _Html:
+    def text(self, text: str) -> str:
+        return in_html(text)
+
+    def heading(self, text: str, level: int) -> str:
+        return f"<h{level}>{text}</h{level}>"
+
+    def paragraph(self, text: str) -> str:
+        return f"<p>{text}</p>"
+
+    def items(self, texts: list[str]) -> str:
+        return "<ul>\n" + "\n".join(f"<li>{text}</li>" for text in texts) + "\n</ul>"
+
+    def picture(self, picture: Picture, description: str) -> str:
+        content = base64.b64encode(picture.png).decode("ascii")
+        return f'<p><img src="data:image/png;base64,{content}" alt="{description}"></p>'
+
+    def table(self, header: list[str], rows: list[tuple[list[str], bool]]) -> str:
+        head = "".join(f'<th scope="col">{text}</th>' for text in header)
+        body = "\n".join(
+            f'<tr class="{"measured" if measured else "published"}">'
+            f"{''.join(f'<td>{text}</td>' for text in cells)}</tr>"
+            for cells, measured in rows
+        )
+        return (
+            f'<div class="table"><table>\n<thead><tr>{head}</tr></thead>\n'
+            f"<tbody>\n{body}\n</tbody>\n</table></div>"
+        )

@@ -1,6 +1,7 @@
 """A report of runs and evaluations beside the papers' figures, as Markdown and as one HTML page.
 
-    python -m solo_gating.main_report RUN_DIR... [--output DIR]
+    python -m solo_gating.main_report RUN_DIR... [output=DIR]
+    python -m solo_gating.main_report runs=[RUN_DIR,...] [output=DIR]
 
 Reads every metrics.json below the given folders: those of main_linear and main_knn, and those of
 pre-trainings with a 1-NN table at their end; and the sweeps of main_policy --sweep, drawn beside dense
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..config.compose import user_path
+from ..errors import InputError
 from ..files import make_folder, write_bytes
 from ..plots.comparison import draw_accuracy_flops
 from ..plots.sweeps import draw_sweeps, sweep_table
@@ -37,6 +39,8 @@ def write_report(folders: Sequence[Path], output: Path) -> list[Path]:
     Raises:
         InputError: for folders without a usable file, or an output that cannot be written.
     """
+    if not folders:
+        raise InputError("runs: missing, accepted are folders with metrics.json files")
     records = read_records(folders)
     make_folder(output)
     sections = compose(*records)
@@ -133,11 +137,12 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument(
         "folders",
-        nargs="+",
+        nargs="*",
         type=user_path,
         metavar="RUN_DIR",
         help="folder with metrics.json files",
     )
+    made.add_argument("--runs", nargs="+", type=user_path, default=[], metavar="RUN_DIR")
     made.add_argument(
         "--output",
         type=user_path,

@@ -280,8 +280,8 @@ def metric_name(record: Record) -> str:
     words = [f"{settings['k']}-NN"]
     if settings["distance"] != "euclidean":
         words.append(str(settings["distance"]))
-    if settings["normalise"]:
-        words.append("normalised")
+    if settings["normalize"]:
+        words.append("normalized")
     if settings["features"] != "backbone":
         words.append(str(settings["features"]))
     return ", ".join([*words, *unusual_settings(record)])

@@ -23,8 +23,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..checkpoints.reading import check_architecture
+from ..config.defaults import DEFAULTS
 from ..config.gating import as_it_was
-from ..config.pretraining import DEFAULTS
 from ..errors import InputError
 from ..files import read_json
 from .checkpoints import plain, read_args

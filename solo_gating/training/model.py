@@ -9,8 +9,6 @@ from omegaconf import DictConfig
 from ..errors import InputError
 from ..solo_learn import METHODS
 
-PERFORMANCE = {"disable_channel_last": False, "compile": False}
-
 # The gates' noise is then that of the uncompiled step: the same seed gives the same run.
 _COMPILER_OPTIONS: dict[str, Any] = {"fallback_random": True}
 

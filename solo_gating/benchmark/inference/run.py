@@ -1,17 +1,19 @@
 """How fast an encoder is on this CPU: ours beside PyTorch, ONNX Runtime and OpenVINO.
 
-    python -m solo_gating.main_benchmark --checkpoint PATH/last.ckpt --densities 0.1 0.3 0.5 \\
-        --batch 1 64 --resolution 32 224 --threads 1 2 --output DIR [key=value ...]
-    python -m solo_gating.main_benchmark --random --densities 0.1 0.3 0.5 --output DIR
+    python -m solo_gating.main_benchmark checkpoint=PATH/last.ckpt densities=[0.1,0.3,0.5] \\
+        batch=[1,64] resolution=[32,224] threads=[1,2] output=DIR [data.val_path=PATH ...]
+    python -m solo_gating.main_benchmark random=true densities=[0.1,0.3,0.5] output=DIR
 
-    --checkpoint PATH   a trained gated encoder; densities are reached with the gates' threshold, and
-                        without --densities it keeps its own. With key=value (data.val_path=...) the
+Every key may also be written as --key value, a list as --key a b, a switch as --key.
+
+    checkpoint=PATH     a trained gated encoder; densities are reached with the gates' threshold, and
+                        without densities it keeps its own. With data.val_path=... the
                         images are those of the validation set, otherwise random ones
-    --random            an untrained one (--backbone, --width, --stem, --seed) whose gates decide by image
+    random=true         an untrained one (backbone, width, stem, seed) whose gates decide by image
                         and are set to the densities: a third of a density is the same channels for all
                         images. Stem: cifar up to 64 pixels, imagenet above
-    --densities         shares of the channels to compute, of those that gates choose from
-    --engines           of the following; the first four run the dense encoder, and the fastest of them
+    densities=[...]     shares of the channels to compute, of those that gates choose from
+    engines=[...]       of the following; the first four run the dense encoder, and the fastest of them
                         is the baseline:
         torch           PyTorch, in the faster memory format
         compile         torch.compile; it needs a C++ compiler and a minute for each case
@@ -19,18 +21,18 @@
         openvino        OpenVINO; where the CPU has bfloat16, this also, for bfloat16 rows to compare with
         ours            dense                 our engine, all channels
                         dynamic               our engine, for each image its own channels (float32, bfloat16)
-                        static                main_export --keep dynamic of the images: the smaller network
+                        static                main_export keep=dynamic of the images: the smaller network
                                               on ONNX Runtime or OpenVINO, the faster of the two
-                        static without gates  the same with --gates drop: an approximation
+                        static without gates  the same with gates=drop: an approximation
                         dynamic on static     our engine on the smaller network
-    --isa avx2          keep to an instruction set (also: portable). ONNX Runtime cannot and is left out;
+    isa=avx2            keep to an instruction set (also: portable). ONNX Runtime cannot and is left out;
                         OpenVINO's convolutions can, its own kernels, as for pooling, cannot
 
-All engines take turns of 10 ms or one call in a new order each round, for --seconds per case or five rounds;
+All engines take turns of 10 ms or one call in a new order each round, for seconds=20 per case or five rounds;
 speed-up is the median over rounds of baseline time / own time in the same round. The ceiling is dense FLOPs /
 FLOPs of what was computed, gates included (Amdahl), and efficiency is speed-up / ceiling. Every engine's
 features are compared with PyTorch's first. bfloat16 rows say how far theirs are off and how many masks
-flip (with --random that is of random gates, and says nothing of trained ones). Writes benchmark.json and
+flip (with random=true that is of random gates, and says nothing of trained ones). Writes benchmark.json and
 benchmark.png.
 """
 
@@ -57,12 +59,9 @@ from .table import format_case
 
 # The options that decide what overrides would, too.
 _DECIDED_BY = {
-    "pretrained_feature_extractor": "--checkpoint",
-    "threshold": "--densities",
-    "crop_size": "--resolution",
-    "batch_size": "--batch",
-    "seed": "--seed",
-    "output": "--output",
+    "threshold": "densities alone",
+    "crop_size": "resolution alone",
+    "batch_size": "batch alone",
 }
 _DENSITIES = [0.1, 0.3, 0.5]
 
@@ -144,7 +143,7 @@ def _check(options: argparse.Namespace) -> None:
     if not set(_engines(options)) - {OURS}:
         raise InputError(
             "engines: found none to compare with, accepted is at least one besides ours"
-            + (f", and not {', '.join(NOT_RESTRICTED)} with --isa" if options.isa else "")
+            + (f", and not {', '.join(NOT_RESTRICTED)} with isa" if options.isa else "")
         )
     for density in options.densities or []:
         require("densities", density, is_share, "a number in (0, 1]")
@@ -158,11 +157,11 @@ def _check(options: argparse.Namespace) -> None:
             if getattr(options, key) is not None:
                 found = getattr(options, key)
                 raise InputError(
-                    f"{key}: found {found} for a checkpoint, accepted is with --random"
+                    f"{key}: found {found} for a checkpoint, accepted is with random=true"
                 )
         return
     if options.overrides:
-        raise InputError(f"found {options.overrides[0]!r}, accepted is only with --checkpoint")
+        raise InputError(f"found {options.overrides[0]!r}, accepted is only with checkpoint=...")
     if options.backbone is not None:
         one_of("backbone", options.backbone, gated_backbones())
     if options.width is not None:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from ...texts import aligned
 from ..timing import noisy_note
 
 _COLUMNS = {
@@ -19,17 +20,12 @@ _COLUMNS = {
 
 def format_case(rows: list[dict[str, Any]]) -> str:
     """The rows of one case as a table."""
-    cells = [[*_COLUMNS.values(), ""], *(_cells(row) for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     first = rows[0]
     lines = [
         f"{first['resolution']}×{first['resolution']} pixels, batch {first['batch']}, threads: "
-        f"{first['threads']}; {first['rounds']} rounds; baseline: {first['baseline']}"
+        f"{first['threads']}; {first['rounds']} rounds; baseline: {first['baseline']}",
+        *aligned([list(_COLUMNS.values()), *map(_cells, rows)], left=3),
     ]
-    for line in cells:
-        text = [cell.ljust(width) for cell, width in zip(line[:3], widths, strict=False)]
-        text += [cell.rjust(width) for cell, width in zip(line[3:-1], widths[3:], strict=False)]
-        lines.append("  ".join([*text, line[-1]]).rstrip())
     for row in rows:
         if "flipped_masks" in row:
             lines.append(
@@ -47,7 +43,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         f"{row['speedup']:.2f}×",
         f"{row['ceiling']:.2f}×",
         f"{row['efficiency']:.0%}",
-        "*" if row["noisy"] else "",
+        *(["*"] if row["noisy"] else []),
     ]
 
 

@@ -1,24 +1,26 @@
 """How long a training step takes: gated methods beside solo-learn's own VICReg.
 
-    python -m solo_gating.main_benchmark_train --batch 64 --resolution 32 --output DIR
+    python -m solo_gating.main_benchmark_train batch=64 resolution=32 output=DIR [key=value ...]
 
-    --methods           of vicreg_dual, vicreg_gated, vicreg_dual_two_encoders (two encoders that share nothing,
+Every key may also be written as --key value.
+
+    methods             of vicreg_dual, vicreg_gated, vicreg_dual_two_encoders (two encoders that share nothing,
                         the unification paper's Table 5), vicreg_any; vicreg always takes part
-    --batch             images of each of the two views
-    --resolution        in pixels; stem: cifar up to 64, imagenet above
-    --backbone-width    of the first stage; 64 is ResNet-18's
-    --projector-width   of its layers; 2048 in the papers
-    --optimization      lars (the papers'), sgd or adamw
-    --precision         32-true, bf16-mixed or 16-mixed
-    --memory-format     contiguous or channels_last
-    --compile           torch.compile of backbone and projector; it needs a C++ compiler and some minutes
-    --changes           also the first of the methods with one thing different, each a row of its own: of compile,
+    batch               images of each of the two views
+    resolution          in pixels; stem: cifar up to 64, imagenet above
+    backbone_width      of the first stage; 64 is ResNet-18's
+    projector_width     of its layers; 2048 in the papers
+    optimization        lars (the papers'), sgd or adamw
+    precision           32-true, bf16-mixed or 16-mixed
+    memory_format       contiguous or channels_last
+    compile             torch.compile of backbone and projector; it needs a C++ compiler and some minutes
+    changes             also the first of the methods with one thing different, each a row of its own: of compile,
                         contiguous, channels_last, 32-true, bf16-mixed, 16-mixed, fused (of sgd or adamw)
-    --accelerator       cpu, gpu, or auto
-    --threads           of PyTorch on the CPU
+    accelerator         cpu, gpu, or auto
+    threads             of PyTorch on the CPU
 
 A step is forward, both views' losses, backward and optimiser, on one random batch: no data is loaded and nothing
-is logged. The methods take turns of one step in a new order each round, for --seconds or five rounds; the ratio is
+is logged. The methods take turns of one step in a new order each round, for seconds=60 or five rounds; the ratio is
 the median over rounds of a method's time / vicreg's in the same round. Memory is the most that is held at any
 moment of a step: weights, gradients, the optimiser's state, the batch, and what the step allocates. Then the
 parts of each method that vicreg has not are timed alone, and a large matrix product: a step's operations per
@@ -38,6 +40,7 @@ from ...config.compose import user_path
 from ...config.schema import SEED
 from ...files import make_folder, write_json
 from ...terminal import say
+from ...texts import aligned
 from ..machine import check_effort, cores, cpu_name, torch_threads, versions
 from ..timing import interleaved, is_noisy, noisy_note, paired_ratio
 from .memory import MEANING
@@ -157,25 +160,37 @@ def format_report(report: Mapping[str, Any]) -> str:
         f"{report['memory_format']}{', compiled' if report['compile'] else ''}; "
         f"{report['rows'][0]['rounds']} rounds",
         "",
-        f"{'method':26}{'ratio':>8}{'ms':>10}{'images/s':>10}{'MiB':>9}{'ratio':>8}",
-    ]
-    for row in report["rows"]:
-        lines.append(
-            f"{row['method']:26}{row['ratio']:>8.3f}{row['milliseconds']:>10.1f}"
-            f"{row['images_per_second']:>10.2f}{row['peak_memory_mib']:>9.0f}"
-            f"{row['memory_ratio']:>8.3f}{'  *' if row['noisy'] else ''}"
-        )
-    lines += ["", "parts alone, ms (forward and backward), beside what the whole step takes more"]
-    for row in report["rows"]:
-        found = [f"{part} {ms:.1f}" for part, ms in row["parts_milliseconds"].items()]
-        lines.append(f"{row['method']:26}{', '.join(found)}; more: {row['extra_milliseconds']:.1f}")
-    lines += [
+        *aligned(
+            [
+                ["method", "ratio", "ms", "images/s", "MiB", "ratio"],
+                *(
+                    [
+                        row["method"],
+                        f"{row['ratio']:.3f}",
+                        f"{row['milliseconds']:.1f}",
+                        f"{row['images_per_second']:.2f}",
+                        f"{row['peak_memory_mib']:.0f}",
+                        f"{row['memory_ratio']:.3f}",
+                        *(["*"] if row["noisy"] else []),
+                    ]
+                    for row in report["rows"]
+                ),
+            ]
+        ),
+        "",
+        "parts alone, ms (forward and backward), beside what the whole step takes more",
+        *aligned([[row["method"], _parts(row)] for row in report["rows"]], left=2),
         "",
         f"of the speed of a large matrix product, {report['matrix_flops_per_second'] / 1e12:.3g} TFLOP/s: "
         + ", ".join(f"{row['method']} {row['share_of_peak']:.0%}" for row in report["rows"]),
         f"MiB: {report['memory']}",
     ]
     return "\n".join([*lines, *noisy_note(report["rows"])])
+
+
+def _parts(row: Mapping[str, Any]) -> str:
+    found = [f"{part} {ms:.1f}" for part, ms in row["parts_milliseconds"].items()]
+    return f"{', '.join(found)}; more: {row['extra_milliseconds']:.1f}"
 
 
 def _cases(options: argparse.Namespace, setup: Setup) -> dict[str, tuple[str, Setup]]:

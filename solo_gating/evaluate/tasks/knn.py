@@ -1,10 +1,10 @@
 """k-nearest-neighbour accuracy of a frozen encoder, on its dense and its gated path.
 
-    python -m solo_gating.main_knn pretrained_feature_extractor=PATH/last.ckpt [key=value ...]
+    python -m solo_gating.main_knn checkpoint=PATH/last.ckpt [key=value ...]
 
     path=dense|gated|both       default: both, if both were trained
     k=1 distance=euclidean      the papers'; distance=cosine votes with exp(cosine / temperature)
-    normalise=true              scale features to length 1 first
+    normalize=true              scale features to length 1 first
     features=projector          the projector's output instead of the backbone's
     'k=[1,5,20]'                a list, of any of k, distance, temperature: every combination
     dataset=cifar10             other images than the checkpoint's (transfer), from data.train_path,
@@ -27,7 +27,7 @@ from ...process_state import process_state_kept
 from ..evaluation import flops_row, prepare_evaluation
 from ..knn import DISTANCES, knn_top1
 
-_SETTINGS = ("k", "distance", "temperature", "normalise")
+_SETTINGS = ("k", "distance", "temperature", "normalize")
 
 
 @process_state_kept()
@@ -47,11 +47,11 @@ def evaluate_knn(cfg: DictConfig) -> dict[str, Any]:
     cfg = own_copy(cfg, EVALUATIONS["knn"])
     combinations = _combinations(cfg)
     evaluation = prepare_evaluation(cfg, "knn", _SETTINGS, ("train", "val"))
-    _check_neighbours(combinations, len(evaluation.loaders["train"].dataset))  # type: ignore[arg-type]
+    _check_neighbors(combinations, len(evaluation.loaders["train"].dataset))  # type: ignore[arg-type]
     rows: dict[str, dict[str, Any]] = {}
     for path in evaluation.paths:
         train = evaluation.extract_labelled("train", path)
-        _check_neighbours(combinations, int((train.targets >= 0).sum()))
+        _check_neighbors(combinations, int((train.targets >= 0).sum()))
         val = evaluation.extract_labelled("val", path)
         results = []
         for settings in combinations:
@@ -59,7 +59,7 @@ def evaluate_knn(cfg: DictConfig) -> dict[str, Any]:
                 (train.features, train.targets),
                 (val.features, val.targets),
                 **settings,
-                normalise=cfg.normalise,
+                normalize=cfg.normalize,
             )
             results.append(settings | {"knn_top1": top1})
             words = ", ".join(f"{key} {value}" for key, value in settings.items())
@@ -75,7 +75,7 @@ def evaluate_knn(cfg: DictConfig) -> dict[str, Any]:
     return first.write(rows, len(train.targets))
 
 
-def _check_neighbours(combinations: list[dict[str, Any]], images: int) -> None:
+def _check_neighbors(combinations: list[dict[str, Any]], images: int) -> None:
     for settings in combinations:
         require("k", settings["k"], lambda k: k <= images, f"at most {images}, the training images")
 

@@ -1,7 +1,6 @@
 """Linear evaluation of a frozen encoder, on its dense and its gated path.
 
-    python -m solo_gating.main_linear --config-name linear_cifar100 \\
-        pretrained_feature_extractor=PATH/last.ckpt [key=value ...]
+    python -m solo_gating.main_linear checkpoint=PATH/last.ckpt [key=value ...]
 
     path=dense|gated|both       default: both, if both were trained
     seeds=5                     classifiers to train; the result is mean ± std over them
@@ -30,9 +29,11 @@ from ...config.schema import EVALUATIONS, SEED, own_copy
 from ...data import classification_loader
 from ...files import read_json, write_json
 from ...process_state import process_state_kept
+from ...texts import aligned
 from ..evaluation import Evaluation, flops_row, prepare_evaluation
 from ..extract import Extraction
 from ..linear import train_on_features, train_on_images
+from ..table import figure
 
 _SETTINGS = ("max_epochs", "augment", "optimizer", "scheduler")
 
@@ -149,12 +150,11 @@ def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:
 
 def format_rows(rows: dict[str, dict[str, Any]]) -> str:
     """The rows as text."""
-    lines = [f"{'linear, %':<10} {'top-1':>14} {'top-5':>7} {'FLOPs/image':>13} {'cut':>7}"]
+    lines = [["linear, %", "top-1", "top-5", "FLOPs/image", "cut"]]
     for path, row in rows.items():
         top1 = f"{row['linear_top1']:.2f}"
         if "linear_top1_std" in row:
             top1 += f" ± {row['linear_top1_std']:.2f}"
-        flops = f"{row['flops']:.4g}" if "flops" in row else "–"
-        cut = f"{row['flops_cut']:.2%}" if "flops_cut" in row else "–"
-        lines.append(f"{path:<10} {top1:>14} {row['linear_top5']:>7.2f} {flops:>13} {cut:>7}")
-    return "\n".join(lines)
+        kinds = {"linear_top5": ".2f", "flops": ".4g", "flops_cut": ".2%"}
+        lines.append([path, top1, *(figure(row.get(key), kind) for key, kind in kinds.items())])
+    return "\n".join(aligned(lines))

@@ -1,6 +1,6 @@
 """Which channels a gated encoder uses on a set of images, and the dial for its FLOPs.
 
-    python -m solo_gating.main_policy pretrained_feature_extractor=PATH/last.ckpt [key=value ...]
+    python -m solo_gating.main_policy checkpoint=PATH/last.ckpt [key=value ...]
 
     --calibrate 0.3     find the threshold at which the gated path uses 0.3 of the dense FLOPs, on
                         calibration_images=512 training images (no labels), and use it; evaluations
@@ -31,6 +31,7 @@ from ...files import write_csv, write_json
 from ...plots.policy import draw_policy
 from ...plots.sweep import draw_sweep
 from ...process_state import process_state_kept
+from ...texts import aligned
 from ...training.checkpoints import plain
 from ..calibrate import calibrate, lowest_share, sweep
 from ..evaluation import Evaluation, flops_row, prepare_evaluation
@@ -197,18 +198,13 @@ def _sweep(
 
 def format_policy(policy: Policy) -> str:
     """The policy as text, a line for each block."""
-    lines = [
-        f"\n{'block':<10} {'channels':>9} {'always on':>10} {'depends':>8} {'always off':>11} "
-        f"{'used by an image':>17}"
-    ]
+    rows = [["block", "channels", "always on", "depends", "always off", "used by an image"]]
     for block in policy.blocks:
+        counts = (block.channels, block.always_on, block.input_dependent, block.always_off)
         used = f"{block.active:.1%} ± {block.active_std:.1%}"
-        lines.append(
-            f"{block.name:<10} {block.channels:>9} {block.always_on:>10} "
-            f"{block.input_dependent:>8} {block.always_off:>11} {used:>17}"
-        )
-    lines.append(
-        f"\n{policy.share:.2%} ± {policy.share_std:.2%} of the dense FLOPs on {policy.images:,} "
-        f"images (threshold {policy.threshold:.6g})\n"
+        rows.append([block.name, *map(str, counts), used])
+    total = (
+        f"{policy.share:.2%} ± {policy.share_std:.2%} of the dense FLOPs on {policy.images:,} "
+        f"images (threshold {policy.threshold:.6g})"
     )
-    return "\n".join(lines)
+    return "\n".join(["", *aligned(rows), "", total, ""])

@@ -1,6 +1,6 @@
 """UMAP of a frozen encoder's features, dense and gated side by side, coloured by class.
 
-    python -m solo_gating.main_umap pretrained_feature_extractor=PATH/last.ckpt [key=value ...]
+    python -m solo_gating.main_umap checkpoint=PATH/last.ckpt [key=value ...]
 
     classes=10 images=5000      of the validation images: the first classes, at most so many images
     path=dense|gated|both       default: both, if both were trained
@@ -27,7 +27,7 @@ from ..evaluation import flops_row, prepare_evaluation
 
 _FEWEST_IMAGES = 10
 
-_SETTINGS = ("classes", "images", "neighbours", "min_dist", "seed")
+_SETTINGS = ("classes", "images", "neighbors", "min_dist", "seed")
 
 
 @process_state_kept()
@@ -47,7 +47,7 @@ def evaluate_umap(cfg: DictConfig) -> dict[str, Any]:
     cfg = own_copy(cfg, EVALUATIONS["umap"])
     require("classes", cfg.classes, lambda v: v in range(1, MOST_CLASSES + 1), "1 to 10")
     at_least("images", cfg.images, _FEWEST_IMAGES)
-    at_least("neighbours", cfg.neighbours, 2)
+    at_least("neighbors", cfg.neighbors, 2)
     load_umap()
     evaluation = prepare_evaluation(cfg, "umap", _SETTINGS, ("val",))
     _check_number(len(evaluation.loaders["val"].dataset))  # type: ignore[arg-type]
@@ -60,7 +60,7 @@ def evaluate_umap(cfg: DictConfig) -> dict[str, Any]:
         heading = f"{path} path"
         if "flops_cut" in rows[path]:
             heading += f", {1 - rows[path]['flops_cut']:.0%} of the FLOPs"
-        embeddings[heading] = embed(found.features[chosen], cfg.neighbours, cfg.min_dist, cfg.seed)
+        embeddings[heading] = embed(found.features[chosen], cfg.neighbors, cfg.min_dist, cfg.seed)
     if evaluation.fabric.is_global_zero:
         dataset: Any = evaluation.loaders["val"].dataset
         labels = sorted(set(targets.tolist()))
