@@ -10,7 +10,7 @@ from solo_gating import main_flops, main_pretrain
 from solo_gating.__main__ import main as run_script
 from solo_gating.config.compose import config_names
 
-from .helpers import ROOT, explanation_of, package_environment, write_images
+from .support.helpers import ROOT, explanation_of, package_environment, write_images
 
 
 def start(*arguments, cwd):

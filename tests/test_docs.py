@@ -21,7 +21,7 @@ from solo_gating.config.schema import EVALUATIONS, METHOD_KWARGS, PRETRAINING
 from solo_gating.flops import count_flops
 from solo_gating.gates import GATES
 
-from .helpers import ROOT
+from .support.helpers import ROOT
 
 README = ROOT / "README.md"
 GENERATED = ROOT / "docs/results/reproduction/report.md"

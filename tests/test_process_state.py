@@ -20,7 +20,7 @@ from solo_gating.main_pretrain import pretrain
 from solo_gating.process_state import process_state_kept
 from solo_gating.solo_learn import BaseMethod
 
-from .helpers import tiny_config, write_images
+from .support.helpers import tiny_config, write_images
 
 
 def state():
