@@ -43,9 +43,9 @@ def test_without_a_config_the_configs_are_named(arguments, call):
     [
         ("gating.foo=1", ["gating.foo: no such key", "target_budget"]),
         ("+gating.foo=1", ["gating.foo: no such key"]),
-        ("gating.target_budget=2", ["gating.target_budget: found 2", "(0, 1]"]),
-        ("method=vicreg_tripple", ["method: found 'vicreg_tripple'", "vicreg_dual"]),
-        ("backbone.name=resnet18", ["backbone.name: found 'resnet18'", "resnet18_gated"]),
+        ("gating.target_budget=2", ["gating.target_budget: got 2", "(0, 1]"]),
+        ("method=vicreg_tripple", ["method: got 'vicreg_tripple'", "vicreg_dual"]),
+        ("backbone.name=resnet18", ["backbone.name: got 'resnet18'", "resnet18_gated"]),
         ("data.train_path=absent.npz", ["data.train_path: no file matches 'absent.npz'"]),
         ("resume_from_checkpoint=absent", ["resume_from_checkpoint: 'absent' is not a file"]),
     ],

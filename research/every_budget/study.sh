@@ -75,7 +75,7 @@ declare -A overrides=(
 default="dense fixed_0.1 fixed_0.3 fixed_0.5 range range_untold annealed annealed_only any annealed_slow annealed_log_uniform annealed_sandwich annealed_shuffled annealed_lambda_5 annealed_per_image annealed_diverse annealed_detached annealed_half_dense warm_half dense_0.1 dense_0.3 dense_0.5"
 read -r -a variants <<<"${VARIANTS:-$default}"
 for variant in "${variants[@]}"; do
-    [ -n "${overrides[$variant]+known}" ] || { echo "error: VARIANTS: found $variant, accepted are $default" >&2; exit 2; }
+    [ -n "${overrides[$variant]+known}" ] || { echo "error: VARIANTS: found $variant, expected $default" >&2; exit 2; }
 done
 
 study() { # variant, seed, overrides

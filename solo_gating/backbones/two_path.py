@@ -282,7 +282,7 @@ class TwoPathResNet(ResNet):
             path, budget = next(scope.paths), scope.budget
         if budget is not None and budget.ndim and len(budget) != len(x):
             raise InputError(
-                f"budget: found {len(budget)} budgets for {len(x)} images, accepted is one for each"
+                f"budget: got {len(budget)} budgets for {len(x)} images, expected one for each"
             )
         if (self.training or torch.is_grad_enabled()) and not being_traced(x):
             self._remembered.note(x, path, budget)

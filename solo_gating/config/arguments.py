@@ -99,7 +99,7 @@ def read_arguments(typed: list[str]) -> Arguments:
     for word in unknown:
         flag = word.partition("=")[0]
         raise InputError(
-            f"{flag}: no such flag, accepted are Hydra's and key=value, as in "
+            f"{flag}: no such flag, expected Hydra's and key=value, as in "
             f"{flag.lstrip('-').replace('-', '_')}=..."
         )
     flags = {key: value for key, value in vars(found).items() if value not in (None, False)}
@@ -178,7 +178,7 @@ def read_options(
         word = words.popleft()
         if not _is_key(word):
             if not positionals:
-                raise InputError(f"found {word!r}, accepted is key=value")
+                raise InputError(f"got {word!r}, expected key=value")
             others.append(word)
             continue
         flag, equals, value = word.partition("=")
@@ -253,7 +253,7 @@ def _for_argparse(given: Mapping[str, list[str]], options: Mapping[str, Any]) ->
         flag, nargs = options[name].option_strings[-1], options[name].nargs
         _check_value(flag, "".join(values))
         if nargs == 0 and values not in (["true"], ["false"]):
-            raise InputError(f"{name}: found {values[0]!r}, accepted is true or false")
+            raise InputError(f"{name}: got {values[0]!r}, expected true or false")
         if nargs == 0:
             words += [flag] * (values == ["true"])
         else:  # in one word a value may begin with a dash
@@ -267,7 +267,7 @@ def _check_value(flag: str, value: str) -> None:
 
 
 def _given_twice(key: str, found: str, other: str) -> InputError:
-    return InputError(f"{key}: found {found}, and {other}; accepted is one of them")
+    return InputError(f"{key}: got {found}, and {other}; expected one of them")
 
 
 def quoted(text: str) -> str:
@@ -310,7 +310,7 @@ def _reads_as_text(key: str, value: str, multirun: bool) -> bool:
 
 def _parsed(override: str) -> Override:
     if "=" not in override and not override.startswith("~"):
-        raise InputError(f"found {override!r}, accepted is key=value")
+        raise InputError(f"got {override!r}, expected key=value")
     try:
         return OverridesParser.create().parse_override(override)
     except HydraException as error:

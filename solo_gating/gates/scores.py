@@ -179,7 +179,7 @@ class ScoringGate(Gate):
         # solo-learn's main_linear.py loads what fits and drops the rest without a word.
         if self.embedding is None and f"{prefix}embedding.expand.weight" in state_dict:
             raise InputError(
-                "backbone.kwargs.budget_range: found none, accepted is the range of budgets that "
+                "backbone.kwargs.budget_range: got none, expected the range of budgets that "
                 "this checkpoint was trained for (backbone.kwargs.budget_range of its args.json)"
             )
         super()._load_from_state_dict(state_dict, prefix, *args)

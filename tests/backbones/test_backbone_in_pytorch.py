@@ -137,7 +137,7 @@ def test_a_path_can_be_assigned():
     backbone.path = "gated"
     assert backbone.default_path == "gated"
     assert torch.equal(backbone(X), gated)
-    with pytest.raises(InputError, match=r"^path: found 'sparse', accepted are"):
+    with pytest.raises(InputError, match=r"^path: got 'sparse', expected"):
         backbone.path = "sparse"
     assert backbone.default_path == "gated"
 

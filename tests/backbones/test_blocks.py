@@ -192,7 +192,7 @@ def test_a_block_from_outside_is_gated_counted_and_trained(tmp_path):
         fast = compile_encoder(network)  # in the kernel: nothing warns
         with torch.no_grad(), network.path("gated"):
             torch.testing.assert_close(fast(x), network(x), rtol=1e-4, atol=1e-4)
-        with pytest.raises(InputError, match="found GatedTriple, accepted is GatedBasicBlock"):
+        with pytest.raises(InputError, match="got GatedTriple, expected GatedBasicBlock"):
             compile_encoder(network, "dense")  # whose forward may be anything
         metrics = pretrain(
             run_config(tmp_path, max_epochs=1, backbone={"name": "resnet_triple_gated"})

@@ -253,7 +253,7 @@ def test_an_instruction_set_restarts_the_process_once(monkeypatch):
         monkeypatch.setenv(name, value)
     machine.restart_restricted_to("portable")
     assert not seen
-    with pytest.raises(InputError, match="isa: found 'sse9'"):
+    with pytest.raises(InputError, match="isa: got 'sse9'"):
         machine.restart_restricted_to("sse9")
 
 
@@ -322,19 +322,19 @@ def test_a_checkpoint_end_to_end(run, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ((), "checkpoint, random: found neither"),
-        (("--random", "--checkpoint", "x.ckpt"), "checkpoint, random: found both"),
-        (("--random", "--densities", "0"), "densities: found 0.0, accepted is a number in (0, 1]"),
-        (("--random", "--densities", "0.3", "1.5"), "densities: found 1.5"),
-        (("--random", "--engines", "tensorflow"), "engines: found 'tensorflow'"),
-        (("--random", "--engines", "ours"), "engines: found none to compare with"),
-        (("--random", "--threads", "4096"), "threads: found 4096, accepted is at most"),
-        (("--random", "--batch", "0"), "batch: found 0"),
-        (("--random", "--seconds", "0"), "seconds: found 0.0"),
-        (("--random", "--width", "4"), "width: found 4"),
-        (("--random", "--backbone", "vgg"), "backbone: found 'vgg'"),
-        (("--random", "--stem", "none"), "stem: found 'none'"),
-        (("--checkpoint", "x.ckpt", "--width", "8"), "width: found 8 for a checkpoint"),
+        ((), "checkpoint, random: got neither"),
+        (("--random", "--checkpoint", "x.ckpt"), "checkpoint, random: got both"),
+        (("--random", "--densities", "0"), "densities: got 0.0, expected a number in (0, 1]"),
+        (("--random", "--densities", "0.3", "1.5"), "densities: got 1.5"),
+        (("--random", "--engines", "tensorflow"), "engines: got 'tensorflow'"),
+        (("--random", "--engines", "ours"), "engines: got none to compare with"),
+        (("--random", "--threads", "4096"), "threads: got 4096, expected at most"),
+        (("--random", "--batch", "0"), "batch: got 0"),
+        (("--random", "--seconds", "0"), "seconds: got 0.0"),
+        (("--random", "--width", "4"), "width: got 4"),
+        (("--random", "--backbone", "vgg"), "backbone: got 'vgg'"),
+        (("--random", "--stem", "none"), "stem: got 'none'"),
+        (("--checkpoint", "x.ckpt", "--width", "8"), "width: got 8 for a checkpoint"),
         (("--checkpoint", "nowhere.ckpt"), "nowhere.ckpt"),
     ],
 )
@@ -355,7 +355,7 @@ def test_a_checkpoint_without_gates_and_too_few_images_are_refused(
     data = f"data.val_path={run.folder / 'val.npz'}"
     for arguments, words in (
         (("--checkpoint", dense.checkpoint), "has no gates"),
-        (("--checkpoint", run.checkpoint, "--batch", 500), "batch: found 500, there are 31"),
+        (("--checkpoint", run.checkpoint, "--batch", 500), "batch: got 500, there are 31"),
     ):
         overrides = (data,) if "--batch" in arguments else ()
         with pytest.raises(SystemExit):

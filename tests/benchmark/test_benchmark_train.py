@@ -194,21 +194,21 @@ def test_end_to_end(tmp_path, call, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--methods", "byol"), "methods: found 'byol', accepted is one of vicreg, "),
-        (("--batch", 1), "batch: found 1, accepted is an integer ≥ 2"),
-        (("--precision", "8"), "precision: found '8'"),
-        (("--memory-format", "nhwc"), "memory_format: found 'nhwc'"),
-        (("--optimization", "adam"), "optimization: found 'adam'"),
-        (("--accelerator", "tpu"), "accelerator: found 'tpu'"),
-        (("--accelerator", "cpu", "--precision", "16-mixed"), "precision: found '16-mixed'"),
+        (("--methods", "byol"), "methods: got 'byol', expected one of vicreg, "),
+        (("--batch", 1), "batch: got 1, expected an integer ≥ 2"),
+        (("--precision", "8"), "precision: got '8'"),
+        (("--memory-format", "nhwc"), "memory_format: got 'nhwc'"),
+        (("--optimization", "adam"), "optimization: got 'adam'"),
+        (("--accelerator", "tpu"), "accelerator: got 'tpu'"),
+        (("--accelerator", "cpu", "--precision", "16-mixed"), "precision: got '16-mixed'"),
         (
             ("--changes", "faster"),
-            "changes: found 'faster', accepted is one of 16-mixed",
+            "changes: got 'faster', expected one of 16-mixed",
         ),
-        (("--changes", "16-mixed"), "precision: found '16-mixed'"),
-        (("--changes", "fused"), "changes: found 'fused', accepted is any but fused with lars"),
-        (("--seconds", 0), "seconds: found 0.0, accepted is a number > 0"),
-        (("--threads", 5000), "threads: found 5000, accepted is at most"),
+        (("--changes", "16-mixed"), "precision: got '16-mixed'"),
+        (("--changes", "fused"), "changes: got 'fused', expected any but fused with lars"),
+        (("--seconds", 0), "seconds: got 0.0, expected a number > 0"),
+        (("--threads", 5000), "threads: got 5000, expected at most"),
     ],
 )
 def test_mistakes_are_told_in_one_sentence(arguments, words, tmp_path, call):

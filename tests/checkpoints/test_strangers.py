@@ -123,39 +123,39 @@ def test_a_file_s_name_is_no_interpolation(copied, monkeypatch):
 
 
 ODD_ARGS = {
-    "a list for a group": ("backbone", [1], ["backbone: found [1]", "a group"]),
-    "a number for a group": ("method_kwargs", 5, ["method_kwargs: found 5", "a group"]),
+    "a list for a group": ("backbone", [1], ["backbone: got [1]", "a group"]),
+    "a number for a group": ("method_kwargs", 5, ["method_kwargs: got 5", "a group"]),
     "null for a needed one": ("backbone.name", None, ["lacks backbone.name"]),
     "what is missing": ("data.dataset", "???", ["lacks data.dataset"]),
-    "a number for a name": ("backbone.name", 18, ["backbone.name: found 18", "text"]),
-    "a list for a name": ("name", ["x"], ["name: found ['x']", "text"]),
-    "a text for a number": ("data.num_classes", "10", ["data.num_classes: found '10'"]),
-    "a truth for a number": ("data.num_classes", True, ["data.num_classes: found True"]),
+    "a number for a name": ("backbone.name", 18, ["backbone.name: got 18", "text"]),
+    "a list for a name": ("name", ["x"], ["name: got ['x']", "text"]),
+    "a text for a number": ("data.num_classes", "10", ["data.num_classes: got '10'"]),
+    "a truth for a number": ("data.num_classes", True, ["data.num_classes: got True"]),
     "an interpolation for a number": (
         "data.num_classes",
         "${oc.env:FUZZ_SECRET}",
-        ["data.num_classes: found '${oc.env:FUZZ_SECRET}'"],
+        ["data.num_classes: got '${oc.env:FUZZ_SECRET}'"],
     ),
-    "no classes": ("data.num_classes", 0, ["data.num_classes: found 0"]),
-    "a number for a path": ("data.val_path", 3, ["data.val_path: found 3", "a path"]),
-    "views of nothing": ("augmentations", [], ["augmentations: found []"]),
-    "views that are texts": ("augmentations", ["x"], ["augmentations: found ['x']"]),
-    "images of 10⁹ pixels": ("augmentations.0.crop_size", 10**9, ["crop_size: found 1000000000"]),
-    "a text for a mean": ("augmentations.0.mean", ["a", "b", "c"], ["mean: found ['a'"]),
-    "no deviation": ("augmentations.0.std", [0, 1, 1], ["std: found [0, 1, 1]"]),
-    "NaN": ("optimizer.lr", float("nan"), ["optimizer.lr: found nan", "a finite number"]),
-    "a number of 400 digits": ("seed", 10**400, ["seed: found 1000", "…"]),
-    "an unknown path": ("gating.views", ["open"], ["gating.views: found ['open']"]),
-    "a share of 5": ("gating.target_budget", 5, ["gating.target_budget: found 5"]),
+    "no classes": ("data.num_classes", 0, ["data.num_classes: got 0"]),
+    "a number for a path": ("data.val_path", 3, ["data.val_path: got 3", "a path"]),
+    "views of nothing": ("augmentations", [], ["augmentations: got []"]),
+    "views that are texts": ("augmentations", ["x"], ["augmentations: got ['x']"]),
+    "images of 10⁹ pixels": ("augmentations.0.crop_size", 10**9, ["crop_size: got 1000000000"]),
+    "a text for a mean": ("augmentations.0.mean", ["a", "b", "c"], ["mean: got ['a'"]),
+    "no deviation": ("augmentations.0.std", [0, 1, 1], ["std: got [0, 1, 1]"]),
+    "NaN": ("optimizer.lr", float("nan"), ["optimizer.lr: got nan", "a finite number"]),
+    "a number of 400 digits": ("seed", 10**400, ["seed: got 1000", "…"]),
+    "an unknown path": ("gating.views", ["open"], ["gating.views: got ['open']"]),
+    "a share of 5": ("gating.target_budget", 5, ["gating.target_budget: got 5"]),
     "an unknown argument": ("backbone.kwargs", {"depth": 3}, ["describes no network", "depth"]),
-    "a text for a width": ("backbone.kwargs.width", "x", ["width: found 'x'"]),
+    "a text for a width": ("backbone.kwargs.width", "x", ["width: got 'x'"]),
     "a width of 10¹²": ("backbone.kwargs.width", 10**12, []),
     "a width of 10⁴": ("backbone.kwargs.width", 10**4, ["another architecture"]),
     "weights from elsewhere": ("backbone.kwargs.weights", "DEFAULT", ["kwargs.weights: found"]),
     "a file to read": ("backbone.kwargs", {"pretrained_cfg": {"file": "x"}}, ["pretrained_cfg"]),
-    "a folder as data set": ("data.dataset", "x/../../../x", ["data.dataset: found 'x/../"]),
-    "a number for workers": ("data.num_workers", -1, ["data.num_workers: found -1"]),
-    "a text for a truth": ("data.no_labels", "no", ["data.no_labels: found 'no'"]),
+    "a folder as data set": ("data.dataset", "x/../../../x", ["data.dataset: got 'x/../"]),
+    "a number for workers": ("data.num_workers", -1, ["data.num_workers: got -1"]),
+    "a text for a truth": ("data.no_labels", "no", ["data.no_labels: got 'no'"]),
 }
 
 
@@ -173,7 +173,7 @@ def test_an_odd_args_json_is_refused_by_its_key(kind, copied):
 TEXTS = {
     "not UTF-8": (lambda text: text.encode("utf-16"), ["it is not UTF-8"]),
     "twice": (lambda text: b'{"seed": 1, ' + text[1:].encode(), ["the key 'seed' is", "twice"]),
-    "large": (lambda text: text.encode() + b" " * 2**24, ["bytes, accepted are at most"]),
+    "large": (lambda text: text.encode() + b" " * 2**24, ["bytes, expected at most"]),
     "deep": (lambda text: b"[" * 100_000, ["nested too deeply"]),
     "deep, and whole": (
         lambda text: b'{"x": ' + b"[" * 400 + b"]" * 400 + b"}",
@@ -305,12 +305,12 @@ ODD_WEIGHTS = {
     "bare weights": (lambda content: resnet18().state_dict(), ["bare weights", "state_dict"]),
     "elsewhere": (
         lambda content: {"model": dict(content["state_dict"])},
-        ["weights under 'model'", "accepted is a Lightning checkpoint"],
+        ["weights under 'model'", "expected a Lightning checkpoint"],
     ),
-    "a text as epoch": (lambda content: content.update(epoch="6"), ["epoch: found '6'"]),
+    "a text as epoch": (lambda content: content.update(epoch="6"), ["epoch: got '6'"]),
     "no number as epoch": (
         lambda content: content.update(epoch=float("nan")),
-        ["epoch: found nan"],
+        ["epoch: got nan"],
     ),
 }
 
@@ -397,7 +397,7 @@ def test_a_figure_that_does_not_exist_is_a_dash():
 
 def test_more_neighbours_than_training_images_are_refused(run, tmp_path):
     cfg = evaluation_config("knn", run.checkpoint, "k=[1,97]", f"output={tmp_path / 'out'}")
-    assert_refused(lambda: evaluate_knn(cfg), "k: found 97", "at most 96")
+    assert_refused(lambda: evaluate_knn(cfg), "k: got 97", "at most 96")
     assert not list(tmp_path.glob("out/*"))
 
 
@@ -406,7 +406,7 @@ def test_too_few_images_for_umap_are_refused(images, options, run, tmp_path, mon
     monkeypatch.setattr("solo_gating.evaluate.tasks.umap.load_umap", lambda: None)
     file = write_arrays(tmp_path / "few.npz", *(part[:images] for part in digits(VAL)))
     cfg = evaluation_config("umap", run.checkpoint, f"data.val_path={file}", *options)
-    assert_refused(lambda: evaluate_umap(cfg), "data.val_path: found ", "at least 10 images")
+    assert_refused(lambda: evaluate_umap(cfg), "data.val_path: got ", "at least 10 images")
 
 
 @pytest.mark.parametrize("value", [1e9, float("nan"), "60", None, -1, 10**400, [60]])

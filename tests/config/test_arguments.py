@@ -83,7 +83,7 @@ def test_flags_may_stand_anywhere(typed, expected):
 @pytest.mark.parametrize(
     ("typed", "words"),
     [
-        (["last.ckpt"], "found 'last.ckpt', accepted is key=value"),
+        (["last.ckpt"], "got 'last.ckpt', expected key=value"),
         (["seed=a=b"], "quoted for the shell and for Hydra"),
         (["--config-name"], "expected one argument"),
         (["--config-dir", "absent"], "--config-dir: 'absent' is not a folder"),
@@ -98,7 +98,7 @@ def test_what_is_no_argument_is_refused(typed, words):
 def test_a_flag_and_an_override_that_disagree_are_refused():
     assert flags_to_overrides(["--calibrate", "0.3", "calibrate=0.3"]) == ["calibrate=0.3"] * 2
     for typed in (["--calibrate=0.3", "calibrate=0.5"], ["calibrate=0.3", "--calibrate", "0.5"]):
-        with pytest.raises(InputError, match=r"--calibrate: found 0.[35], and calibrate=0.[35]"):
+        with pytest.raises(InputError, match=r"--calibrate: got 0.[35], and calibrate=0.[35]"):
             flags_to_overrides(typed)
 
 
@@ -177,14 +177,14 @@ def test_what_is_not_given_has_its_default():
     [
         (["densites=0.1"], "densites: no such key, the nearest is densities"),
         (["--densites", "0.1"], "--densites: no such key, the nearest is --densities"),
-        (["random=yes"], "random: found 'yes', accepted is true or false"),
+        (["random=yes"], "random: got 'yes', expected true or false"),
         (["--checkpoint"], "--checkpoint: needs a value"),
         (["--densities", "--random"], "--densities: needs a value"),
         (["densities=[]"], "--densities: needs a value"),
         (["seconds=soon"], "--seconds: invalid float value: 'soon'"),
         (["memory_format=x"], "invalid choice: 'x'"),
-        (["seconds=1", "--seconds", "2"], "seconds: found 1, and 2; accepted is one of them"),
-        (["stray"], "found 'stray', accepted is key=value"),
+        (["seconds=1", "--seconds", "2"], "seconds: got 1, and 2; expected one of them"),
+        (["stray"], "got 'stray', expected key=value"),
     ],
 )
 def test_what_no_option_takes_is_refused(typed, words):
@@ -246,7 +246,7 @@ def test_flags_after_overrides_of_an_evaluation(call):
         (["seed=1,2"], "Ambiguous value"),
         (["-r", "-m"], "Only one of --run"),
         (["seed=${absent}"], "seed: its interpolation cannot be resolved"),
-        (["name=../../up"], "name: found '../../up'"),
+        (["name=../../up"], "name: got '../../up'"),
     ],
 )
 def test_a_mistake_is_one_sentence(arguments, words, call, tmp_path):
@@ -296,7 +296,7 @@ def test_a_sweep_s_failing_job_does_not_stop_the_others(call, tmp_path):
     code, _, stderr = call(main_flops, *TINY, budgets, "-m", "name=${gating.target_budget}")
     assert code == 2
     errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
-    assert "gating.target_budget: found 2" in errors[0]
+    assert "gating.target_budget: got 2" in errors[0]
     assert "1 of the sweep's 3 jobs failed: 0 (gating.target_budget=2)" in errors[1]
     assert len(errors) == 2
     shares = [
@@ -343,13 +343,13 @@ def test_ctrl_c_ends_a_sweep(call, monkeypatch):
 )
 def test_an_option_s_override_is_refused(override, option, call):
     code, _, stderr = call(main_export, "--checkpoint", "x", "--output", "y", override)
-    assert_one_sentence(code, stderr, f"found {override}", option)
+    assert_one_sentence(code, stderr, f"got {override}", option)
 
 
 def test_a_flag_of_the_policy_and_an_override_are_one_setting(call):
     arguments = ["checkpoint=x", "--calibrate", "0.3", "threshold=0.5"]
     code, _, stderr = call(main_policy, *arguments)
-    assert_one_sentence(code, stderr, "threshold: found 0.5", "calibrate")
+    assert_one_sentence(code, stderr, "threshold: got 0.5", "calibrate")
 
 
 def test_arguments_of_a_kind_of_gates_need_no_plus():

@@ -234,16 +234,16 @@ def test_learning_rates_are_per_256_images():
 @pytest.mark.parametrize(
     ("overrides", "parts"),
     [
-        ({"method": "vicreg_tripple"}, ["method: found 'vicreg_tripple'", "vicreg_dual"]),
-        ({"method": "linear"}, ["method: found 'linear'", "vicreg_dual"]),
+        ({"method": "vicreg_tripple"}, ["method: got 'vicreg_tripple'", "vicreg_dual"]),
+        ({"method": "linear"}, ["method: got 'linear'", "vicreg_dual"]),
         (
             {"backbone": {"name": "resnet19_gated"}},
-            ["backbone.name: found 'resnet19_gated'", "resnet18_gated"],
+            ["backbone.name: got 'resnet19_gated'", "resnet18_gated"],
         ),
         (
             {"backbone": {"name": "resnet18_plain"}},
             [
-                "backbone.name: found 'resnet18_plain'",
+                "backbone.name: got 'resnet18_plain'",
                 "'vicreg_dual' needs gates",
                 "resnet18_gated",
             ],
@@ -252,40 +252,40 @@ def test_learning_rates_are_per_256_images():
         *(
             (
                 {"checkpoint": {"frequency": value}},
-                [f"checkpoint.frequency: found {value!r}", "an integer ≥ 0"],
+                [f"checkpoint.frequency: got {value!r}", "an integer ≥ 0"],
             )
             for value in (float("inf"), float("nan"), -1, "a b", True, None, 1.5, [1])
         ),
         (
             {"checkpoint": {"keep_prev": "no"}},
-            ["checkpoint.keep_prev: found 'no'", "true or false"],
+            ["checkpoint.keep_prev: got 'no'", "true or false"],
         ),
-        ({"checkpoint": {"enabled": 1}}, ["checkpoint.enabled: found 1", "true or false"]),
-        ({"data": {"dataset": "mnist"}}, ["data.dataset: found 'mnist'", "cifar10", "custom"]),
-        ({"data": {"format": "csv"}}, ["data.format: found 'csv'", "npz"]),
+        ({"checkpoint": {"enabled": 1}}, ["checkpoint.enabled: got 1", "true or false"]),
+        ({"data": {"dataset": "mnist"}}, ["data.dataset: got 'mnist'", "cifar10", "custom"]),
+        ({"data": {"format": "csv"}}, ["data.format: got 'csv'", "npz"]),
         ({"data": {"train_path": None}}, ["data.train_path: missing"]),
-        ({"data": {"num_classes": 0}}, ["data.num_classes: found 0", "an integer ≥ 1"]),
-        ({"data": {"num_classes": None}}, ["data.num_classes: found None", "an integer ≥ 1"]),
-        ({"data": {"fraction": 1.5}}, ["data.fraction: found 1.5", "(0, 1)"]),
+        ({"data": {"num_classes": 0}}, ["data.num_classes: got 0", "an integer ≥ 1"]),
+        ({"data": {"num_classes": None}}, ["data.num_classes: got None", "an integer ≥ 1"]),
+        ({"data": {"fraction": 1.5}}, ["data.fraction: got 1.5", "(0, 1)"]),
         (
             {"data": {"dataset": "cifar10", "num_classes": 7}},
-            ["data.num_classes: found 7", "cifar10 has 10"],
+            ["data.num_classes: got 7", "cifar10 has 10"],
         ),
         (
             {"data": {"format": "image_folder", "num_classes": None, "train_path": "nowhere"}},
             ["data.train_path: 'nowhere' does not exist"],
         ),
-        ({"optimizer": {"name": "lion"}}, ["optimizer.name: found 'lion'", "lars"]),
-        ({"optimizer": {"batch_size": 0}}, ["optimizer.batch_size: found 0", "an integer ≥ 2"]),
-        ({"optimizer": {"lr": "fast"}}, ["optimizer.lr: found 'fast'", "a number ≥ 0"]),
+        ({"optimizer": {"name": "lion"}}, ["optimizer.name: got 'lion'", "lars"]),
+        ({"optimizer": {"batch_size": 0}}, ["optimizer.batch_size: got 0", "an integer ≥ 2"]),
+        ({"optimizer": {"lr": "fast"}}, ["optimizer.lr: got 'fast'", "a number ≥ 0"]),
         ({"optimizer": {"kwargs": {"eta": 1}}}, ["optimizer.kwargs.eta: sgd", "momentum"]),
-        ({"max_epochs": 0}, ["max_epochs: found 0", "an integer ≥ 1"]),
-        ({"augmentations": []}, ["augmentations: found none"]),
+        ({"max_epochs": 0}, ["max_epochs: got 0", "an integer ≥ 1"]),
+        ({"augmentations": []}, ["augmentations: got none"]),
         (
             {"augmentations": [{"crop_size": 16, "num_crops": 3}]},
-            ["augmentations: found 3 crops", "compares 2"],
+            ["augmentations: got 3 crops", "compares 2"],
         ),
-        ({"final_knn": {"enabled": True}}, ["final_knn.enabled: found true", "data.val_path"]),
+        ({"final_knn": {"enabled": True}}, ["final_knn.enabled: got true", "data.val_path"]),
     ],
 )
 def test_a_mistake_is_refused_in_one_sentence(overrides, parts):
@@ -304,7 +304,7 @@ def test_gating_without_gates_is_refused():
 
 def test_two_encoders_without_a_dense_view_are_refused():
     cfg = tiny_config("vicreg_gated", backbone={"name": "resnet18_two_encoders"})
-    with pytest.raises(InputError, match=r"gating.views: found \['gated', 'gated'\].*dense view"):
+    with pytest.raises(InputError, match=r"gating.views: got \['gated', 'gated'\].*dense view"):
         prepare_config(cfg)
 
 
@@ -423,8 +423,8 @@ BAD_FILES = {
     "no shape": (members(images=array("[{}]")), ["cannot read"]),
     "no array inside": (members(images=b"no array"), ["cannot read", "NumPy did not write it"]),
     "empty inside": (members(images=b""), ["cannot read", "NumPy did not write it"]),
-    "not named .npy": (bare, ["holds ['images'], accepted is `images`", "as np.savez writes"]),
-    "no member": (members(), ["holds [], accepted is `images`"]),
+    "not named .npy": (bare, ["holds ['images'], expected `images`", "as np.savez writes"]),
+    "no member": (members(), ["holds [], expected `images`"]),
     "encrypted": (patched(6, 1), ["cannot read", "it is encrypted"]),
     "unknown compression": (patched(8, 99), ["cannot read"]),
     "folder": (lambda file: file.mkdir(), ["is a folder, a broken link or no regular file"]),
@@ -433,7 +433,7 @@ BAD_FILES = {
     "single array": (single_array, ["is a single array"]),
     "too few images": (
         archive(images=IMAGES[:7], labels=LABELS[:7]),
-        ["optimizer.batch_size: found 8 with 7 training images"],
+        ["optimizer.batch_size: got 8 with 7 training images"],
     ),
 }
 
@@ -464,7 +464,7 @@ def test_arrays_that_cannot_be_used_are_refused_before_training(kind, tmp_path):
 def test_headers_are_checked_before_anything_is_unpacked(content, tmp_path, monkeypatch):
     np.savez(tmp_path / "bad.npz", **content)
     monkeypatch.setattr("solo_gating.data.arrays._array", lambda *_: pytest.fail("unpacked"))
-    with pytest.raises(InputError, match="accepted is"):
+    with pytest.raises(InputError, match="expected"):
         read_arrays(str(tmp_path / "bad.npz"), "data.train_path", 3)
 
 
@@ -477,7 +477,7 @@ def test_arrays_larger_than_the_memory_are_refused(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("paths", [3, True, None, {"a": "b"}, [1, 2], ["a", None]])
 def test_what_is_no_path_of_arrays_is_refused(paths):
-    with pytest.raises(InputError, match=r"^data.train_path: found .*, accepted is a path or glob"):
+    with pytest.raises(InputError, match=r"^data.train_path: found .*, expected a path or glob"):
         read_arrays(paths, "data.train_path", 3)
 
 

@@ -48,7 +48,7 @@ BUDGET = "a number in (0, 1] or a range like [0.05, 0.9]"
 def test_a_value_is_refused_in_one_sentence(key, value, accepted):
     with pytest.raises(InputError) as error:
         read({key: value})
-    assert str(error.value) == f"gating.{key}: found {value!r}, accepted is {accepted}"
+    assert str(error.value) == f"gating.{key}: got {value!r}, expected {accepted}"
 
 
 @pytest.mark.parametrize(
@@ -56,30 +56,30 @@ def test_a_value_is_refused_in_one_sentence(key, value, accepted):
     [
         (
             {"budget": 0.3},
-            "gating.budget: no such key, accepted are "
+            "gating.budget: no such key, expected "
             + ", ".join(item.name for item in fields(GatingConfig)),
         ),
         (
             {"views": ["gated", "sparse"]},
-            "gating.views: found 'sparse', accepted are ('gated', 'dense')",
+            "gating.views: got 'sparse', expected ('gated', 'dense')",
         ),
         (
             {"views": ["gated"]},
-            "gating.views: found 1 (gated), augmentations make 2 crops, and each needs its path",
+            "gating.views: got 1 (gated), augmentations make 2 crops, and each needs its path",
         ),
         (
             {"views": ["gated", "dense", "dense"]},
-            "gating.views: found 3 (gated, dense, dense), augmentations make 2 crops, and each "
+            "gating.views: got 3 (gated, dense, dense), augmentations make 2 crops, and each "
             "needs its path",
         ),
         (
             {"views": ["dense", "dense"]},
-            "gating.views: found no gated view, accepted is at least one",
+            "gating.views: got no gated view, expected at least one",
         ),
         (
             {"separate_bn": True, "views": ["gated", "gated"]},
-            "gating.separate_bn: found true with no dense view in gating.views, which would leave "
-            "the dense path's BatchNorms untrained; accepted is false",
+            "gating.separate_bn: got true with no dense view in gating.views, which would leave "
+            "the dense path's BatchNorms untrained; expected false",
         ),
     ],
 )
@@ -90,9 +90,7 @@ def test_what_does_not_fit_together_is_refused(gating, message):
 
 
 def test_a_group_that_is_no_group_is_refused():
-    with pytest.raises(
-        InputError, match=r"^gating: found \['target_budget'\], accepted is a group"
-    ):
+    with pytest.raises(InputError, match=r"^gating: got \['target_budget'\], expected a group"):
         read(["target_budget"])
 
 
@@ -134,7 +132,7 @@ def test_the_config_then_holds_the_complete_group():
 def test_small_crops_are_views_too():
     crops = [{"crop_size": 16, "num_crops": 2}, {"crop_size": 8, "num_crops": 1}]
     cfg = tiny_config(augmentations=crops)
-    with pytest.raises(InputError, match=r"gating.views: found 2 .* make 3 crops"):
+    with pytest.raises(InputError, match=r"gating.views: got 2 .* make 3 crops"):
         prepare_config(cfg)
     cfg = tiny_config(augmentations=crops, gating={"views": ["gated", "dense", "gated"]})
     assert prepare_config(cfg).data.num_small_crops == 1

@@ -106,7 +106,7 @@ def test_nonsense_is_refused(key):
     ["../up", "a/b", "/abs", "..", ".", " ", "", "a\0b", "a\nb", "a\x1b[2J", 300 * "x", 150 * "ü"],
 )
 def test_names_that_are_no_file_s_are_refused(name):
-    refused("name", name, "accepted is a name")
+    refused("name", name, "expected a name")
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_names_that_a_file_can_have_are_accepted(name):
 def test_view_probabilities_are_checked():
     cfg = tiny_config()
     cfg.augmentations[0].grayscale = {"prob": 2}
-    with pytest.raises(InputError, match=r"^augmentations\[0\].grayscale.prob: found 2"):
+    with pytest.raises(InputError, match=r"^augmentations\[0\].grayscale.prob: got 2"):
         prepare_config(cfg)
 
 
@@ -168,8 +168,8 @@ def test_an_interpolation_that_leads_nowhere_is_refused(value):
         ("backbone.kwargs.gate", "top_k", "gating.gate alone"),
         ("enable_checkpointing", True, "checkpoint.enabled alone"),
         ("default_root_dir", "elsewhere", "checkpoint.dir alone"),
-        ("logger", False, "accepted is"),
-        ("callbacks", [1], "accepted is null"),
+        ("logger", False, "expected"),
+        ("callbacks", [1], "expected null"),
         ("min_epochs", 3, "max_epochs"),
         ("optimizer.kwargs.lr", 1.0, "optimizer.lr alone"),
         ("optimizer.kwargs.weight_decay", 0.0, "optimizer.weight_decay alone"),

@@ -70,7 +70,7 @@ def test_archives_that_do_not_fit_each_other_are_refused(second, message, tmp_pa
 
 
 def test_an_empty_list_of_archives_is_refused():
-    with pytest.raises(InputError, match=r"^data.val_path: found an empty list"):
+    with pytest.raises(InputError, match=r"^data.val_path: got an empty list"):
         read_arrays([], "data.val_path", 3)
 
 
@@ -205,9 +205,9 @@ def test_class_folders_are_counted_where_the_config_does_not(digits):
     ("path", "message"),
     [
         ("absent", "absent' does not exist"),
-        ("a.npz", "a.npz' is a file, accepted is a folder"),
+        ("a.npz", "a.npz' is a file, expected a folder"),
         ("flat", "not a folder with one folder of images for each class.*data.no_labels=true"),
-        ("two", "found 2 class folders, accepted with data.num_classes=3 are 3"),
+        ("two", "got 2 class folders, accepted with data.num_classes=3 are 3"),
     ],
 )
 def test_a_folder_that_does_not_fit_is_refused(path, message, tmp_path):
@@ -317,10 +317,10 @@ def test_an_erasing_entry_removes_a_part(prob):
 @pytest.mark.parametrize(
     ("view", "message"),
     [
-        ({"crop": 3}, r"augmentations\[1\].crop: no such key, accepted are rrc, color_jitter"),
-        ({"crop_size": 0}, r"augmentations\[1\].crop_size: found 0, accepted is an integer"),
-        ({"num_crops": "2"}, r"augmentations\[1\].num_crops: found '2', accepted is an integer"),
-        ({"num_crops": None}, r"augmentations\[1\].num_crops: found None"),
+        ({"crop": 3}, r"augmentations\[1\].crop: no such key, expected rrc, color_jitter"),
+        ({"crop_size": 0}, r"augmentations\[1\].crop_size: got 0, expected an integer"),
+        ({"num_crops": "2"}, r"augmentations\[1\].num_crops: got '2', expected an integer"),
+        ({"num_crops": None}, r"augmentations\[1\].num_crops: got None"),
     ],
 )
 def test_an_augmentation_that_does_not_exist_is_refused(view, message):

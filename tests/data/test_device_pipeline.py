@@ -524,12 +524,12 @@ def test_images_on_the_host_make_the_same_batches(file):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"pipeline": "gpu"}, r"^data.pipeline: found 'gpu', accepted is one of device, workers$"),
-        ({"format": "image_folder"}, "^data.pipeline: found device .*format=image_folder.*workers"),
-        ({"format": "h5"}, "^data.pipeline: found device .*format=h5, .*accepted is workers"),
+        ({"pipeline": "gpu"}, r"^data.pipeline: got 'gpu', expected one of device, workers$"),
+        ({"format": "image_folder"}, "^data.pipeline: got device .*format=image_folder.*workers"),
+        ({"format": "h5"}, "^data.pipeline: got device .*format=h5, .*expected workers"),
         (
             {"dataset": "imagenet100", "format": "image_folder", "num_classes": None},
-            "^data.pipeline: found device with data.dataset=imagenet100",
+            "^data.pipeline: got device with data.dataset=imagenet100",
         ),
     ],
 )
@@ -543,15 +543,15 @@ def test_without_kornia_it_is_named(file, monkeypatch):
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "kornia" else find(name)
     )
-    with pytest.raises(InputError, match=r"^data.pipeline: found device, .*pip install kornia"):
+    with pytest.raises(InputError, match=r"^data.pipeline: got device, .*pip install kornia"):
         prepare_config(device_config(file))
 
 
 def test_images_of_two_sizes_and_fewer_than_a_batch_for_each_process_are_refused(file, tmp_path):
     write_images(tmp_path / "b.npz", 4, size=8)
-    with pytest.raises(InputError, match=r"^data.train_path: found images of different sizes"):
+    with pytest.raises(InputError, match=r"^data.train_path: got images of different sizes"):
         loader(tmp_path / "*.npz")
-    with pytest.raises(InputError, match=r"^optimizer.batch_size: found 8 on 3 processes with 21"):
+    with pytest.raises(InputError, match=r"^optimizer.batch_size: got 8 on 3 processes with 21"):
         loader(file, Place(processes=3))
 
 
@@ -582,8 +582,8 @@ def test_the_benchmark_times_both_pipelines(file, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"seconds": 0}, "^seconds: found 0, accepted is a number > 0"),
-        ({"config_name": "vicreg"}, "^config-name: found 'vicreg', accepted is one of"),
+        ({"seconds": 0}, "^seconds: got 0, expected a number > 0"),
+        ({"config_name": "vicreg"}, "^config-name: got 'vicreg', expected one of"),
         ({"overrides": ["data.train_pth=x"]}, "data.train_pth"),
         ({"overrides": []}, "^data.train_path|^data.pipeline"),
     ],

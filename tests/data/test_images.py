@@ -329,7 +329,7 @@ def test_validation_images_have_the_labels_of_training(dataset, tmp_path):
 def test_a_class_that_training_has_not_is_refused(tmp_path):
     train = classes(tmp_path / "train", "a", "b", "c")
     val = classes(tmp_path / "val", "a", "b", "d")
-    message = r"^data.val_path: found the class 'd', accepted are those of .*: a, b, c$"
+    message = r"^data.val_path: got the class 'd', expected those of .*: a, b, c$"
     with pytest.raises(InputError, match=message):
         evaluation_loader(config(train, val), "val")
     (val / "d/1.png").unlink()  # a folder without an image is no class
@@ -343,7 +343,7 @@ def test_validation_without_training_s_names_has_its_own(tmp_path):
         cfg = config(val, val, **{"num_classes": 3, **data})
         assert [target for _, target in open_dataset(cfg.data, "val", None)] == [0, 1]
         cfg.data.num_classes = 1
-        with pytest.raises(InputError, match=r"^data.val_path: found 2 class folders"):
+        with pytest.raises(InputError, match=r"^data.val_path: got 2 class folders"):
             open_dataset(cfg.data, "val", None)
 
 
@@ -353,7 +353,7 @@ def test_validation_without_training_s_names_has_its_own(tmp_path):
 @pytest.mark.parametrize("value", [True, [0.5], "half", float("nan"), 0, 1, -0.5, None, {"a": 1}])
 def test_a_fraction_that_is_none_is_refused(value):
     data = OmegaConf.create({**DEFAULTS["data"], "fraction": value})
-    with pytest.raises(InputError, match=r"^data.fraction: found .*, accepted is a number in"):
+    with pytest.raises(InputError, match=r"^data.fraction: found .*, expected a number in"):
         check_data(data)
 
 
@@ -373,7 +373,7 @@ def test_a_fraction_that_cannot_be_drawn_is_refused(targets, fraction):
     images = Images(range(9 if targets is None else len(targets)))
     if targets is not None:
         images.targets = np.array(targets)
-    with pytest.raises(InputError, match=rf"^data.fraction: found {fraction} of \d images"):
+    with pytest.raises(InputError, match=rf"^data.fraction: got {fraction} of \d images"):
         fraction_of(images, fraction)
 
 
@@ -409,8 +409,8 @@ def test_h5_images_have_the_labels_of_training_and_are_named(tmp_path, monkeypat
     with pytest.warns(UserWarning, match="1 of 2 images"):
         assert [target for _, target in open_dataset(data, "val", None)] == [2]
     data.val_path = written("other.h5", "n1234")
-    with pytest.raises(InputError, match=r"^data.val_path: found the class 'n1234'"):
+    with pytest.raises(InputError, match=r"^data.val_path: got the class 'n1234'"):
         open_dataset(data, "val", None)
     data.dataset = "custom"
-    with pytest.raises(InputError, match=r"^data.format: found h5 with data.dataset=custom"):
+    with pytest.raises(InputError, match=r"^data.format: got h5 with data.dataset=custom"):
         open_dataset(data, "val", None)

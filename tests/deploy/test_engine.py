@@ -258,9 +258,9 @@ def test_arrays_and_tensors_that_are_not_what_lies_in_memory(engine):
 
 def test_traced_images_are_refused():
     fast = deploy.compile(encoder(), engine="pytorch")
-    with FakeTensorMode(), pytest.raises(InputError, match="images: found a FakeTensor"):
+    with FakeTensorMode(), pytest.raises(InputError, match="images: got a FakeTensor"):
         fast(torch.empty(2, 3, 16, 16))
-    with pytest.raises(InputError, match="images: found a Tensor without memory of its own"):
+    with pytest.raises(InputError, match="images: got a Tensor without memory of its own"):
         torch.func.vmap(fast)(images(4)[:, None])
 
 
@@ -330,7 +330,7 @@ def test_the_threshold_of_the_backbone_and_of_later():
     assert deploy.compile(net, threshold=-0.2).threshold == -0.2
     net.threshold = fast.threshold = 0.3
     assert_same(fast, net, x)
-    with pytest.raises(InputError, match="threshold: found nan"):
+    with pytest.raises(InputError, match="threshold: got nan"):
         fast.threshold = float("nan")
 
 
@@ -346,17 +346,17 @@ def test_a_checkpoint_on_real_images(tmp_path):
 @pytest.mark.parametrize(
     ("x", "message"),
     [
-        (images(2).double(), "images: found float64, accepted is float32"),
-        (images(2).numpy().astype(np.uint8), "images: found uint8, accepted is float32"),
-        (images(2)[:, :1], r"images: found the shape \(2, 1, 16, 16\), accepted is B × 3 × H × W"),
-        (images(2)[0], r"images: found the shape \(3, 16, 16\)"),
-        (torch.zeros(2, 3, 0, 4), r"images: found the shape \(2, 3, 0, 4\)"),
-        ([[1.0]], "images: found list, accepted are tensors and NumPy arrays"),
-        (torch.empty(1, 3, 8, 8, device="meta"), "images: found the device meta"),
-        (images(2).numpy().astype(">f4"), "images: found >f4, accepted is float32"),
-        (images(2).to(torch.complex64), "images: found complex64, accepted is float32"),
-        (images(2).to_sparse(), "images: found a sparse or nested tensor"),
-        (torch.nested.nested_tensor([images(1)[0]] * 2), "images: found a sparse or nested tensor"),
+        (images(2).double(), "images: got float64, expected float32"),
+        (images(2).numpy().astype(np.uint8), "images: got uint8, expected float32"),
+        (images(2)[:, :1], r"images: got the shape \(2, 1, 16, 16\), expected B × 3 × H × W"),
+        (images(2)[0], r"images: got the shape \(3, 16, 16\)"),
+        (torch.zeros(2, 3, 0, 4), r"images: got the shape \(2, 3, 0, 4\)"),
+        ([[1.0]], "images: got list, expected tensors and NumPy arrays"),
+        (torch.empty(1, 3, 8, 8, device="meta"), "images: got the device meta"),
+        (images(2).numpy().astype(">f4"), "images: found >f4, expected float32"),
+        (images(2).to(torch.complex64), "images: got complex64, expected float32"),
+        (images(2).to_sparse(), "images: got a sparse or nested tensor"),
+        (torch.nested.nested_tensor([images(1)[0]] * 2), "images: got a sparse or nested tensor"),
     ],
 )
 def test_images_of_another_kind_are_refused(x, message):
@@ -367,15 +367,15 @@ def test_images_of_another_kind_are_refused(x, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((resnet18(),), r"path: found gated, this ResNet has dense only"),
-        ((nn.Linear(2, 2),), "backbone: found Linear"),
+        ((resnet18(),), r"path: got gated, this ResNet has dense only"),
+        ((nn.Linear(2, 2),), "backbone: got Linear"),
         (
             (resnext50_32x4d(), "dense"),
-            "backbone: found groups=32, accepted is 1 for layer1.0.conv2",
+            "backbone: got groups=32, expected 1 for layer1.0.conv2",
         ),
-        ((encoder(), "gatd"), "path: found 'gatd'"),
+        ((encoder(), "gatd"), "path: got 'gatd'"),
         (("no/such/file.ckpt",), "no/such/file.ckpt"),
-        ((3,), "source: found 3, accepted is a module or a checkpoint"),
+        ((3,), "source: got 3, expected a module or a checkpoint"),
     ],
 )
 def test_sources_that_cannot_be_compiled(arguments, message):
@@ -385,12 +385,12 @@ def test_sources_that_cannot_be_compiled(arguments, message):
 
 def test_options_that_are_not_accepted(monkeypatch):
     net = encoder()
-    with pytest.raises(InputError, match="dtype: found 'float16', accepted is one of"):
+    with pytest.raises(InputError, match="dtype: got 'float16', expected one of"):
         deploy.compile(net, dtype="float16")
-    with pytest.raises(InputError, match="engine: found 'avx1024', accepted here are"):
+    with pytest.raises(InputError, match="engine: got 'avx1024', accepted here are"):
         deploy.compile(net, engine="avx1024")
     monkeypatch.setenv("SOLO_GATING_ISA", "sse9")
-    with pytest.raises(InputError, match="SOLO_GATING_ISA: found 'sse9'"):
+    with pytest.raises(InputError, match="SOLO_GATING_ISA: got 'sse9'"):
         deploy.compile(net)
 
 
@@ -398,7 +398,7 @@ def test_options_that_are_not_accepted(monkeypatch):
 def test_numbers_of_threads_that_are_not_accepted(threads):
     fast = deploy.compile(encoder())
     fast.threads = threads
-    with pytest.raises(InputError, match=f"threads: found .*, accepted is .* 1 to {MOST_THREADS}"):
+    with pytest.raises(InputError, match=f"threads: found .*, expected .* 1 to {MOST_THREADS}"):
         fast(images(1))
 
 
@@ -419,7 +419,7 @@ def test_numbers_of_numpy():
 
 def test_a_checkpoint_without_gates(tmp_path):
     run = save_run(run_config(tmp_path, "vicreg"), tmp_path)
-    with pytest.raises(InputError, match="path: found gated, this ResNet has dense only"):
+    with pytest.raises(InputError, match="path: got gated, this ResNet has dense only"):
         deploy.compile(run.checkpoint)
 
 
@@ -754,17 +754,17 @@ def test_gates_that_fold_does_not_know_are_refused_but_the_dense_path_is_not_the
 def test_other_parts_that_are_refused():
     net = encoder(name="resnet18_two_encoders")
     net.gated_net.fc = nn.Linear(64, 64)
-    with pytest.raises(InputError, match=r"found Linear, accepted is Identity for gated_net.fc"):
+    with pytest.raises(InputError, match=r"got Linear, expected Identity for gated_net.fc"):
         deploy.compile(net, engine="pytorch")
     net = encoder()
     kept = Kept(tuple(torch.arange(n) for n in deploy.compile(net).channels), 0.5)
     small = slice_encoder(net, kept, gates=False)
     small.blocks[0].gate = net.layer1[0].gate
-    with pytest.raises(InputError, match="path: found dense, this SlicedResNet has gated only"):
+    with pytest.raises(InputError, match="path: got dense, this SlicedResNet has gated only"):
         deploy.compile(small, "dense", engine="pytorch")
     handle = nn.modules.module.register_module_forward_hook(double)
     try:
-        with pytest.raises(InputError, match="found forward hooks, accepted is none"):
+        with pytest.raises(InputError, match="found forward hooks, expected none"):
             deploy.compile(net, engine="pytorch")
     finally:
         handle.remove()

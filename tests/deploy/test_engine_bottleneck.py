@@ -242,5 +242,5 @@ class DoubledBottleneck(Bottleneck):
 def test_other_blocks_are_refused_by_name():
     net = resnet50(num_classes=3)
     net.layer1[1].__class__ = DoubledBottleneck
-    with pytest.raises(InputError, match=r"found DoubledBottleneck, accepted is .*layer1\.1"):
+    with pytest.raises(InputError, match=r"got DoubledBottleneck, expected .*layer1\.1"):
         deploy.compile(net, "dense")

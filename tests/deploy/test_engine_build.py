@@ -314,7 +314,7 @@ def test_a_library_of_somebody_else_is_not_loaded(planted, monkeypatch, what):
         path.symlink_to(planted.parent)
         monkeypatch.setenv("SOLO_GATING_CACHE", str(path))
     give_away(path, monkeypatch)
-    compiled_with_warning("belongs to another user, .*; accepted is one that only you or root")
+    compiled_with_warning("belongs to another user, .*; expected one that only you or root")
 
 
 @pytest.mark.parametrize("spelling", [".", "../cache"])

@@ -125,7 +125,7 @@ def test_the_most_selected_channels_stay_within_the_share():
 
 @pytest.mark.parametrize(
     ("keep", "words"),
-    [("some", "found 'some'"), ("top:1.5", "found 'top:1.5'"), ("top:0.001", "shares from 0.0")],
+    [("some", "got 'some'"), ("top:1.5", "got 'top:1.5'"), ("top:0.001", "shares from 0.0")],
 )
 def test_a_keep_that_is_not_accepted_is_refused(keep, words):
     net = gated()
@@ -136,7 +136,7 @@ def test_a_keep_that_is_not_accepted_is_refused(keep, words):
 
 def test_a_policy_of_another_architecture_is_refused():
     other = BACKBONES["resnet34_gated"](width=8, stem="cifar")
-    with pytest.raises(InputError, match="policy: found blocks of"):
+    with pytest.raises(InputError, match="policy: got blocks of"):
         kept_channels(policy_on(gated(), images()), count_flops(other, (16, 16)), "dynamic")
 
 
@@ -273,9 +273,7 @@ def test_a_senseless_resolution_is_refused(resolution, run, call):
     options = ("--path", "dense", "--resolution", resolution, "--output", "out")
     code, _, stderr = call(main_export, "--checkpoint", str(run.checkpoint), *options)
     assert code == 2
-    assert (
-        stderr == f"error: resolution: found {resolution}, accepted is an integer from 1 to 4096\n"
-    )
+    assert stderr == f"error: resolution: got {resolution}, expected an integer from 1 to 4096\n"
     assert not Path("out").exists()
 
 

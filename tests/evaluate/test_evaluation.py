@@ -201,14 +201,14 @@ def test_a_run_that_cannot_be_used_is_refused_in_one_sentence(kind, dual, tmp_pa
 @pytest.mark.parametrize(
     ("run", "overrides", "parts"),
     [
-        ("dual", ["path=gate"], ["path: found 'gate'", "dense, gated and both"]),
-        ("plain", ["path=gated"], ["path: found gated", "resnet18_plain", "no gates"]),
-        ("dual", ["features=head"], ["features: found 'head'", "backbone, projector"]),
-        ("plain", ["threshold=0.3"], ["threshold: found 0.3", "no gates", "accepted is 0"]),
-        ("dual", ["threshold=high"], ["threshold: found 'high'", "a number"]),
-        ("dual", ["batch_size=0"], ["batch_size: found 0", "an integer ≥ 1"]),
-        ("dual", ["crop_size=0"], ["crop_size: found 0", "an integer from 1 to 4096"]),
-        ("dual", ["devices=0"], ["devices: found 0", "an integer ≥ 1"]),
+        ("dual", ["path=gate"], ["path: got 'gate'", "dense, gated and both"]),
+        ("plain", ["path=gated"], ["path: got gated", "resnet18_plain", "no gates"]),
+        ("dual", ["features=head"], ["features: got 'head'", "backbone, projector"]),
+        ("plain", ["threshold=0.3"], ["threshold: got 0.3", "no gates", "expected 0"]),
+        ("dual", ["threshold=high"], ["threshold: got 'high'", "a number"]),
+        ("dual", ["batch_size=0"], ["batch_size: got 0", "an integer ≥ 1"]),
+        ("dual", ["crop_size=0"], ["crop_size: got 0", "an integer from 1 to 4096"]),
+        ("dual", ["devices=0"], ["devices: got 0", "an integer ≥ 1"]),
     ],
 )
 def test_a_setting_that_cannot_be_used_is_refused(run, overrides, parts, request):
@@ -324,9 +324,9 @@ def test_a_threshold_that_is_no_number_is_refused(name):
         backbone.threshold = value
 
     for value in (math.nan, True, "0.4", None, [0.4]):
-        assert_refused(lambda v=value: turn(v), f"threshold: found {value!r}", "a number")
+        assert_refused(lambda v=value: turn(v), f"threshold: got {value!r}", "a number")
     assert backbone.threshold == 0
-    with pytest.raises(InputError, match="threshold: found nan"):
+    with pytest.raises(InputError, match="threshold: got nan"):
         BaseMethod._BACKBONES[name]("x", width=4, threshold=math.nan)
 
 

@@ -295,7 +295,7 @@ def test_a_budget_outside_of_the_range_is_refused():
 
     words = "a number from 0.05 to 0.9, the range that the network was trained for"
     for value in (0.04, 0.91, -1, math.nan, "0.3", True, [0.3]):
-        assert_refused(lambda v=value: turn(v), f"budget: found {value!r}", words)
+        assert_refused(lambda v=value: turn(v), f"budget: got {value!r}", words)
     assert_refused(lambda: gated_masks(backbone, torch.zeros(1, 3, 16, 16), budget=1.0), words)
     assert backbone.budget == pytest.approx(0.475)
     assert_refused(
@@ -304,7 +304,7 @@ def test_a_budget_outside_of_the_range_is_refused():
     for value in ([0.9, 0.1], [0.1], 0.3):
         assert_refused(
             lambda v=value: BACKBONES["resnet18_gated"](width=4, budget_range=v),
-            f"backbone.kwargs.budget_range: found {value!r}, accepted is a range like [0.05, 0.9]",
+            f"backbone.kwargs.budget_range: got {value!r}, expected a range like [0.05, 0.9]",
         )
 
 
@@ -312,7 +312,7 @@ def test_a_network_of_a_single_budget_cannot_be_told_one():
     backbone = tiny_backbone()
     assert backbone.budget is None
     backbone.budget = None
-    words = "budget: found 0.3, the network's gates are told no budget; accepted is null"
+    words = "budget: got 0.3, the network's gates are told no budget; expected null"
     assert_refused(lambda: setattr(backbone, "budget", 0.3), words)
     assert_refused(lambda: gated_masks(backbone, torch.zeros(1, 3, 16, 16), budget=0.3), words)
     assert_refused(lambda: BACKBONES["resnet18_gated"](width=4, budget=0.3), words)
@@ -324,7 +324,7 @@ def test_weights_of_a_range_are_not_dropped_without_a_word():
     state = range_backbone().state_dict()
     assert_refused(
         lambda: tiny_backbone().load_state_dict(state, strict=False),
-        "backbone.kwargs.budget_range: found none",
+        "backbone.kwargs.budget_range: got none",
     )
 
 
@@ -490,7 +490,7 @@ def test_the_table_at_the_end_has_a_row_for_each_budget(trained):
 
 
 def test_budgets_of_the_table_are_in_the_range(tmp_path):
-    for budgets, words in (([0.1, 0.95], "found 0.95, accepted is a number from"), ("x", "a list")):
+    for budgets, words in (([0.1, 0.95], "got 0.95, expected a number from"), ("x", "a list")):
         cfg = run_config(tmp_path, gating={"target_budget": RANGE}, final_knn={"budgets": budgets})
         assert_refused(lambda cfg=cfg: prepare_config(cfg), "final_knn.budgets: found", words)
     one = run_config(tmp_path, final_knn={"budgets": [0.1]})
@@ -562,7 +562,7 @@ def test_equal_budgets_of_all_images_are_one_of_the_step():
 
 def test_images_have_no_budgets_that_gates_are_not_told():
     cfg = gating_config(target_budget=RANGE, budget_per_image=True, budget_embedding=False)
-    assert_refused(lambda: prepare_config(cfg), "gating.budget_per_image: found true")
+    assert_refused(lambda: prepare_config(cfg), "gating.budget_per_image: got true")
 
 
 def test_one_budget_is_that_of_every_image():
@@ -602,7 +602,7 @@ def test_an_evaluation_is_told_its_budget(run):
 
 @pytest.mark.parametrize(
     ("budget", "words"),
-    [("0.95", "accepted is a number from 0.05 to 0.9"), ("high", "found 'high'")],
+    [("0.95", "expected a number from 0.05 to 0.9"), ("high", "got 'high'")],
 )
 def test_an_evaluation_s_budget_is_in_the_range(run, budget, words):
     cfg = evaluation_config("knn", run.checkpoint, f"budget={budget}")
@@ -612,7 +612,7 @@ def test_an_evaluation_s_budget_is_in_the_range(run, budget, words):
 def test_an_encoder_without_gates_has_no_budget(tmp_path):
     plain = save_run(run_config(tmp_path, "vicreg"), tmp_path)
     cfg = evaluation_config("knn", plain.checkpoint, "budget=0.3")
-    assert_refused(lambda: evaluate_knn(cfg), "budget: found 0.3", "no gates", "accepted is null")
+    assert_refused(lambda: evaluate_knn(cfg), "budget: got 0.3", "no gates", "expected null")
 
 
 def test_calibrated_the_share_asked_for_is_used():
@@ -631,7 +631,7 @@ def test_calibrated_the_share_asked_for_is_used():
         backbone.threshold, backbone.budget = 0.2, 0.6
     assert calibrate(backbone, images, 0.3, budget=0.9).budget == 0.9
     assert_refused(lambda: calibrate(backbone, images, lowest / 2), "calibrate: found")
-    assert_refused(lambda: calibrate(backbone, images, 0.3, budget=0.95), "budget: found 0.95")
+    assert_refused(lambda: calibrate(backbone, images, 0.3, budget=0.95), "budget: got 0.95")
     assert (backbone.threshold, backbone.budget) == (0.2, 0.6)
 
 
@@ -678,7 +678,7 @@ def test_flops_are_shown_at_a_budget(tmp_path):
     assert len(set(gates)) == 1  # an embedding costs nothing for an image
     cfg = gating_config(target_budget=0.3)
     cfg.flops = {"budget": 0.3}
-    assert_refused(lambda: report_flops(cfg), "flops.budget: found 0.3", "accepted is null")
+    assert_refused(lambda: report_flops(cfg), "flops.budget: got 0.3", "expected null")
 
 
 def test_the_command_line_of_a_script_names_a_budget(tmp_path, monkeypatch):
@@ -762,7 +762,7 @@ def test_a_compiled_encoder_changes_its_budget_at_no_cost(name):
         fast.features_and_masks(images)[1], gated_masks(backbone, images), strict=True
     ):
         assert torch.equal(mask, wanted.bool())
-    assert_refused(lambda: setattr(fast, "budget", 0.95), "budget: found 0.95")
+    assert_refused(lambda: setattr(fast, "budget", 0.95), "budget: got 0.95")
 
 
 def test_a_compiled_encoder_has_the_gates_bias(tmp_path):

@@ -272,15 +272,15 @@ def test_images_without_a_label_are_refused(run, tmp_path):
 @pytest.mark.parametrize(
     ("override", "parts"),
     [
-        ("k=0", ["k: found 0", "an integer ≥ 1, or a list"]),
-        ("k=[1,0]", ["k: found 0"]),
-        ("k=true", ["k: found True"]),
-        ("k=2.5", ["k: found 2.5"]),
-        ("distance=manhattan", ["distance: found 'manhattan'", "euclidean or cosine"]),
-        ("distance=[cosine,dot]", ["distance: found 'dot'"]),
-        ("temperature=0", ["temperature: found 0", "a number > 0"]),
-        ("normalize=maybe", ["normalize: found 'maybe'", "true or false"]),
-        ("k=[]", ["k: found []"]),
+        ("k=0", ["k: got 0", "an integer ≥ 1, or a list"]),
+        ("k=[1,0]", ["k: got 0"]),
+        ("k=true", ["k: got True"]),
+        ("k=2.5", ["k: got 2.5"]),
+        ("distance=manhattan", ["distance: got 'manhattan'", "euclidean or cosine"]),
+        ("distance=[cosine,dot]", ["distance: got 'dot'"]),
+        ("temperature=0", ["temperature: got 0", "a number > 0"]),
+        ("normalize=maybe", ["normalize: got 'maybe'", "true or false"]),
+        ("k=[]", ["k: got []"]),
     ],
 )
 def test_a_mistake_is_found_before_anything_is_read(override, parts):
@@ -318,7 +318,7 @@ def test_earlier_names_in_a_config_mean_today_s(run, tmp_path, capsys):
     assert [line.split()[0] for line in capsys.readouterr().err.splitlines()[:2]] == list(EARLIER)
     assert metrics["settings"]["normalize"] is True
     cfg.checkpoint = "another.ckpt"
-    with pytest.raises(InputError, match=r"checkpoint: found 'another.ckpt', and pretrained_"):
+    with pytest.raises(InputError, match=r"checkpoint: got 'another.ckpt', and pretrained_"):
         evaluate_knn(cfg)
 
 

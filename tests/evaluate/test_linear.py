@@ -507,7 +507,7 @@ def test_another_number_of_class_folders_is_refused(run, tmp_path):
         Image.new("RGB", (16, 16)).save(tmp_path / label / "a.png")
     data = [f"data.{split}_path={tmp_path}" for split in ("train", "val")]
     cfg = quick(run, "data.format=image_folder", *data)
-    assert_refused(lambda: evaluate_linear(cfg), "found 2 class folders", "data.num_classes=10")
+    assert_refused(lambda: evaluate_linear(cfg), "got 2 class folders", "data.num_classes=10")
 
 
 @pytest.mark.parametrize(
@@ -533,12 +533,12 @@ def test_unlabelled_images_are_refused(augment, split, hidden, run, tmp_path):
 @pytest.mark.parametrize(
     ("override", "parts"),
     [
-        ("seeds=0", ["seeds: found 0", "an integer from 1 to 10000"]),
-        ("max_epochs=0", ["max_epochs: found 0"]),
-        ("augment=no way", ["augment: found 'no way'", "true or false"]),
-        ("optimizer.name=lion", ["optimizer.name: found 'lion'", "sgd"]),
-        ("optimizer.lr=fast", ["optimizer.lr: found 'fast'"]),
-        ("optimizer.batch_size=0", ["optimizer.batch_size: found 0"]),
+        ("seeds=0", ["seeds: got 0", "an integer from 1 to 10000"]),
+        ("max_epochs=0", ["max_epochs: got 0"]),
+        ("augment=no way", ["augment: got 'no way'", "true or false"]),
+        ("optimizer.name=lion", ["optimizer.name: got 'lion'", "sgd"]),
+        ("optimizer.lr=fast", ["optimizer.lr: got 'fast'"]),
+        ("optimizer.batch_size=0", ["optimizer.batch_size: got 0"]),
         ("+optimizer.kwargs.eta=1", ["optimizer.kwargs.eta: sgd", "momentum"]),
     ],
 )

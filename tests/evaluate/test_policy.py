@@ -155,7 +155,7 @@ def test_a_single_image_has_a_policy():
 def test_the_dense_path_has_no_policy():
     backbone, (images, _) = tiny_backbone(), digit_tensors(VAL)
     found = extract(backbone, loader(images), "dense")
-    assert_refused(lambda: policy_of(backbone, found, "x", {}, None), "path: found dense")
+    assert_refused(lambda: policy_of(backbone, found, "x", {}, None), "path: got dense")
 
 
 # The file and the picture
@@ -206,23 +206,23 @@ BAD_POLICIES = {
     "without a share": (without("share"), ["is incomplete", "share"]),
     "block without channels": (without("blocks", 0, "channels"), ["is incomplete", "channels"]),
     "with more": (lambda content: json.dumps(content | {"x": 1}), ["'x'"]),
-    "fewer counts than channels": (block_with(selected=[0, 0, 0]), ["selected: found [0, 0, 0]"]),
-    "a count of more images": (block_with(selected=[4] * 4), ["selected: found [4,", "0 to 3"]),
-    "a count below 0": (block_with(selected=[-1] * 4), ["selected: found [-1"]),
-    "counts that are texts": (block_with(selected=["1"] * 4), ["selected: found ['1'"]),
-    "a count and a half": (block_with(selected=[1.5] * 4), ["selected: found [1.5"]),
-    "truths for counts": (block_with(selected=[True] * 4), ["selected: found [True"]),
-    "a text for channels": (block_with(channels="4"), ["channels: found '4'"]),
+    "fewer counts than channels": (block_with(selected=[0, 0, 0]), ["selected: got [0, 0, 0]"]),
+    "a count of more images": (block_with(selected=[4] * 4), ["selected: got [4,", "0 to 3"]),
+    "a count below 0": (block_with(selected=[-1] * 4), ["selected: got [-1"]),
+    "counts that are texts": (block_with(selected=["1"] * 4), ["selected: got ['1'"]),
+    "a count and a half": (block_with(selected=[1.5] * 4), ["selected: got [1.5"]),
+    "truths for counts": (block_with(selected=[True] * 4), ["selected: got [True"]),
+    "a text for channels": (block_with(channels="4"), ["channels: got '4'"]),
     "other sums": (
         block_with(selected=[3] * 4, always_on=1),
-        ["always_on: found 1, accepted is 4"],
+        ["always_on: got 1, expected 4"],
     ),
-    "a threshold that is NaN": (with_(threshold=float("nan")), ["threshold: found nan"]),
-    "a text for the threshold": (with_(threshold="0"), ["threshold: found '0'"]),
-    "a budget of 2": (with_(budget=2), ["budget: found 2"]),
-    "no images": (with_(images=0), ["images: found 0"]),
-    "one side": (with_(resolution=[16]), ["resolution: found [16]"]),
-    "no blocks": (with_(blocks=[]), ["blocks: found none"]),
+    "a threshold that is NaN": (with_(threshold=float("nan")), ["threshold: got nan"]),
+    "a text for the threshold": (with_(threshold="0"), ["threshold: got '0'"]),
+    "a budget of 2": (with_(budget=2), ["budget: got 2"]),
+    "no images": (with_(images=0), ["images: got 0"]),
+    "one side": (with_(resolution=[16]), ["resolution: got [16]"]),
+    "no blocks": (with_(blocks=[]), ["blocks: got none"]),
     "blocks are numbers": (lambda content: json.dumps(content | {"blocks": [1]}), ["incomplete"]),
 }
 
@@ -325,7 +325,7 @@ def test_a_share_that_no_threshold_gives_is_refused(share):
     backbone.threshold = 0.25
     assert_refused(
         lambda: calibrate(backbone, images, share),
-        f"calibrate: found {share}",
+        f"calibrate: got {share}",
         f"from {LOWEST:.4f}",
         "to 1",
     )
@@ -499,15 +499,15 @@ def test_the_command_s_flags_calibrate(run, calibrated, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("override", "parts"),
     [
-        ("path=dense", ["path: found 'dense'", "accepted is gated"]),
-        ("calibrate=0", ["calibrate: found 0", "a number in (0, 1] or null"]),
-        ("calibrate=1.5", ["calibrate: found 1.5"]),
-        ("calibrate=low", ["calibrate: found 'low'"]),
-        ("sweep=perhaps", ["sweep: found 'perhaps'", "true or false"]),
-        ("shares=[]", ["shares: found []", "a list of numbers in (0, 1]"]),
-        ("shares=[0.3,2]", ["shares: found [0.3, 2]"]),
-        ("shares=0.3", ["shares: found 0.3"]),
-        ("calibration_images=0", ["calibration_images: found 0"]),
+        ("path=dense", ["path: got 'dense'", "expected gated"]),
+        ("calibrate=0", ["calibrate: got 0", "a number in (0, 1] or null"]),
+        ("calibrate=1.5", ["calibrate: got 1.5"]),
+        ("calibrate=low", ["calibrate: got 'low'"]),
+        ("sweep=perhaps", ["sweep: got 'perhaps'", "true or false"]),
+        ("shares=[]", ["shares: got []", "a list of numbers in (0, 1]"]),
+        ("shares=[0.3,2]", ["shares: got [0.3, 2]"]),
+        ("shares=0.3", ["shares: got 0.3"]),
+        ("calibration_images=0", ["calibration_images: got 0"]),
     ],
 )
 def test_a_mistake_is_found_before_anything_is_read(override, parts):
@@ -518,12 +518,12 @@ def test_a_mistake_is_found_before_anything_is_read(override, parts):
 def test_a_share_below_what_the_network_needs_is_refused(run):
     lowest = flops_by_hand([0] * 8, width=8) / flops_by_hand(None, width=8)
     cfg = policy_config(run, "calibrate=0.02", "calibration_images=4")
-    assert_refused(lambda: evaluate_policy(cfg), "calibrate: found 0.02", f"from {lowest:.4f}")
+    assert_refused(lambda: evaluate_policy(cfg), "calibrate: got 0.02", f"from {lowest:.4f}")
 
 
 def test_a_network_without_gates_has_no_policy(tmp_path):
     plain = save_run(run_config(tmp_path, "vicreg"), tmp_path)
-    assert_refused(lambda: evaluate_policy(policy_config(plain)), "path: found gated", "no gates")
+    assert_refused(lambda: evaluate_policy(policy_config(plain)), "path: got gated", "no gates")
 
 
 def test_an_unlabelled_set_has_a_policy_and_no_sweep(run, tmp_path):

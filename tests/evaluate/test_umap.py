@@ -164,11 +164,11 @@ def test_no_two_classes_look_alike():
 @pytest.mark.parametrize(
     ("override", "parts"),
     [
-        ("classes=11", ["classes: found 11", "1 to 10"]),
-        ("classes=0", ["classes: found 0"]),
-        ("images=9", ["images: found 9", "an integer ≥ 10"]),
-        ("neighbors=1", ["neighbors: found 1"]),
-        ("min_dist=-1", ["min_dist: found -1", "a number ≥ 0"]),
+        ("classes=11", ["classes: got 11", "1 to 10"]),
+        ("classes=0", ["classes: got 0"]),
+        ("images=9", ["images: got 9", "an integer ≥ 10"]),
+        ("neighbors=1", ["neighbors: got 1"]),
+        ("min_dist=-1", ["min_dist: got -1", "a number ≥ 0"]),
     ],
 )
 def test_a_mistake_is_found_before_anything_is_read(override, parts):

@@ -271,7 +271,7 @@ def test_two_processes_find_what_one_finds(two):
             for ours, theirs in zip(found.selected, expected.selected, strict=True):
                 assert torch.equal(ours, theirs)
     for found in both:
-        assert found["error"].startswith("devices: found 2 processes for 1 images")
+        assert found["error"].startswith("devices: got 2 processes for 1 images")
 
 
 def test_two_processes_evaluate_a_checkpoint_as_one_does(two, folder):

@@ -287,7 +287,7 @@ def test_each_path_has_a_bank_of_neighbours_of_its_own():
 
 
 def test_a_gated_method_needs_a_backbone_with_gates():
-    with pytest.raises(InputError, match=r"backbone.name: found 'resnet18'.*resnet18_gated"):
+    with pytest.raises(InputError, match=r"backbone.name: got 'resnet18'.*resnet18_gated"):
         METHODS["vicreg_dual"](tiny_config(backbone={"name": "resnet18"}))
 
 
@@ -425,11 +425,11 @@ def test_statistics_of_so_many_images(method, images, parts):
         (
             "vicreg_dual",
             3,
-            "found 3, accepted is a divisor or a multiple of optimizer.batch_size=8",
+            "got 3, expected a divisor or a multiple of optimizer.batch_size=8",
         ),
-        ("vicreg_dual", 1, "found 1, accepted is an integer ≥ 2"),
-        ("vicreg", "half", "found 'half', accepted is an integer ≥ 2"),
-        ("barlow_dual", 4, "found 4, method 'barlow_dual' is no VICReg; accepted is null"),
+        ("vicreg_dual", 1, "got 1, expected an integer ≥ 2"),
+        ("vicreg", "half", "got 'half', expected an integer ≥ 2"),
+        ("barlow_dual", 4, "got 4, method 'barlow_dual' is no VICReg; expected null"),
     ],
 )
 def test_statistics_that_cannot_be_are_refused(method, images, message):

@@ -461,7 +461,7 @@ def test_a_method_without_the_group_momentum_is_built_as_it_is(method):
         ("byol_dual", {"momentum": {"base_tau": 0.9, "final_tau": 0.5}}, "momentum.base_tau: got 0.9"),
         ("byol_dual", {"momentum": {"base_tau": 2}}, "momentum.base_tau"),
         ("byol_dual", {"momentum": {"tau": 0.9}}, "momentum.tau: no such key"),
-        ("byol_dual", {"momentum": 3}, "momentum: found 3"),
+        ("byol_dual", {"momentum": 3}, "momentum: got 3"),
         ("vicreg_dual", {"momentum": {"base_tau": 0.9}}, "'vicreg_dual' has no momentum encoder"),
         ("byol_dual", {"gating": {"momentum_path": "both"}}, "gating.momentum_path.*both.*dense"),
         ("vicreg_dual", {"gating": {"momentum_path": "same"}}, "no momentum encoder; expected dense"),

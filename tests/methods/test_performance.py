@@ -219,10 +219,10 @@ def test_validation_runs_the_backbone_once_for_each_path(monkeypatch):
 @pytest.mark.parametrize(
     ("performance", "words"),
     [
-        ({"compile": "yes"}, "performance.compile: found 'yes', accepted is true or false"),
-        ({"compiled": True}, "performance.compiled: no such key, accepted are"),
-        ({"disable_channel_last": 1}, "performance.disable_channel_last: found 1"),
-        (3, "performance: found 3, accepted is a group with"),
+        ({"compile": "yes"}, "performance.compile: got 'yes', expected true or false"),
+        ({"compiled": True}, "performance.compiled: no such key, expected"),
+        ({"disable_channel_last": 1}, "performance.disable_channel_last: got 1"),
+        (3, "performance: got 3, expected a group with"),
     ],
 )
 def test_mistakes_are_told_in_one_sentence(performance, words):

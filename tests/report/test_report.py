@@ -696,7 +696,7 @@ def test_a_policy_without_a_sweep_is_no_record(report):
     ("change", "reason"),
     [
         ({"dense": None}, "`dense` is None"),
-        ({"gated": {"sweep": [3]}}, "`gated.sweep` is [3], accepted is a list of objects"),
+        ({"gated": {"sweep": [3]}}, "`gated.sweep` is [3], expected a list of objects"),
         ({"gated": {"sweep": [{"flops": 1, "knn_top1": 101}]}}, "knn_top1` is 101"),
         ({"gated": {"sweep": [{"knn_top1": 1}]}}, "flops` is 'missing'"),
     ],

@@ -169,10 +169,10 @@ def finished(tmp_path_factory):
     [
         (
             {"optimizer": {"name": "adamw", "kwargs": {"betas": [0.9, 0.999]}}},
-            "optimizer.name: found 'adamw', checkpoint .* is of a run with 'sgd'",
+            "optimizer.name: got 'adamw', checkpoint .* is of a run with 'sgd'",
         ),
-        ({"method": "simclr"}, "method: found 'simclr', .* 'vicreg'"),
-        ({"max_epochs": 1}, "max_epochs: found 1, .* has 2 epochs behind it; accepted is .* ≥ 2"),
+        ({"method": "simclr"}, "method: got 'simclr', .* 'vicreg'"),
+        ({"max_epochs": 1}, "max_epochs: got 1, .* has 2 epochs behind it; expected .* ≥ 2"),
         (
             {"backbone": {"kwargs": {"width": 5}}},
             r"another architecture: .*; it has backbone.kwargs.width 4 \(here 5\)",

@@ -109,7 +109,7 @@ class KernelEngine:
             1 if is_forked() else threads,
         )
         if failed == TOO_LARGE:
-            raise InputError(f"images: found {height} × {width} pixels, accepted are fewer")
+            raise InputError(f"images: got {height} × {width} pixels, expected fewer")
         if failed:
             raise MemoryError(f"there is not enough memory for images of {height} × {width} pixels")
         return features, masks
@@ -119,7 +119,7 @@ def _address(numbers: Tensor, dtype: torch.dtype, size: int) -> int:
     """Where a tensor begins, for C++ that relies on its dtype and size."""
     plain = type(numbers) is Tensor and numbers.is_cpu and numbers.is_contiguous()
     if not plain or numbers.dtype is not dtype or numbers.numel() != size:
-        raise ValueError(f"found {numbers!r}, expected {size} numbers, {dtype}, in memory")
+        raise ValueError(f"got {numbers!r}, expected {size} numbers, {dtype}, in memory")
     return numbers.data_ptr()
 
 
@@ -236,20 +236,18 @@ class CompiledEncoder(nn.Module):
     def _checked(self, images: Any) -> Tensor:
         if not isinstance(images, (Tensor, np.ndarray)):
             raise InputError(
-                f"images: found {type(images).__name__}, accepted are tensors and NumPy arrays"
+                f"images: got {type(images).__name__}, expected tensors and NumPy arrays"
             )
         if isinstance(images, Tensor) and (images.is_nested or images.layout is not torch.strided):
-            raise InputError("images: found a sparse or nested tensor, accepted are dense ones")
+            raise InputError("images: got a sparse or nested tensor, expected dense ones")
         shape, dtype = tuple(images.shape), str(images.dtype).removeprefix("torch.")
         if len(shape) != 4 or shape[1] != self._in_channels or min(shape[2:]) < self._smallest:
             least = f" of at least {self._smallest} pixels" if self._smallest > 1 else ""
             raise InputError(
-                f"images: found the shape {shape}, accepted is B × {self._in_channels} × H × W{least}"
+                f"images: got the shape {shape}, expected B × {self._in_channels} × H × W{least}"
             )
         if dtype != "float32":
-            raise InputError(
-                f"images: found {dtype}, accepted is float32, normalised as in training"
-            )
+            raise InputError(f"images: got {dtype}, expected float32, normalised as in training")
         if isinstance(images, Tensor):
             return _plain(images)
         return torch.from_numpy(np.require(images, requirements=["C", "ALIGNED", "WRITEABLE"]))
@@ -258,7 +256,7 @@ class CompiledEncoder(nn.Module):
 def _plain(images: Tensor) -> Tensor:
     """The tensor itself if it is contiguous, without what PyTorch knows about it."""
     if not images.is_cpu:
-        raise InputError(f"images: found the device {images.device}, accepted is cpu")
+        raise InputError(f"images: got the device {images.device}, expected cpu")
     if images.requires_grad and torch.is_grad_enabled():
         warnings.warn(
             "images: they require a gradient, and a compiled encoder gives none",
@@ -272,8 +270,8 @@ def _plain(images: Tensor) -> Tensor:
         plain.data_ptr()
     except (RuntimeError, TypeError) as error:  # traced, mapped, ...
         raise InputError(
-            f"images: found a {type(images).__name__} without memory of its own "
-            f"({str(error).splitlines()[0]}), accepted are plain tensors"
+            f"images: got a {type(images).__name__} without memory of its own "
+            f"({str(error).splitlines()[0]}), expected plain tensors"
         ) from error
     return plain
 
@@ -349,9 +347,7 @@ def _backbone(checkpoint: str | Path) -> nn.Module:
 def _of_all_gates(attribute: str, backbone: Any) -> Any:
     value, *others = [getattr(gate, attribute) for gate in backbone.gates]
     if any(other != value for other in others):
-        raise InputError(
-            f"{attribute}: found gates with different ones, accepted is one for all gates"
-        )
+        raise InputError(f"{attribute}: got gates with different ones, expected one for all gates")
     return value
 
 

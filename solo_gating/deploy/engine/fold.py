@@ -277,7 +277,7 @@ def _float(value: Tensor, name: str) -> Tensor:
     value = value.detach().to("cpu", torch.float32, copy=True).contiguous()
     if not value.isfinite().all():
         raise InputError(
-            f"backbone: found NaN or infinity, accepted are finite weights for {name} and its BatchNorm"
+            f"backbone: got NaN or infinity, expected finite weights for {name} and its BatchNorm"
         )
     return value
 

@@ -64,13 +64,13 @@ def check_network(backbone: nn.Module, path: str) -> None:
     if type(backbone) not in _BLOCKS:
         cls = type(backbone)
         raise InputError(
-            f"backbone: found {cls.__name__} of {cls.__module__}, accepted are this package's "
+            f"backbone: got {cls.__name__} of {cls.__module__}, expected this package's "
             "ResNets and torchvision's resnet18, 34, 50 and 101, and no subclasses"
         )
     accepted = _paths(backbone)
     if path not in accepted:
         raise InputError(
-            f"path: found {path}, this {type(backbone).__name__} has {' and '.join(accepted)} only"
+            f"path: got {path}, this {type(backbone).__name__} has {' and '.join(accepted)} only"
         )
     _Inspection(backbone).network(path)
 
@@ -119,7 +119,7 @@ class _Inspection:
             self._part(prefix + stage, *_STAGES)
         names = [prefix + name for name, _ in named_blocks(encoder)]
         if not names:
-            raise InputError("backbone: found no blocks, accepted is at least one")
+            raise InputError("backbone: got no blocks, expected at least one")
         for name in names:
             self._part(name, *_BLOCKS[type(encoder)], *self._chain(name, path))
             channels = self._block(name, channels, path)
@@ -312,4 +312,4 @@ class _Inspection:
             self._refuse("a tensor without values (meta)", "one with values", name)
 
     def _refuse(self, found: str, accepted: str, name: str) -> None:
-        raise InputError(f"backbone: found {found}, accepted is {accepted} for {name}")
+        raise InputError(f"backbone: got {found}, expected {accepted} for {name}")
