@@ -1,10 +1,11 @@
 """Importing the package changes nothing of the process that a user could notice."""
 
+import ast
 import json
 import subprocess
 import sys
 
-from .support.helpers import package_environment
+from .support.helpers import ROOT, package_environment
 
 _IMPORT_ALL = """
 import importlib, json, logging, os, pkgutil, random, signal, sys, warnings
@@ -54,3 +55,29 @@ def test_importing_every_module_changes_nothing():
     assert modules > 50
     assert before["backend"].lower() == "svg"
     assert after == before
+
+
+# What a room may know: itself, and those below it.
+ORDER = (
+    *("errors", "checks", "budgets", "transfer", "texts", "terminal", "distributed", "randomness"),
+    *("files", "process_state", "gates", "backbones", "flops", "losses", "solo_learn"),
+)
+
+
+def test_no_room_imports_the_command_line_or_a_room_that_imports_it():
+    """Rooms import downwards, apart from imports inside functions."""
+    package = ROOT / "solo_gating"
+    imports: dict[str, set[str]] = {}
+    for file in package.rglob("*.py"):
+        room, *_ = file.relative_to(package).with_suffix("").parts
+        if room.startswith(("main_", "__")) or room == "as_module":
+            continue
+        depth = len(file.relative_to(package).parts)
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.ImportFrom) and node.level == depth and node.module:
+                imports.setdefault(room, set()).add(node.module.partition(".")[0])
+    commands = {room for room, known in imports.items() if "cli" in known and room != "cli"}
+    assert commands <= {"data"}  # data/digits.py is a command
+    for room in ORDER:
+        above = imports.get(room, set()) - set(ORDER[: ORDER.index(room)]) - {room}
+        assert not above, (room, above)

@@ -387,7 +387,7 @@ def test_options_that_are_not_accepted(monkeypatch):
     net = encoder()
     with pytest.raises(InputError, match="dtype: got 'float16', expected one of"):
         deploy.compile(net, dtype="float16")
-    with pytest.raises(InputError, match="engine: got 'avx1024', accepted here are"):
+    with pytest.raises(InputError, match="engine: got 'avx1024', expected here are"):
         deploy.compile(net, engine="avx1024")
     monkeypatch.setenv("SOLO_GATING_ISA", "sse9")
     with pytest.raises(InputError, match="SOLO_GATING_ISA: got 'sse9'"):
