@@ -3,7 +3,7 @@
 python research/wall_clock.py --images-per-second 1000 3000 10000 [--config-name NAME]
 
 Take the speed of one GPU from `main_benchmark_train --accelerator gpu` (or that of the views, from
-`main_benchmark_data`, if it is lower). docs/scaling.md has the model; bandwidths and latencies are
+`main_benchmark_data`, if it is lower). docs/guide/several_gpus.md has the model; bandwidths and latencies are
 assumptions, see --help.
 """
 

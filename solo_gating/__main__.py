@@ -52,7 +52,7 @@ def main() -> None:
             return
     script = Path(name)
     if not script.is_file():
-        sys.exit(f"error: {str(script)!r} is not a file, accepted is the path of a Python script")
+        sys.exit(f"error: {str(script)!r} is not a file, expected the path of a Python script")
     before = dict(BaseMethod._BACKBONES), sys.argv, list(sys.path)
     try:
         for backbone in gated_backbones():
@@ -70,8 +70,8 @@ def _with_options(factory: Callable[..., Any], options: dict[str, Any]) -> Calla
         for key, value in options.items():
             if kwargs.get(key, value) != value:
                 sys.exit(
-                    f"error: --{key}: found {value}, and backbone.kwargs.{key}={kwargs[key]}; "
-                    "accepted is one of them"
+                    f"error: --{key}: got {value}, and backbone.kwargs.{key}={kwargs[key]}; "
+                    "expected one of them"
                 )
         return factory(*args, **(options | kwargs))
 

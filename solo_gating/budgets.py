@@ -41,7 +41,7 @@ def checked_budget(budget: Any, budget_range: Range | None, key: str = "budget")
     """
     if budget_range is None:
         raise InputError(
-            f"{key}: found {budget!r}, the network's gates are told no budget; accepted is null"
+            f"{key}: got {budget!r}, the network's gates are told no budget; expected null"
         )
     low, high = budget_range
     require(

@@ -15,10 +15,10 @@ def require(key: str, value: Any, accepted: Callable[[Any], Any], wording: str) 
     """Refuse a config value.
 
     Raises:
-        InputError: if `accepted(value)` is false: "key: found value, accepted is wording".
+        InputError: if `accepted(value)` is false: "key: got value, expected wording".
     """
     if not accepted(value):
-        raise InputError(f"{key}: found {shown(value)}, accepted is {wording}")
+        raise InputError(f"{key}: got {shown(value)}, expected {wording}")
 
 
 def shown(value: Any) -> str:
@@ -33,7 +33,7 @@ def no_such_key(key: str, known: Iterable[str], accepted: str = "") -> InputErro
     Args:
         key: the unknown one, with dots.
         known: those that exist.
-        accepted: what else to say, as in "accepted are ...".
+        accepted: what else to say, as in "expected ...".
     """
     known = list(known)
     near = difflib.get_close_matches(key, known, n=1)
@@ -51,7 +51,7 @@ class Kind:
 
     Attributes:
         accepts: whether it accepts a value.
-        wording: what that is, for messages: "accepted is ...".
+        wording: what that is, for messages: "expected ...".
     """
 
     accepts: Callable[[Any], Any]

@@ -116,7 +116,7 @@ def _explained(
         print(f"{explanation}\n\nconfigs:\n  " + "\n  ".join(names))
         return True
     if config is None:
-        raise InputError(f"--config-name: missing, accepted are {', '.join(names)}")
+        raise InputError(f"--config-name: missing, expected {', '.join(names)}")
     return False
 
 
@@ -130,7 +130,7 @@ def _check_config_name(arguments: Arguments) -> None:
         near = difflib.get_close_matches(name, names, n=1)
         hint = f"the nearest is {near[0]}" if near else "--help lists them"
         raise InputError(
-            f"--config-name: found {name!r}, of which there is no config; {hint}, and one of your "
+            f"--config-name: got {name!r}, of which there is no config; {hint}, and one of your "
             "own needs --config-dir FOLDER"
         )
 

@@ -291,7 +291,7 @@ def json_content(path: Path) -> Any:
         if path.exists() and not path.is_file():  # a pipe would wait for ever
             raise UnreadableError("it is no regular file")
         if (size := path.stat().st_size) > _LARGEST:
-            raise UnreadableError(f"it has {size:,} bytes, accepted are at most {_LARGEST:,}")
+            raise UnreadableError(f"it has {size:,} bytes, expected at most {_LARGEST:,}")
         text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise UnreadableError(error.strerror) from error

@@ -33,7 +33,7 @@ import solo_gating.training.model
 from solo_gating import main_flops, main_knn, main_linear, main_policy, main_pretrain, main_umap
 from solo_gating.config.compose import composed
 
-from .helpers import write_images
+from .support.helpers import write_images
 
 COMMANDS = {
     module.__name__.rpartition(".")[2]: module

@@ -11,7 +11,14 @@ import torch
 
 from solo_gating import GATED_METHODS, METHODS
 
-from .helpers import ROOT, fixed_noise, random_batch, recorded_passes, tiny_config, tiny_model
+from .support.helpers import (
+    ROOT,
+    fixed_noise,
+    random_batch,
+    recorded_passes,
+    tiny_config,
+    tiny_model,
+)
 
 RANGE = [0.05, 0.9]
 

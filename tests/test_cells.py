@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from .helpers import ROOT
+from .support.helpers import ROOT
 
 # Writes what a run or an evaluation writes. BECOMES says what becomes of pre-trainings.
 PYTHON = """#!/usr/bin/env bash

@@ -10,7 +10,7 @@ from solo_gating import main_flops, main_pretrain
 from solo_gating.__main__ import main as run_script
 from solo_gating.config.compose import config_names
 
-from .helpers import ROOT, package_environment, write_images
+from .support.helpers import ROOT, explanation_of, package_environment, write_images
 
 
 def start(*arguments, cwd):
@@ -43,9 +43,9 @@ def test_without_a_config_the_configs_are_named(arguments, call):
     [
         ("gating.foo=1", ["gating.foo: no such key", "target_budget"]),
         ("+gating.foo=1", ["gating.foo: no such key"]),
-        ("gating.target_budget=2", ["gating.target_budget: found 2", "(0, 1]"]),
-        ("method=vicreg_tripple", ["method: found 'vicreg_tripple'", "vicreg_dual"]),
-        ("backbone.name=resnet18", ["backbone.name: found 'resnet18'", "resnet18_gated"]),
+        ("gating.target_budget=2", ["gating.target_budget: got 2", "(0, 1]"]),
+        ("method=vicreg_tripple", ["method: got 'vicreg_tripple'", "vicreg_dual"]),
+        ("backbone.name=resnet18", ["backbone.name: got 'resnet18'", "resnet18_gated"]),
         ("data.train_path=absent.npz", ["data.train_path: no file matches 'absent.npz'"]),
         ("resume_from_checkpoint=absent", ["resume_from_checkpoint: 'absent' is not a file"]),
     ],
@@ -63,6 +63,7 @@ def test_a_mistake_ends_with_one_sentence(argument, parts, call, tmp_path):
 def test_help_explains_the_command_and_lists_the_configs(module, call):
     code, stdout, _ = call(module, "--help")
     assert code == 0
+    assert explanation_of(module) in stdout
     assert f"python -m {module.__name__} --config-name" in stdout
     assert set(config_names()) - {"run"} <= set(stdout.split())
 

@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 
-from .helpers import package_environment
+from .support.helpers import package_environment
 
 _IMPORT_ALL = """
 import importlib, json, logging, os, pkgutil, random, signal, sys, warnings

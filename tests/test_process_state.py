@@ -20,7 +20,7 @@ from solo_gating.main_pretrain import pretrain
 from solo_gating.process_state import process_state_kept
 from solo_gating.solo_learn import BaseMethod
 
-from .helpers import tiny_config, write_images
+from .support.helpers import tiny_config, write_images
 
 
 def state():
@@ -149,5 +149,5 @@ def test_a_script_s_options_end_with_it(script, monkeypatch):
 
 def test_a_script_s_option_and_its_own_path_are_one_setting(script, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["solo_gating", "--path", "gated", script, "dense"])
-    with pytest.raises(SystemExit, match=r"--path: found gated, and backbone.kwargs.path=dense"):
+    with pytest.raises(SystemExit, match=r"--path: got gated, and backbone.kwargs.path=dense"):
         run_script()

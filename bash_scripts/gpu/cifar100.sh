@@ -14,7 +14,7 @@
 set -euo pipefail
 usage() { sed -n '2,/^[^#]/{/^#/p}' "$0"; exit 2; }
 [ $# -ge 2 ] || usage
-[[ $1 =~ ^[1-9][0-9]*$ ]] || { echo "error: SECONDS: found '$1', accepted is a number ≥ 1" >&2; exit 2; }
+[[ $1 =~ ^[1-9][0-9]*$ ]] || { echo "error: SECONDS: got '$1', expected a number ≥ 1" >&2; exit 2; }
 [ -d "$2" ] || { echo "error: DATA: '$2' is not a folder" >&2; exit 2; }
 end=$((SECONDS + $1)) data=$(cd "$2" && pwd)
 shift 2

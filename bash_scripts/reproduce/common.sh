@@ -42,7 +42,7 @@ while [ $# -gt 0 ]; do
     esac
     case $option in
     --data)
-        [[ $value == *=* ]] || fail "--data: found '$value', accepted is NAME=PATH"
+        [[ $value == *=* ]] || fail "--data: got '$value', expected NAME=PATH"
         [ -d "${value#*=}" ] || fail "--data: '${value#*=}' is not a folder"
         data_path[${value%%=*}]=$(absolute "${value#*=}")
         ;;

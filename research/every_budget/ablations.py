@@ -1,4 +1,4 @@
-"""Variants of VICReg-Dual-Gating that docs/every_budget.md studies and the package does not have.
+"""Variants of VICReg-Dual-Gating that docs/results/every_budget.md studies and the package does not have.
 
 python research/every_budget/ablations.py --config-name vicreg_dual_cifar10 method=NAME [key=value ...]
 

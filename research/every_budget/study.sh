@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One run for every budget, or one for each? Trains variants of VICReg-Dual-Gating and their rivals with
 # several seeds, evaluates both paths (1-NN, and logistic regression on standardised features) at given
-# shares of the FLOPs, and prints a table (mean ± std). docs/every_budget.md has the results.
+# shares of the FLOPs, and prints a table (mean ± std). docs/results/every_budget.md has the results.
 #
 #   bash research/every_budget/study.sh digits [key=value ...]
 #   DATA=FOLDER bash research/every_budget/study.sh cifar10 [key=value ...]
@@ -48,7 +48,7 @@ esac
 out=${OUT:-trained_models/study_$data}
 common+=(max_epochs="$epochs" check_val_every_n_epoch="$epochs")
 
-# The last two as in the runs of docs/every_budget.md.
+# The last two as in the runs of docs/results/every_budget.md.
 gated="gating.sparsity_weight=100 gating.warmup_epochs=$((epochs / 10)) gating.bound_gradient=all gating.weight_decay=1e-4"
 range="gating.target_budget=[0.05,0.9]"
 annealed="$range gating.gate_kwargs.bias=4 gating.budget_anneal=0.5"
@@ -75,7 +75,7 @@ declare -A overrides=(
 default="dense fixed_0.1 fixed_0.3 fixed_0.5 range range_untold annealed annealed_only any annealed_slow annealed_log_uniform annealed_sandwich annealed_shuffled annealed_lambda_5 annealed_per_image annealed_diverse annealed_detached annealed_half_dense warm_half dense_0.1 dense_0.3 dense_0.5"
 read -r -a variants <<<"${VARIANTS:-$default}"
 for variant in "${variants[@]}"; do
-    [ -n "${overrides[$variant]+known}" ] || { echo "error: VARIANTS: found $variant, accepted are $default" >&2; exit 2; }
+    [ -n "${overrides[$variant]+known}" ] || { echo "error: VARIANTS: found $variant, expected $default" >&2; exit 2; }
 done
 
 study() { # variant, seed, overrides

@@ -24,7 +24,7 @@ def checked_path(path: Any, key: str) -> str:
         InputError: naming `key`, for anything but "gated" or "dense".
     """
     if not isinstance(path, str) or path not in PATHS:
-        raise InputError(f"{key}: found {path!r}, accepted are {PATHS}")
+        raise InputError(f"{key}: got {path!r}, expected {PATHS}")
     return path
 
 

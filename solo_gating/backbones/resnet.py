@@ -62,9 +62,9 @@ class ResNet(TorchvisionResNet):
         **kwargs: Any,
     ):
         if not isinstance(width, int) or isinstance(width, bool) or width < 1:
-            raise InputError(f"backbone.kwargs.width: found {width!r}, accepted is an integer ≥ 1")
+            raise InputError(f"backbone.kwargs.width: got {width!r}, expected an integer ≥ 1")
         if stem not in STEMS:
-            raise InputError(f"backbone.kwargs.stem: found {stem!r}, accepted are {STEMS}")
+            raise InputError(f"backbone.kwargs.stem: got {stem!r}, expected {STEMS}")
         block = BLOCKS[block] if isinstance(block, str) else block
         super().__init__(block, layers, zero_init_residual=zero_init_residual, **kwargs)  # type: ignore[arg-type]
         self._block = plain_block(block)

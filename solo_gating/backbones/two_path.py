@@ -30,6 +30,16 @@ from .resnet import ResNet
 _OPEN = 4.0
 
 
+def _is_closed_range(value: Any) -> bool:
+    """A range, or one budget twice."""
+    return is_range(value) or (
+        isinstance(value, Sequence)
+        and len(value) == 2
+        and is_share(value[0])
+        and value[0] == value[1]
+    )
+
+
 class TwoPathResNet(ResNet):
     """A ResNet whose forward takes one of two paths, chosen for a scope.
 
@@ -73,11 +83,7 @@ class TwoPathResNet(ResNet):
         self._remembered = Remembered()
         self.budget_range: Range | None = None
         if budget_range is not None:
-            single = len(budget_range) == 2 and budget_range[0] == budget_range[1]
-            ends = budget_range[0] if single else budget_range
-            wording = f"{RANGE}, or the same number twice"
-            accepts = is_share if single else is_range
-            require("backbone.kwargs.budget_range", ends, accepts, wording)
+            require("backbone.kwargs.budget_range", budget_range, _is_closed_range, RANGE)
             self.budget_range = (float(budget_range[0]), float(budget_range[1]))
 
     def _make_layer(self, *args: Any, **kwargs: Any) -> Stage:
@@ -276,7 +282,7 @@ class TwoPathResNet(ResNet):
             path, budget = next(scope.paths), scope.budget
         if budget is not None and budget.ndim and len(budget) != len(x):
             raise InputError(
-                f"budget: found {len(budget)} budgets for {len(x)} images, accepted is one for each"
+                f"budget: got {len(budget)} budgets for {len(x)} images, expected one for each"
             )
         if (self.training or torch.is_grad_enabled()) and not being_traced(x):
             self._remembered.note(x, path, budget)

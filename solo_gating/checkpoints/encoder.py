@@ -56,11 +56,11 @@ class Encoder:
         if wanted == "both":
             return self.trained_paths
         if wanted not in PATHS:
-            raise InputError(f"path: found {wanted!r}, accepted are dense, gated and both")
+            raise InputError(f"path: got {wanted!r}, expected dense, gated and both")
         if wanted == "gated" and not isinstance(self.backbone, TwoPathResNet):
             raise InputError(
-                f"path: found gated, the encoder of {str(self.checkpoint)!r} "
-                f"({self.args.backbone.name}) has no gates; accepted is dense"
+                f"path: got gated, the encoder of {str(self.checkpoint)!r} "
+                f"({self.args.backbone.name}) has no gates; expected dense"
             )
         return (wanted,)
 
@@ -94,14 +94,12 @@ def encoder_of(checkpoint: str | Path, head: str = "backbone", key: str = "check
         InputError: for files that are missing, damaged, or do not belong together.
     """
     if head not in HEADS:
-        raise InputError(f"features: found {head!r}, accepted are {', '.join(HEADS)}")
+        raise InputError(f"features: got {head!r}, expected {', '.join(HEADS)}")
     path = Path(checkpoint)
     content = read_checkpoint(path, key)
     args = args_beside(path, key)
     if head != "backbone" and args.method not in METHODS:
-        raise InputError(
-            f"features: method {shown(args.method)} is not known, accepted is backbone"
-        )
+        raise InputError(f"features: method {shown(args.method)} is not known, expected backbone")
     if args.backbone.name in ("resnet18", "resnet34"):  # the same network, whose FLOPs are known
         args.backbone.name += "_plain"
     with torch.device("meta"):  # whatever sizes the files speak of, it takes no memory

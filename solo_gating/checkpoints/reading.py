@@ -84,12 +84,12 @@ def _damage(file: Path) -> str | None:
 def _check_content(content: Any, where: str) -> None:
     state = content.get("state_dict") if isinstance(content, dict) else None
     if not isinstance(state, Mapping):
-        raise InputError(f"{where} {_without_state_dict(content)}, accepted is {LIGHTNING}")
+        raise InputError(f"{where} {_without_state_dict(content)}, expected {LIGHTNING}")
     for name, value in state.items():
         if not isinstance(name, str):
-            raise InputError(f"{where}: found the name {shown(name)} in `state_dict`")
+            raise InputError(f"{where}: got the name {shown(name)} in `state_dict`")
         if reason := _not_dense(value):
-            raise InputError(f"{where}: {shown(name)} {reason}, accepted is a dense tensor")
+            raise InputError(f"{where}: {shown(name)} {reason}, expected a dense tensor")
     epoch = content.get("epoch", 0)
     require(f"{where}: epoch", epoch, lambda v: is_int(v, 0), "an integer ≥ 0")
 
@@ -164,9 +164,9 @@ def _no_weight(name: str, value: Tensor, dtype: torch.dtype) -> str | None:
     """Why a tensor is no weight of a dtype; None if it is one."""
     if not dtype.is_floating_point:
         same = value.dtype == dtype or (_is_integer(value.dtype) and _is_integer(dtype))
-        return None if same else f"is of {value.dtype}, accepted is {dtype}"
+        return None if same else f"is of {value.dtype}, expected {dtype}"
     if value.dtype not in _FLOATS:
-        return f"is of {value.dtype}, accepted are {', '.join(map(str, _FLOATS))}"
+        return f"is of {value.dtype}, expected {', '.join(map(str, _FLOATS))}"
     bad = value.numel() - int(value.to(dtype).isfinite().sum())
     if bad:
         return f"has {bad} of {value.numel()} values that are infinite or NaN in {dtype}"
@@ -263,13 +263,13 @@ def read_args(file: Path, key: str) -> DictConfig:
         if value is not None:
             require(f"{where}: {name}", value, accepted, wording)
         elif name in _NEEDED:
-            raise InputError(f"{where} lacks {name}, accepted is solo-learn's args.json")
+            raise InputError(f"{where} lacks {name}, expected solo-learn's args.json")
     for group in _REPEATED:
         _check_finite(content.get(group), f"{where}: {group}")
     for name, value in (_select(content, "backbone.kwargs") or {}).items():
         if _READING_FILES.fullmatch(name) and value:
             raise InputError(
-                f"{where}: backbone.kwargs.{name}: found {shown(value)}, accepted is null: the "
+                f"{where}: backbone.kwargs.{name}: got {shown(value)}, expected null: the "
                 "checkpoint has all weights"
             )
     content["backbone"]["kwargs"] = content["backbone"].get("kwargs") or {}

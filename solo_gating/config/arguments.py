@@ -32,6 +32,9 @@ ALIASES = {
 # Paths and names may hold what means something else to Hydra: = ' [ { ~ # and, unless in a sweep,
 # commas. These keys' values are what was typed.
 _LISTS = ("data.train_path", "data.val_path")
+# A group whose keys its owner knows.
+_OPEN_GROUP = "gating.gate_kwargs."
+
 _TEXTS = (
     *_LISTS,
     *("checkpoint", "resume_from_checkpoint", "checkpoint.dir", "output"),
@@ -96,7 +99,7 @@ def read_arguments(typed: list[str]) -> Arguments:
     for word in unknown:
         flag = word.partition("=")[0]
         raise InputError(
-            f"{flag}: no such flag, accepted are Hydra's and key=value, as in "
+            f"{flag}: no such flag, expected Hydra's and key=value, as in "
             f"{flag.lstrip('-').replace('-', '_')}=..."
         )
     flags = {key: value for key, value in vars(found).items() if value not in (None, False)}
@@ -175,7 +178,7 @@ def read_options(
         word = words.popleft()
         if not _is_key(word):
             if not positionals:
-                raise InputError(f"found {word!r}, accepted is key=value")
+                raise InputError(f"got {word!r}, expected key=value")
             others.append(word)
             continue
         flag, equals, value = word.partition("=")
@@ -250,7 +253,7 @@ def _for_argparse(given: Mapping[str, list[str]], options: Mapping[str, Any]) ->
         flag, nargs = options[name].option_strings[-1], options[name].nargs
         _check_value(flag, "".join(values))
         if nargs == 0 and values not in (["true"], ["false"]):
-            raise InputError(f"{name}: found {values[0]!r}, accepted is true or false")
+            raise InputError(f"{name}: got {values[0]!r}, expected true or false")
         if nargs == 0:
             words += [flag] * (values == ["true"])
         else:  # in one word a value may begin with a dash
@@ -264,7 +267,7 @@ def _check_value(flag: str, value: str) -> None:
 
 
 def _given_twice(key: str, found: str, other: str) -> InputError:
-    return InputError(f"{key}: found {found}, and {other}; accepted is one of them")
+    return InputError(f"{key}: got {found}, and {other}; expected one of them")
 
 
 def quoted(text: str) -> str:
@@ -274,12 +277,17 @@ def quoted(text: str) -> str:
 
 
 def as_typed(override: str, multirun: bool = False) -> str:
-    """An override whose value is a path or a name, quoted where Hydra would not read it as typed.
+    """An override as Hydra wants it for what was typed.
+
+    A path or a name is quoted where Hydra would not read it as typed; arguments of a kind of gates,
+    which no config can name beforehand, are added.
 
     Args:
         override: `key=value`.
         multirun: whether commas separate the values of a sweep.
     """
+    if override.startswith(_OPEN_GROUP):
+        override = f"++{override}"
     key, equals, value = override.partition("=")
     if not equals or key.lstrip("+") not in _TEXTS or _reads_as_text(key, value, multirun):
         return override
@@ -302,7 +310,7 @@ def _reads_as_text(key: str, value: str, multirun: bool) -> bool:
 
 def _parsed(override: str) -> Override:
     if "=" not in override and not override.startswith("~"):
-        raise InputError(f"found {override!r}, accepted is key=value")
+        raise InputError(f"got {override!r}, expected key=value")
     try:
         return OverridesParser.create().parse_override(override)
     except HydraException as error:

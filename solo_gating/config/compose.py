@@ -109,7 +109,7 @@ def check_overrides(overrides: list[str], decided: Mapping[str, str]) -> None:
     for override in overrides:
         key = override.partition("=")[0].lstrip("+~")
         if key in decided:
-            raise InputError(f"found {override}, accepted is {decided[key]}")
+            raise InputError(f"got {override}, expected {decided[key]}")
 
 
 def user_path(text: str) -> Path:

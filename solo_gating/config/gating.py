@@ -97,7 +97,7 @@ class GatingConfig:
         if OmegaConf.is_config(given):
             given = OmegaConf.to_container(given, resolve=True)
         if not isinstance(given, dict):
-            raise InputError(f"gating: found {given!r}, accepted is a group with {_KEYS}")
+            raise InputError(f"gating: got {given!r}, expected a group with {_KEYS}")
         for key, (default, _) in _RETIRED.items():
             if given.get(key) == default and type(given[key]) is type(default):
                 del given[key]
@@ -106,9 +106,7 @@ class GatingConfig:
         given = {key: value for key, value in given.items() if value is not None}
         views = given.pop("views", default_views)
         if isinstance(views, str) or not isinstance(views, (list, tuple)):
-            raise InputError(
-                f"gating.views: found {views!r}, accepted is a list like [gated, dense]"
-            )
+            raise InputError(f"gating.views: got {views!r}, expected a list like [gated, dense]")
         views = tuple(checked_path(view, "gating.views") for view in views)
         given.setdefault("separate_bn", "dense" in views)
         if is_range(given.get("target_budget")):
@@ -147,7 +145,7 @@ class GatingConfig:
             true_or_false(f"gating.{key}", getattr(self, key))
         if self.budget_range and self.budget_per_image and not self.budget_embedding:
             raise InputError(
-                "gating.budget_per_image: found true, accepted is false where "
+                "gating.budget_per_image: got true, expected false where "
                 "gating.budget_embedding is false: gates would not know each image's budget"
             )
         for key in ("sparsity_weight", "bound_weight", "bound_decay", "weight_decay"):
@@ -169,15 +167,15 @@ class GatingConfig:
         crops = (data.get("num_large_crops") or 0) + (data.get("num_small_crops") or 0)
         if crops and crops != len(self.views):
             raise InputError(
-                f"gating.views: found {len(self.views)} ({', '.join(self.views)}), "
+                f"gating.views: got {len(self.views)} ({', '.join(self.views)}), "
                 f"augmentations make {crops} crops, and each needs its path"
             )
         if "gated" not in self.views:
-            raise InputError("gating.views: found no gated view, accepted is at least one")
+            raise InputError("gating.views: got no gated view, expected at least one")
         if self.separate_bn and "dense" not in self.views:
             raise InputError(
-                "gating.separate_bn: found true with no dense view in gating.views, "
-                "which would leave the dense path's BatchNorms untrained; accepted is false"
+                "gating.separate_bn: got true with no dense view in gating.views, "
+                "which would leave the dense path's BatchNorms untrained; expected false"
             )
 
     def _check_gate(self) -> None:
@@ -202,8 +200,8 @@ class GatingConfig:
             if kwargs.get(key) not in (None, ours):
                 source = "target_budget" if key == "budget_range" else key
                 raise InputError(
-                    f"backbone.kwargs.{key}: found {shown(kwargs[key])} where the group gating says "
-                    f"{ours}; accepted is gating.{source} alone"
+                    f"backbone.kwargs.{key}: got {shown(kwargs[key])} where the group gating says "
+                    f"{ours}; expected gating.{source} alone"
                 )
 
     @property
@@ -291,4 +289,4 @@ def check_key(key: str) -> None:
     if key in _RETIRED:
         raise InputError(f"gating.{key}: no such key, {_RETIRED[key][1]}")
     if key not in _KEYS.split(", "):
-        raise InputError(f"gating.{key}: no such key, accepted are {_KEYS}")
+        raise InputError(f"gating.{key}: no such key, expected {_KEYS}")

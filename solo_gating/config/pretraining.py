@@ -95,12 +95,12 @@ def prepare_config(cfg: DictConfig) -> DictConfig:
     cfg.data.num_large_crops, cfg.data.num_small_crops = crops[True], crops[False]
     if crops[True] != 2 and cfg.method.split("_")[0] not in ("wmse", "mae"):
         raise InputError(
-            f"augmentations: found {crops[True]} crops of {big} pixels, {cfg.method!r} compares 2"
+            f"augmentations: got {crops[True]} crops of {big} pixels, {cfg.method!r} compares 2"
         )
     _check_statistics(cfg)
     cfg.data.num_classes = number_of_classes(cfg.data)
     if cfg.final_knn.enabled and (cfg.data.val_path is None or cfg.data.no_labels):
-        raise InputError("final_knn.enabled: found true, which needs data.val_path and labels")
+        raise InputError("final_knn.enabled: got true, which needs data.val_path and labels")
 
     if cfg.method in GATED_METHODS:
         gating = GatingConfig.from_config(cfg, GATED_METHODS[cfg.method].default_views)
@@ -126,14 +126,13 @@ def _check_statistics(cfg: DictConfig) -> None:
         return
     if not issubclass(METHODS[cfg.method], VICReg):
         raise InputError(
-            f"{key}: found {images!r}, method {cfg.method!r} is no VICReg; accepted is null"
+            f"{key}: got {images!r}, method {cfg.method!r} is no VICReg; expected null"
         )
     at_least(key, images, 2)
     batch = cfg.optimizer.batch_size
     if batch % images and images % batch:
         raise InputError(
-            f"{key}: found {images}, accepted is a divisor or a multiple of "
-            f"optimizer.batch_size={batch}"
+            f"{key}: got {images}, expected a divisor or a multiple of optimizer.batch_size={batch}"
         )
 
 
@@ -143,12 +142,11 @@ def _check_trainer(cfg: DictConfig) -> None:
         decided = OmegaConf.select(cfg, key)
         if cfg.get(argument) not in (None, decided):
             raise InputError(
-                f"{argument}: found {shown(cfg[argument])} with {key}={decided}; accepted is {key} "
-                "alone"
+                f"{argument}: got {shown(cfg[argument])} with {key}={decided}; expected {key} alone"
             )
     if (cfg.get("min_epochs") or 1) > cfg.max_epochs:
         raise InputError(
-            f"min_epochs: found {cfg.min_epochs}, accepted is at most max_epochs={cfg.max_epochs}"
+            f"min_epochs: got {cfg.min_epochs}, expected at most max_epochs={cfg.max_epochs}"
         )
 
 
@@ -209,7 +207,7 @@ def _check_views(cfg: DictConfig) -> None:
     views = cfg.get("augmentations")
     if not OmegaConf.is_list(views) or not all(OmegaConf.is_dict(view) for view in views):
         raise InputError(
-            f"augmentations: found {shown(views) if views else 'none'}, accepted is a list of groups"
+            f"augmentations: got {shown(views) if views else 'none'}, expected a list of groups"
         )
     check_augmentations(views)
     for number, view in enumerate(views):
@@ -225,7 +223,7 @@ def _check_final_budgets(final_knn: DictConfig, gating: GatingConfig) -> None:
         final_knn.budgets = []
     elif not OmegaConf.is_list(final_knn.budgets):
         raise InputError(
-            f"final_knn.budgets: found {final_knn.budgets!r}, accepted is a list like [0.1, 0.3]"
+            f"final_knn.budgets: got {final_knn.budgets!r}, expected a list like [0.1, 0.3]"
         )
     for budget in final_knn.budgets:
         checked_budget(budget, gating.budget_range, "final_knn.budgets")
@@ -252,10 +250,10 @@ def check_optimizer(optimizer: DictConfig, least_batch: int = 1) -> None:
     known = [key for key in parameters if key not in ("params", "lr", "weight_decay")]
     for key in optimizer.kwargs:
         if key in ("lr", "weight_decay"):
-            raise InputError(f"optimizer.kwargs.{key}: accepted is optimizer.{key} alone")
+            raise InputError(f"optimizer.kwargs.{key}: expected optimizer.{key} alone")
         if key not in known and not open_ended:
             raise InputError(
-                f"optimizer.kwargs.{key}: {optimizer.name} has no such argument, accepted are "
+                f"optimizer.kwargs.{key}: {optimizer.name} has no such argument, expected "
                 f"{', '.join(known)}; `~optimizer.kwargs.{key}` removes it"
             )
     _try(cls, optimizer)
@@ -307,7 +305,7 @@ def number_of_classes(data: DictConfig) -> int:
         known = NUM_CLASSES[data.dataset]
         if data.num_classes not in (None, known):
             raise InputError(
-                f"data.num_classes: found {data.num_classes}, {data.dataset} has {known}"
+                f"data.num_classes: got {data.num_classes}, {data.dataset} has {known}"
             )
         return known
     if data.num_classes is None and data.format == "image_folder" and not data.no_labels:

@@ -381,7 +381,7 @@ def _rename(cfg: DictConfig, table: Table) -> None:
         # Only a checkpoint has no default, which an earlier name overrides.
         if name == "checkpoint" and cfg.get(name) not in (None, cfg[key]):
             raise InputError(
-                f"{name}: found {shown(cfg[name])}, and {key}: {shown(cfg[key])}; accepted is one "
+                f"{name}: got {shown(cfg[name])}, and {key}: {shown(cfg[key])}; expected one "
                 "of them"
             )
         cfg[name] = cfg._get_node(key)
@@ -426,11 +426,11 @@ def _leaves(
         elif key in groups:
             if not isinstance(value, Mapping):
                 raise InputError(
-                    f"{key}: found {shown(value)}, accepted is a group with {_below(key, table)}"
+                    f"{key}: got {shown(value)}, expected a group with {_below(key, table)}"
                 )
             yield from _leaves(value, table, groups, referred, f"{key}.")
         elif above or str(name) not in referred:
-            accepted = f"accepted are {_below(above[:-1], table)}" if above else ""
+            accepted = f"expected {_below(above[:-1], table)}" if above else ""
             raise no_such_key(key, [*table, *groups], accepted)
 
 

@@ -50,8 +50,8 @@ def training_loader(cfg: DictConfig, place: Place | None = None) -> Any:
         dataset = fraction_of(dataset, cfg.data.fraction)
     if len(dataset) < cfg.optimizer.batch_size:
         raise InputError(
-            f"optimizer.batch_size: found {cfg.optimizer.batch_size} with {len(dataset)} training "
-            "images, accepted is at most their number (an incomplete last batch is dropped)"
+            f"optimizer.batch_size: got {cfg.optimizer.batch_size} with {len(dataset)} training "
+            "images, expected at most their number (an incomplete last batch is dropped)"
         )
     if on_device:
         return device_loader(cfg, dataset, place or Place())

@@ -76,9 +76,9 @@ def read_arrays(
     parts = [_read(file, key, num_classes) for file in files]
     sizes = {images.shape[1:3] for images, _ in parts}
     if len(sizes) > 1:
-        raise InputError(f"{key}: found images of different sizes {sorted(sizes)}, accepted is one")
+        raise InputError(f"{key}: got images of different sizes {sorted(sizes)}, expected one")
     if len({labels is None for _, labels in parts}) > 1:
-        raise InputError(f"{key}: found files with and without labels, accepted is one kind")
+        raise InputError(f"{key}: got files with and without labels, expected one kind")
     if len(parts) == 1:
         return parts[0]
     images = np.concatenate([images for images, _ in parts])
@@ -92,23 +92,21 @@ def _expand(paths: Any, key: str) -> list[str]:
     if not isinstance(patterns, (list, tuple)) or not all(
         isinstance(pattern, (str, Path)) for pattern in patterns
     ):
-        raise InputError(
-            f"{key}: found {shown(paths)}, accepted is a path or glob of .npz, or a list"
-        )
+        raise InputError(f"{key}: got {shown(paths)}, expected a path or glob of .npz, or a list")
     files: list[str] = []
     for pattern in map(str, patterns):
         found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern))
         if not found:
             raise InputError(
-                f"{key}: no file matches {shown(pattern)}, accepted is a path or glob of .npz"
+                f"{key}: no file matches {shown(pattern)}, expected a path or glob of .npz"
             )
         files += found
     if not files:
-        raise InputError(f"{key}: found an empty list, accepted is at least one .npz file")
+        raise InputError(f"{key}: got an empty list, expected at least one .npz file")
     for file in files:
         if not os.path.isfile(file):  # a pipe would never end
             raise InputError(
-                f"{key}: {file!r} is a folder, a broken link or no regular file, accepted is .npz"
+                f"{key}: {file!r} is a folder, a broken link or no regular file, expected .npz"
             )
     return files
 
@@ -132,14 +130,14 @@ def _read_members(
     if "images.npy" not in names:
         found = shortened([repr(name.removesuffix(".npy")) for name in sorted(names)])
         raise InputError(
-            f"{key}: {file!r} holds [{found}], accepted is `images` (and `labels`), as np.savez "
+            f"{key}: {file!r} holds [{found}], expected `images` (and `labels`), as np.savez "
             "writes them"
         )
     dtype, shape = _header(archive, "images.npy")
     if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or min(shape) < 1:
         raise InputError(
             f"{key}: images of {file!r} are {_described(dtype, shape)}, "
-            "accepted is uint8 N×H×W×3 with N ≥ 1"
+            "expected uint8 N×H×W×3 with N ≥ 1"
         )
     labels = None
     if "labels.npy" in names:
@@ -148,7 +146,7 @@ def _read_members(
         if shape != (number,) or dtype.kind not in "iu":
             raise InputError(
                 f"{key}: labels of {file!r} are {_described(dtype, shape)}, "
-                f"accepted is {number} integers"
+                f"expected {number} integers"
             )
         labels = _array(archive, "labels.npy")
         lowest, highest = int(labels.min()), int(labels.max())

@@ -28,19 +28,16 @@ def check_augmentations(views: ListConfig | None) -> None:
         InputError: naming the key.
     """
     if not views:
-        raise InputError("augmentations: found none, accepted is a list of at least one entry")
+        raise InputError("augmentations: got none, expected a list of at least one entry")
     for number, view in enumerate(views):
         for key in view:
             if key not in _ABSENT and key not in _OWN_KEYS:
                 accepted = ", ".join([*_ABSENT, *_OWN_KEYS])
-                raise InputError(
-                    f"augmentations[{number}].{key}: no such key, accepted are {accepted}"
-                )
+                raise InputError(f"augmentations[{number}].{key}: no such key, expected {accepted}")
         for key in ("crop_size", "num_crops"):
             if not isinstance(view.get(key), int) or view[key] < 1:
                 raise InputError(
-                    f"augmentations[{number}].{key}: found {view.get(key)!r}, "
-                    "accepted is an integer ≥ 1"
+                    f"augmentations[{number}].{key}: got {view.get(key)!r}, expected an integer ≥ 1"
                 )
         for key, value in _ABSENT.items():
             if key not in view:

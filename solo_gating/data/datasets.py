@@ -114,7 +114,7 @@ def fraction_of(dataset: Any, fraction: float) -> Dataset:
             having = f"images of {len(sizes)} classes, the smallest of {min(sizes)}"
             each = " of each class"
         raise InputError(
-            f"data.fraction: found {fraction} of {len(dataset)} {having}, accepted is a part that "
+            f"data.fraction: got {fraction} of {len(dataset)} {having}, expected a part that "
             f"has an image{each} and leaves one"
         ) from error
     return Subset(dataset, np.sort(indices).tolist())
@@ -124,7 +124,7 @@ def _folder(
     data: DictConfig, split: str, root: str, key: str, transform: Callable[[Any], Any] | None
 ) -> ImageFiles:
     if not os.path.isdir(root):
-        raise InputError(f"{key}: {root!r} is a file, accepted is a folder of images")
+        raise InputError(f"{key}: {root!r} is a file, expected a folder of images")
     if data.no_labels and split == "train":
         dataset = UnlabelledFolder(root, transform, key)
         if not len(dataset):
@@ -163,13 +163,13 @@ def _classes(
     exact = split == "train" or training
     if len(names) > data.num_classes or (exact and len(names) < data.num_classes):
         raise InputError(
-            f"{'data.train_path' if training else key}: found {len(names)} class folders, accepted "
+            f"{'data.train_path' if training else key}: got {len(names)} class folders, accepted "
             f"with data.num_classes={data.num_classes} are {'' if exact else 'at most '}"
             f"{data.num_classes} (a folder without an image does not count)"
         )
     if strangers := [name for name in found if name not in names]:
         raise InputError(
-            f"{key}: found the class {strangers[0]!r}, accepted are those of data.train_path: "
+            f"{key}: got the class {strangers[0]!r}, expected those of data.train_path: "
             f"{shortened(names)}"
         )
     return names
@@ -223,12 +223,12 @@ def _h5(
         from solo.data.h5_dataset import H5Dataset
     except ImportError as error:
         raise InputError(
-            f"data.format: found h5, which needs solo-learn 1.0.6 to 1.0.8 and h5py ({error}); "
+            f"data.format: got h5, which needs solo-learn 1.0.6 to 1.0.8 and h5py ({error}); "
             "accepted otherwise are image_folder and npz"
         ) from error
     if data.dataset not in ("imagenet", "imagenet100"):
         raise InputError(
-            f"data.format: found h5 with data.dataset={data.dataset}, accepted with it are "
+            f"data.format: got h5 with data.dataset={data.dataset}, accepted with it are "
             "imagenet and imagenet100"
         )
 

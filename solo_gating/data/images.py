@@ -63,7 +63,7 @@ def read_image(source: str | BinaryIO, name: str) -> Image.Image:
         raise DamagedImageError(f"{name} cannot be read as an image ({reason})") from error
     raise ImageFileError(
         f"{name} is an image of mode {mode} ({kind}), whose black and white are not defined, "
-        "accepted are 8 bits, and unsigned 16 bits"
+        "expected 8 bits, and unsigned 16 bits"
     )
 
 

@@ -64,12 +64,12 @@ def solo_learn_args(encoder: Encoder) -> dict[str, Any]:
     width, stem = kwargs.get("width", 64), kwargs.get("stem", "imagenet")
     if width != 64:
         raise InputError(
-            f"format: found solo-learn with an encoder of width {width}; solo-learn has 64 only"
+            f"format: got solo-learn with an encoder of width {width}; solo-learn has 64 only"
         )
     small = args["data"]["dataset"] in ("cifar10", "cifar100")
     if small != (stem == "cifar"):
         raise InputError(
-            f"format: found solo-learn with the {stem} stem on {args['data']['dataset']}; solo-learn "
+            f"format: got solo-learn with the {stem} stem on {args['data']['dataset']}; solo-learn "
             "has the cifar stem on cifar10 and cifar100 only"
         )
     method = args["method"]

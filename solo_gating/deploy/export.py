@@ -119,20 +119,18 @@ def _check(options: argparse.Namespace, encoder: Encoder) -> None:
         options.path = "dense" if options.policy is None else "gated"
     encoder.paths(options.path)
     if options.path == "dense" and options.policy is not None:
-        raise InputError("policy: found one for the dense path, accepted is path=gated")
+        raise InputError("policy: got one for the dense path, expected path=gated")
     if options.path == "gated" and options.policy is None:
         raise InputError("policy: missing, the gated path needs main_policy's policy.json")
     if options.path == "gated" and options.format == "solo-learn":
-        raise InputError(
-            "format: found solo-learn, which has no gated path; accepted is path=dense"
-        )
+        raise InputError("format: got solo-learn, which has no gated path; expected path=dense")
     if (
         options.format == "solo-learn"
         and options.output.resolve() == encoder.checkpoint.resolve().parent
     ):
         raise InputError(
-            "output: found the checkpoint's own folder, whose last.ckpt and args.json would be "
-            "replaced; accepted is another"
+            "output: got the checkpoint's own folder, whose last.ckpt and args.json would be "
+            "replaced; expected another"
         )
 
 

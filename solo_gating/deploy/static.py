@@ -48,11 +48,11 @@ def kept_channels(policy: Policy, flops: BackboneFlops, keep: str, multiple: int
         (gate.name, gate.channels) for gate in flops.gates
     ]:
         raise InputError(
-            f"policy: found blocks of {[b.channels for b in policy.blocks]} channels, the encoder "
+            f"policy: got blocks of {[b.channels for b in policy.blocks]} channels, the encoder "
             f"has {flops.all_channels.tolist()}"
         )
     if multiple < 1:
-        raise InputError(f"multiple: found {multiple}, accepted is an integer ≥ 1")
+        raise InputError(f"multiple: got {multiple}, expected an integer ≥ 1")
     selected = [torch.tensor(block.selected) for block in policy.blocks]
     if keep == "dynamic":
         numbers = [int((counts > 0).sum()) for counts in selected]
@@ -61,7 +61,7 @@ def kept_channels(policy: Policy, flops: BackboneFlops, keep: str, multiple: int
     elif top := re.fullmatch(r"top:(0?\.\d+|1(\.0*)?)", keep):
         numbers = _most_selected(selected, policy.images, flops, float(top[1]))
     else:
-        raise InputError(f"keep: found {keep!r}, accepted is {KEEP}, as in top:0.3")
+        raise InputError(f"keep: got {keep!r}, expected {KEEP}, as in top:0.3")
     kept = []
     for counts, number in zip(selected, numbers, strict=True):
         rounded = min(len(counts), -(-max(number, 1) // multiple) * multiple)
@@ -79,7 +79,7 @@ def _most_selected(
     available = share * flops.dense + flops.decisions
     if available < flops.fixed:
         lowest = (flops.fixed - flops.decisions) / flops.dense
-        raise InputError(f"keep: found top:{share}, accepted are shares from {lowest:.4f} to 1")
+        raise InputError(f"keep: got top:{share}, expected shares from {lowest:.4f} to 1")
     ranked = sorted(
         (-count / images, index)
         for index, counts in enumerate(selected)

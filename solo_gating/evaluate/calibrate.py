@@ -74,7 +74,7 @@ def calibrate(
     lowest = flops.lowest_share
     if not lowest <= share <= 1:
         raise InputError(
-            f"calibrate: found {share}, accepted are shares from {lowest:.4f} (stem, shortcuts and "
+            f"calibrate: got {share}, expected shares from {lowest:.4f} (stem, shortcuts and "
             "gates alone) to 1"
         )
 

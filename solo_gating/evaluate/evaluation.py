@@ -86,7 +86,7 @@ class Evaluation:
         found = self.extract(split, path)
         if not (found.targets >= 0).any():
             raise InputError(
-                f"data.{split}_path: no image has a label, accepted for this evaluation are "
+                f"data.{split}_path: no image has a label, expected for this evaluation are "
                 "labelled images (data.no_labels=false)"
             )
         return found
@@ -169,7 +169,7 @@ def _prepare(
 ) -> Evaluation:
     OmegaConf.set_struct(cfg, False)
     if OmegaConf.is_missing(cfg, "checkpoint"):
-        raise InputError("checkpoint: missing, accepted is a checkpoint's path")
+        raise InputError("checkpoint: missing, expected a checkpoint's path")
     at_least("batch_size", cfg.batch_size, 1)
     require("threshold", cfg.threshold, is_number, "a number")
     encoder = encoder_of(cfg.checkpoint, cfg.get("features", "backbone"))
@@ -182,7 +182,7 @@ def _prepare(
         for key, accepted in (("threshold", 0), ("budget", "null")):
             if cfg[key]:
                 raise InputError(
-                    f"{key}: found {cfg[key]}, the encoder has no gates; accepted is {accepted}"
+                    f"{key}: got {cfg[key]}, the encoder has no gates; expected {accepted}"
                 )
     _complete_data(cfg, encoder.args)
     loaders = {split: evaluation_loader(cfg, split, cfg.batch_size) for split in splits}

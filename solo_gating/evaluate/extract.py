@@ -121,7 +121,7 @@ def _share_of_process(loader: Any) -> Iterable:
     images = range(rank, len(loader.dataset), world)
     if len(loader.dataset) < world:  # on every process, or the others would wait
         raise InputError(
-            f"devices: found {world} processes for {len(loader.dataset)} images, accepted is at "
+            f"devices: got {world} processes for {len(loader.dataset)} images, expected at "
             "most one for each image"
         )
     return DataLoader(

@@ -97,7 +97,7 @@ def policy_of(
         target_budget: t_d of its pre-training, a number or a range.
     """
     if found.channels is None:
-        raise InputError("path: found dense, a policy is of the gated path")
+        raise InputError("path: got dense, a policy is of the gated path")
     flops = count_flops(backbone, found.resolution)
     shares = flops.share(found.channels.double())
     images = len(found.channels)
@@ -159,9 +159,7 @@ def read_policy(path: str | Path, key: str = "policy") -> Policy:
     """
     content = read_json(Path(path), key)
     if content.pop("schema", None) != SCHEMA:
-        raise InputError(
-            f"{key}: {str(path)!r} is no policy, accepted is main_policy's policy.json"
-        )
+        raise InputError(f"{key}: {str(path)!r} is no policy, expected main_policy's policy.json")
     try:
         blocks = [BlockPolicy(**block) for block in content.pop("blocks")]
         policy = Policy(blocks=blocks, **content)
@@ -193,7 +191,7 @@ def _check_policy(policy: Policy, where: str) -> None:
         f"a number in (0, 1], {RANGE} {none}",
     )
     if not policy.blocks:
-        raise InputError(f"{where}: blocks: found none")
+        raise InputError(f"{where}: blocks: got none")
     for block in policy.blocks:
         _check_block(block, policy.images, f"{where}: block {shown(block.name)}")
 

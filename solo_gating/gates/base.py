@@ -78,7 +78,10 @@ class Gate(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} has no forward")
 
     def fold(self) -> FoldedGate | None:
-        """The gate for the compiled engine; None for a kind that only PyTorch can run."""
+        """The gate for the compiled engine; None for a kind that only PyTorch can run.
+
+        It counts for the `forward` beside it: a subclass that decides otherwise says anew how it folds.
+        """
         return None
 
     def sliced(self, channels: Tensor, budget: float | None) -> dict[str, Any]:

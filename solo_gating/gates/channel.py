@@ -4,7 +4,7 @@ import torch
 import torch.fx
 from torch import Tensor
 
-from .base import register_gate
+from .base import FoldedGate, register_gate
 from .scores import BudgetEmbedding, ScoringGate, logistic_noise, straight_through
 
 # torch.fx keeps calls of these as they are: what they do depends on the tensors' dtype.
@@ -76,3 +76,7 @@ class ChannelGate(ScoringGate):
         if self.training:
             return gumbel_sigmoid(logits, self.temperature)
         return thresholded(logits, self.threshold)
+
+    def fold(self) -> FoldedGate:
+        """As in `Gate`."""
+        return self.folded_scores()

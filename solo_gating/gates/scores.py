@@ -64,7 +64,7 @@ class BudgetEmbedding(nn.Module):
 
         No network needs less than a hundredth, and 1 has no log-odds: t stays within ±4.6.
         """
-        log_odds = torch.logit(budget, eps=0.01).to(self.reduce.weight.dtype)
+        log_odds = torch.logit(budget, eps=0.01)
         shifts = self.expand(torch.relu(self.reduce(log_odds.reshape(-1, 1))))
         return shifts.reshape(budget.shape + (-1,))  # noqa: RUF005 - torch.fx unpacks no shape
 
@@ -131,7 +131,7 @@ class ScoringGate(Gate):
             return logits
         if budget is None:
             budget = logits.new_full((), self.budget)
-        return logits + self.embedding(budget)
+        return logits + self.embedding(budget.to(logits.dtype))
 
     @property
     def bias(self) -> Tensor:
@@ -150,8 +150,8 @@ class ScoringGate(Gate):
             return self.bias + self.embedding(self.bias.new_tensor(budget))
 
     @torch.no_grad()
-    def fold(self) -> FoldedGate:
-        """The BatchNorm folded into W₁, in float64 so that it costs one rounding and no more."""
+    def folded_scores(self) -> FoldedGate:
+        """For a kind's `fold`: the logits, with the BatchNorm folded into W₁, in float64 so that it costs one rounding and no more."""
         norm: Any = self.norm
         scale = (norm.running_var.double() + norm.eps).rsqrt()
         shift = -norm.running_mean.double() * scale
@@ -179,7 +179,7 @@ class ScoringGate(Gate):
         # solo-learn's main_linear.py loads what fits and drops the rest without a word.
         if self.embedding is None and f"{prefix}embedding.expand.weight" in state_dict:
             raise InputError(
-                "backbone.kwargs.budget_range: found none, accepted is the range of budgets that "
+                "backbone.kwargs.budget_range: got none, expected the range of budgets that "
                 "this checkpoint was trained for (backbone.kwargs.budget_range of its args.json)"
             )
         super()._load_from_state_dict(state_dict, prefix, *args)

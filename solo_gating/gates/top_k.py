@@ -93,7 +93,7 @@ class TopKGate(ScoringGate):
         return largest(logits + logistic_noise(logits), number, self.temperature)
 
     def fold(self) -> FoldedGate:
-        """As `ScoringGate.fold`, with a count."""
+        """As in `Gate`, with a count."""
         channels, count = self.expand.out_channels, self.count
 
         def number(budget: float | None) -> int:
@@ -101,7 +101,7 @@ class TopKGate(ScoringGate):
                 return count
             return number_of_channels(1.0 if budget is None else budget, channels)
 
-        return replace(super().fold(), count=number)
+        return replace(self.folded_scores(), count=number)
 
     def sliced(self, channels: Tensor, budget: float | None) -> dict[str, Any]:
         """As in `Gate`; the number stays, so that images that need no removed channel lose nothing."""

@@ -295,12 +295,12 @@ def check_gated_backbone(cfg: DictConfig) -> None:
     name, views = cfg.backbone.name, cfg.gating.views
     if name not in gated_backbones():
         raise InputError(
-            f"backbone.name: found {name!r}, method {cfg.method!r} needs gates; "
-            f"accepted are {', '.join(gated_backbones())}"
+            f"backbone.name: got {name!r}, method {cfg.method!r} needs gates; "
+            f"expected {', '.join(gated_backbones())}"
         )
     if "two_encoders" in name and "dense" not in views:
         raise InputError(
-            f"gating.views: found {list(views)}, backbone {name!r} needs a dense view to train "
+            f"gating.views: got {list(views)}, backbone {name!r} needs a dense view to train "
             "its dense encoder"
         )
 

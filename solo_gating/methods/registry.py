@@ -11,14 +11,16 @@ from .gated import DualMethod, GatedMethod, GatedViewsMethod
 
 GATED_METHODS: dict[str, type[GatedMethod]] = {}
 
-_NO_CONTINUING = "keeps what it knows of other batches outside of its checkpoints"
+_NO_CONTINUING = (
+    "it makes its memory of other batches when training starts: no run could be continued"
+)
 # Methods of solo-learn's that cannot be gated, and why.
 REFUSED = {
-    "deepclusterv2": f"it {_NO_CONTINUING}: no run could be continued",
+    "deepclusterv2": _NO_CONTINUING,
     "linear": "it trains a classifier on a frozen backbone",
     "mae": "it masks a vision transformer's patches, and gates choose a ResNet's channels",
     "ressl": "it trains the first view only: the other view's path would learn nothing",
-    "swav": f"it {_NO_CONTINUING}: no run could be continued",
+    "swav": _NO_CONTINUING,
 }
 
 

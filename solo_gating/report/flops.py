@@ -187,7 +187,7 @@ def _backbone(cfg: DictConfig) -> ResNet:
     model = build_method(cfg)
     if not isinstance(model.backbone, ResNet):
         raise InputError(
-            f"backbone.name: found {cfg.backbone.name!r}, main_flops counts solo-gating's own "
+            f"backbone.name: got {cfg.backbone.name!r}, main_flops counts solo-gating's own "
             "backbones (resnet18_plain is torchvision's resnet18)"
         )
     if cfg.flops.checkpoint is not None:

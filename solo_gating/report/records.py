@@ -203,7 +203,7 @@ def read_records(folders: Sequence[Path]) -> Found:
             first = found.skipped[0]
             why = f"; {str(first.file)!r}: {first.reason}"
         raise InputError(
-            f"RUN_DIR: found {len(files)} metrics.json below {named}, none with the accuracy of a "
+            f"RUN_DIR: got {len(files)} metrics.json below {named}, none with the accuracy of a "
             f"pre-training or of an evaluation (linear, knn){why}"
         )
     return found._replace(records=_without_copies(_without_superseded(found.records)))
@@ -215,7 +215,7 @@ def _sweeps(file: Path, content: dict[str, Any]) -> list[Sweep]:
         return []
     listed, dense = gated["sweep"], _object(content, "dense")
     if not isinstance(listed, list) or not all(isinstance(point, dict) for point in listed):
-        raise _UnusableError(f"`gated.sweep` is {shown(listed)}, accepted is a list of objects")
+        raise _UnusableError(f"`gated.sweep` is {shown(listed)}, expected a list of objects")
     where = "gated.sweep"
     return [
         Sweep(
@@ -240,7 +240,7 @@ def _metrics_files(folders: Sequence[Path]) -> list[Path]:
     for folder in folders:
         if not folder.is_dir():
             found = "a file" if folder.exists() else "absent"
-            raise InputError(f"RUN_DIR: {str(folder)!r} is {found}, accepted are folders of runs")
+            raise InputError(f"RUN_DIR: {str(folder)!r} is {found}, expected folders of runs")
     files = {
         file.resolve(): file for folder in folders for file in sorted(folder.rglob("metrics.json"))
     }
@@ -297,7 +297,7 @@ def _records(file: Path, content: dict[str, Any]) -> list[Record]:
 def _accuracies(row: Any, path: str, metric: str) -> list[tuple[dict[str, Any], float | None]]:
     """A row's accuracies with the settings in which they differ."""
     if not isinstance(row, dict):
-        raise _UnusableError(f"`{path}` is {shown(row)}, accepted is an object")
+        raise _UnusableError(f"`{path}` is {shown(row)}, expected an object")
     # main_knn lists every combination of its settings that it has tried.
     listed = row.get("knn") if metric == "knn" else None
     found = [
@@ -378,7 +378,7 @@ def _checked_settings(settings: dict[str, Any], where: str) -> dict[str, Any]:
 def _object(content: dict[str, Any], key: str) -> dict[str, Any]:
     if not isinstance(content.get(key), dict):
         value = shown(content.get(key, "missing"))
-        raise _UnusableError(f"`{key}` is {value}, accepted is an object")
+        raise _UnusableError(f"`{key}` is {value}, expected an object")
     return content[key]
 
 
@@ -402,7 +402,7 @@ def _count(found: dict[str, Any], key: str, where: str) -> int:
 
 def _refuse(found: dict[str, Any], key: str, where: str, accepted: str) -> NoReturn:
     value = shown(found.get(key, "missing"))
-    raise _UnusableError(f"`{where}.{key}` is {value}, accepted is {accepted}")
+    raise _UnusableError(f"`{where}.{key}` is {value}, expected {accepted}")
 
 
 def _optional(found: dict[str, Any], key: str, where: str) -> float | int | None:

@@ -40,7 +40,7 @@ def write_report(folders: Sequence[Path], output: Path) -> list[Path]:
         InputError: for folders without a usable file, or an output that cannot be written.
     """
     if not folders:
-        raise InputError("runs: missing, accepted are folders with metrics.json files")
+        raise InputError("runs: missing, expected folders with metrics.json files")
     records = read_records(folders)
     make_folder(output)
     sections = compose(*records)

@@ -48,7 +48,7 @@ class LARS(Optimizer):
     ):
         for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
             if value < 0:
-                raise ValueError(f"LARS, {name}: found {value!r}, accepted is a number ≥ 0")
+                raise ValueError(f"LARS, {name}: got {value!r}, expected a number ≥ 0")
         if nesterov and (momentum <= 0 or dampening != 0):
             raise ValueError("LARS: nesterov needs a momentum > 0 and no dampening")
         defaults = {

@@ -110,7 +110,7 @@ class BaseMethod(solo_base.BaseMethod):
         self.cfg = cfg
         if cfg.backbone.name not in self._BACKBONES:
             raise InputError(
-                f"backbone.name: found {cfg.backbone.name!r}, accepted with solo-learn 1.0.2 are "
+                f"backbone.name: got {cfg.backbone.name!r}, accepted with solo-learn 1.0.2 are "
                 f"{', '.join(sorted(self._BACKBONES))}"
             )
         data, optimizer, scheduler = cfg.data, cfg.optimizer, cfg.scheduler
@@ -334,7 +334,7 @@ class LinearModel(solo_linear.LinearModel):
         }.items():
             if value:
                 raise InputError(
-                    f"{key}: found {value!r}, solo-learn 1.0.2 has it not; 1.0.6 to 1.0.8 do"
+                    f"{key}: got {value!r}, solo-learn 1.0.2 has it not; 1.0.6 to 1.0.8 do"
                 )
         optimizer, scheduler = cfg.optimizer, cfg.scheduler
         super().__init__(

@@ -71,7 +71,7 @@ def configure_optimizers(
     scheduler = cfg.scheduler
     if cfg.optimizer.name not in optimizers:
         raise InputError(
-            f"optimizer.name: found {cfg.optimizer.name!r}, accepted are {', '.join(optimizers)}"
+            f"optimizer.name: got {cfg.optimizer.name!r}, expected {', '.join(optimizers)}"
         )
     if cfg.optimizer.exclude_bias_n_norm_wd:
         groups = _without_decay_on_vectors(groups)
@@ -106,7 +106,7 @@ def configure_optimizers(
         interval = "epoch"
     else:
         raise InputError(
-            f"scheduler.name: found {scheduler.name!r}, accepted are warmup_cosine, step, none"
+            f"scheduler.name: got {scheduler.name!r}, expected warmup_cosine, step, none"
         )
 
     def factor(step: int, base_lr: float, is_static: bool) -> float:

@@ -188,7 +188,7 @@ def check_continuable(
         if key in differing:
             then, now = differing[key]
             raise InputError(
-                f"{key}: found {now!r}, {name} is of a run with {then!r}, which can be "
+                f"{key}: got {now!r}, {name} is of a run with {then!r}, which can be "
                 "continued with that only"
             )
     try:
@@ -204,7 +204,7 @@ def check_continuable(
         ) from error
     if missing := [key for key in _NEEDED if key not in content]:
         raise InputError(
-            f"resume_from_checkpoint: {name} has no `{missing[0]}`, accepted is one with the state "
+            f"resume_from_checkpoint: {name} has no `{missing[0]}`, expected one with the state "
             "of its training, not the weights only"
         )
     try:
@@ -213,7 +213,7 @@ def check_continuable(
         raise InputError(f"resume_from_checkpoint: {name} does not say how far it is") from error
     if cfg.max_epochs < epochs:
         raise InputError(
-            f"max_epochs: found {cfg.max_epochs}, {name} has {epochs} epochs behind it; accepted is "
+            f"max_epochs: got {cfg.max_epochs}, {name} has {epochs} epochs behind it; expected "
             f"an integer ≥ {epochs}"
         )
 
@@ -368,14 +368,14 @@ def _with_own_settings(optimizer: Optimizer, state: dict[str, Any]) -> dict[str,
     if sizes[0] != sizes[1]:
         raise InputError(
             f"resume_from_checkpoint: the checkpoint's optimizer has {_groups(sizes[0])}, this "
-            f"config's {_groups(sizes[1])}; accepted is a config (and a version) with the same"
+            f"config's {_groups(sizes[1])}; expected a config (and a version) with the same"
         )
     # Another version of PyTorch knows more settings or fewer, another optimiser knows others.
     keys = [set(group) - {"params"} for group in (theirs[0], ours[0])]
     if (keys[0] - keys[1]) and (keys[1] - keys[0]):
         raise InputError(
             f"optimizer.name: the checkpoint's optimizer has {', '.join(sorted(keys[0] - keys[1]))}, "
-            f"this config's {', '.join(sorted(keys[1] - keys[0]))}; accepted is the same optimizer"
+            f"this config's {', '.join(sorted(keys[1] - keys[0]))}; expected the same optimizer"
         )
     groups = [{**own, "params": saved["params"]} for own, saved in zip(ours, theirs, strict=True)]
     return {**state, "param_groups": groups}

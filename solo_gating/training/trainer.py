@@ -142,6 +142,6 @@ def _wandb(cfg: DictConfig, folder: Path) -> WandbLogger:
             id=run_id,
         )
     except ModuleNotFoundError as error:
-        raise InputError("wandb.enabled: found true, which needs `pip install wandb`") from error
+        raise InputError("wandb.enabled: got true, which needs `pip install wandb`") from error
     logger.log_hyperparams(plain(cfg))
     return logger

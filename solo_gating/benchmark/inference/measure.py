@@ -97,7 +97,7 @@ def measure(
         contenders = [*_dense(case, engines, say)]
         if not contenders:
             raise InputError(
-                f"engines: none of {', '.join(DENSE)} can be run, accepted is at least one to "
+                f"engines: none of {', '.join(DENSE)} can be run, expected at least one to "
                 "compare with"
             )
         if OURS in engines:

@@ -135,14 +135,14 @@ def _source(options: argparse.Namespace) -> RandomSource | CheckpointSource:
 def _check(options: argparse.Namespace) -> None:
     if options.random == (options.checkpoint is not None):
         found = "both" if options.random else "neither"
-        raise InputError(f"checkpoint, random: found {found}, accepted is one of them")
+        raise InputError(f"checkpoint, random: got {found}, expected one of them")
     check_overrides(options.overrides, _DECIDED_BY)
     SEED.check("seed", options.seed)
     for name in options.engines:
         one_of("engines", name, ENGINES)
     if not set(_engines(options)) - {OURS}:
         raise InputError(
-            "engines: found none to compare with, accepted is at least one besides ours"
+            "engines: got none to compare with, expected at least one besides ours"
             + (f", and not {', '.join(NOT_RESTRICTED)} with isa" if options.isa else "")
         )
     for density in options.densities or []:
@@ -156,12 +156,10 @@ def _check(options: argparse.Namespace) -> None:
         for key in ("backbone", "width", "stem"):
             if getattr(options, key) is not None:
                 found = getattr(options, key)
-                raise InputError(
-                    f"{key}: found {found} for a checkpoint, accepted is with random=true"
-                )
+                raise InputError(f"{key}: got {found} for a checkpoint, expected with random=true")
         return
     if options.overrides:
-        raise InputError(f"found {options.overrides[0]!r}, accepted is only with checkpoint=...")
+        raise InputError(f"got {options.overrides[0]!r}, expected only with checkpoint=...")
     if options.backbone is not None:
         one_of("backbone", options.backbone, gated_backbones())
     if options.width is not None:

@@ -134,5 +134,5 @@ class CheckpointSource:
         evaluation = evaluation_of(self._checkpoint, overrides, ("val",))
         images, _ = next(iter(evaluation.loaders["val"]))
         if len(images) < least:
-            raise InputError(f"batch: found {least}, there are {len(images)} validation images")
+            raise InputError(f"batch: got {least}, there are {len(images)} validation images")
         return images

@@ -26,13 +26,13 @@ def check_device_pipeline(data: DictConfig) -> None:
     """
     if data.format != "npz" and data.dataset not in _IN_MEMORY:
         raise InputError(
-            f"data.pipeline: found device with data.dataset={data.dataset} data.format="
-            f"{data.format}, whose images are read one by one and differ in size, accepted is "
+            f"data.pipeline: got device with data.dataset={data.dataset} data.format="
+            f"{data.format}, whose images are read one by one and differ in size, expected "
             f"workers, or data.format=npz or one of {', '.join(_IN_MEMORY)}"
         )
     if importlib.util.find_spec("kornia") is None:
         raise InputError(
-            "data.pipeline: found device, which needs `pip install kornia`, accepted otherwise "
+            "data.pipeline: got device, which needs `pip install kornia`, accepted otherwise "
             "is workers"
         )
 
@@ -55,8 +55,8 @@ def device_loader(cfg: DictConfig, dataset: Any, place: Place) -> "DeviceLoader"
     batch = cfg.optimizer.batch_size
     if len(dataset) < batch * place.processes:
         raise InputError(
-            f"optimizer.batch_size: found {batch} on {place.processes} processes with "
-            f"{len(dataset)} training images, accepted is at most their number"
+            f"optimizer.batch_size: got {batch} on {place.processes} processes with "
+            f"{len(dataset)} training images, expected at most their number"
         )
     views = [(DeviceView(cfg.data.dataset, view), view.num_crops) for view in cfg.augmentations]
     return DeviceLoader(*arrays_of(dataset), views, batch, cfg.seed, place)

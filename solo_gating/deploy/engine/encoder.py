@@ -15,7 +15,7 @@ from ...budgets import checked_budget
 from ...checks import checked_threshold, is_int, one_of, require
 from ...errors import InputError
 from .fallback import TorchEngine
-from .fold import Decisions, FoldedNetwork, fold
+from .fold import MOST_CONVOLUTIONS, Decisions, FoldedNetwork, fold
 from .forks import is_forked, one_thread_if_forked
 from .library import PYTORCH, TOO_LARGE, BuildError, chosen_engine, load_library
 from .pack import PackedNetwork, Shapes
@@ -25,7 +25,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # OpenMP ends the process when it cannot start so many threads as it is told.
 MOST_THREADS = max(256, os.cpu_count() or 1)
 
-_UNKNOWN = "the kernel knows blocks of two 3×3 convolutions, with gates that say how they fold"
+_UNKNOWN = (
+    f"the kernel knows blocks of 2 to {MOST_CONVOLUTIONS} convolutions, 1×1 or 3×3, with gates that "
+    "say how they fold"
+)
 
 Images = TypeVar("Images", Tensor, np.ndarray)
 
@@ -47,8 +50,12 @@ class KernelEngine:
 
     def __init__(self, net: FoldedNetwork, isa: str, dtype: torch.dtype):
         self._library = load_library(isa, dtype)
+        library = self._library
         shapes = Shapes(
-            self._library.gated_lanes(), self._library.gated_group(), self._library.gated_block()
+            lanes=library.gated_lanes(),
+            group=library.gated_group(),
+            block=library.gated_block(),
+            plane_group=library.gated_plane_group(),
         )
         self._weights = PackedNetwork(net, shapes, dtype)
         self._features, self._channels = net.features, sum(net.hidden)
@@ -102,7 +109,7 @@ class KernelEngine:
             1 if is_forked() else threads,
         )
         if failed == TOO_LARGE:
-            raise InputError(f"images: found {height} × {width} pixels, accepted are fewer")
+            raise InputError(f"images: got {height} × {width} pixels, expected fewer")
         if failed:
             raise MemoryError(f"there is not enough memory for images of {height} × {width} pixels")
         return features, masks
@@ -112,7 +119,7 @@ def _address(numbers: Tensor, dtype: torch.dtype, size: int) -> int:
     """Where a tensor begins, for C++ that relies on its dtype and size."""
     plain = type(numbers) is Tensor and numbers.is_cpu and numbers.is_contiguous()
     if not plain or numbers.dtype is not dtype or numbers.numel() != size:
-        raise ValueError(f"found {numbers!r}, expected {size} numbers, {dtype}, in memory")
+        raise ValueError(f"got {numbers!r}, expected {size} numbers, {dtype}, in memory")
     return numbers.data_ptr()
 
 
@@ -229,20 +236,18 @@ class CompiledEncoder(nn.Module):
     def _checked(self, images: Any) -> Tensor:
         if not isinstance(images, (Tensor, np.ndarray)):
             raise InputError(
-                f"images: found {type(images).__name__}, accepted are tensors and NumPy arrays"
+                f"images: got {type(images).__name__}, expected tensors and NumPy arrays"
             )
         if isinstance(images, Tensor) and (images.is_nested or images.layout is not torch.strided):
-            raise InputError("images: found a sparse or nested tensor, accepted are dense ones")
+            raise InputError("images: got a sparse or nested tensor, expected dense ones")
         shape, dtype = tuple(images.shape), str(images.dtype).removeprefix("torch.")
         if len(shape) != 4 or shape[1] != self._in_channels or min(shape[2:]) < self._smallest:
             least = f" of at least {self._smallest} pixels" if self._smallest > 1 else ""
             raise InputError(
-                f"images: found the shape {shape}, accepted is B × {self._in_channels} × H × W{least}"
+                f"images: got the shape {shape}, expected B × {self._in_channels} × H × W{least}"
             )
         if dtype != "float32":
-            raise InputError(
-                f"images: found {dtype}, accepted is float32, normalised as in training"
-            )
+            raise InputError(f"images: got {dtype}, expected float32, normalised as in training")
         if isinstance(images, Tensor):
             return _plain(images)
         return torch.from_numpy(np.require(images, requirements=["C", "ALIGNED", "WRITEABLE"]))
@@ -251,7 +256,7 @@ class CompiledEncoder(nn.Module):
 def _plain(images: Tensor) -> Tensor:
     """The tensor itself if it is contiguous, without what PyTorch knows about it."""
     if not images.is_cpu:
-        raise InputError(f"images: found the device {images.device}, accepted is cpu")
+        raise InputError(f"images: got the device {images.device}, expected cpu")
     if images.requires_grad and torch.is_grad_enabled():
         warnings.warn(
             "images: they require a gradient, and a compiled encoder gives none",
@@ -265,8 +270,8 @@ def _plain(images: Tensor) -> Tensor:
         plain.data_ptr()
     except (RuntimeError, TypeError) as error:  # traced, mapped, ...
         raise InputError(
-            f"images: found a {type(images).__name__} without memory of its own "
-            f"({str(error).splitlines()[0]}), accepted are plain tensors"
+            f"images: got a {type(images).__name__} without memory of its own "
+            f"({str(error).splitlines()[0]}), expected plain tensors"
         ) from error
     return plain
 
@@ -300,13 +305,13 @@ def compile(
 
     Args:
         source: a backbone (one of this package's, a sliced one of `main_export`, or torchvision's
-            resnet18 or 34), or a checkpoint with its `args.json` beside it. Its weights are copied:
+            resnet18, 34, 50 or 101), or a checkpoint with its `args.json` beside it. Its weights are copied:
             later changes to it have no effect.
         path: "gated" or "dense".
         threshold: of the gates; None for the backbone's own.
         budget: that the gates are told, of a network trained for a range; None for the backbone's own.
         dtype: "float32", or "bfloat16" to hold the convolutions' weights in half of the memory.
-            Sums and activations stay float32, but results change (docs/deploy.md says how much).
+            Sums and activations stay float32, but results change (docs/results/inference_speed.md says how much).
         engine: "avx512", "avx2", "portable" or "pytorch"; None for what the environment's
             SOLO_GATING_ISA says, or the best that this CPU has.
 
@@ -342,9 +347,7 @@ def _backbone(checkpoint: str | Path) -> nn.Module:
 def _of_all_gates(attribute: str, backbone: Any) -> Any:
     value, *others = [getattr(gate, attribute) for gate in backbone.gates]
     if any(other != value for other in others):
-        raise InputError(
-            f"{attribute}: found gates with different ones, accepted is one for all gates"
-        )
+        raise InputError(f"{attribute}: got gates with different ones, expected one for all gates")
     return value
 
 
@@ -353,7 +356,7 @@ def _engine(
 ) -> tuple[str, KernelEngine | TorchEngine]:
     if name != PYTORCH:
         try:
-            if not all(block.is_basic for block in net.blocks):
+            if not all(block.is_compilable for block in net.blocks):
                 raise BuildError(_UNKNOWN)
             return name, KernelEngine(net, name, dtype)
         except BuildError as error:

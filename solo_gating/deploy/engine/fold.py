@@ -14,6 +14,9 @@ from ...errors import InputError
 from ...gates import FoldedGate, Gate
 from .known import check_network, named_blocks
 
+# Of a block that the kernel runs.
+MOST_CONVOLUTIONS = 3
+
 
 @dataclass(frozen=True)
 class FoldedConvolution:
@@ -54,10 +57,20 @@ class FoldedBlock:
 
     @property
     def is_basic(self) -> bool:
-        """Whether it is two 3×3 convolutions, the second of stride 1, with folded gates or none."""
-        kernels = [(c.weight.shape[-1], c.padding) for c in self.convolutions]
+        """Whether it is two 3×3 convolutions, the second of stride 1."""
+        return self._kernels == [(3, 1), (3, 1)] and self.convolutions[1].stride == 1
+
+    @property
+    def is_compilable(self) -> bool:
+        """Whether the kernel runs it: few convolutions of 1×1 or 3×3, with folded gates or none."""
         folded = all(isinstance(gate, FoldedGate) for gate in self.gates)
-        return kernels == [(3, 1), (3, 1)] and self.convolutions[1].stride == 1 and folded
+        number = len(self.convolutions)
+        known = all(kernel in [(1, 0), (3, 1)] for kernel in self._kernels)
+        return folded and known and 2 <= number <= MOST_CONVOLUTIONS
+
+    @property
+    def _kernels(self) -> list[tuple[int, int]]:
+        return [(conv.weight.shape[-1], conv.padding) for conv in self.convolutions]
 
 
 @dataclass(frozen=True)
@@ -126,15 +139,16 @@ class FoldedNetwork:
         if not self.gates:
             return None
         thresholds, counts = [], []
-        for gate, channels in zip(self.gates, self.hidden, strict=True):
-            shift, count = torch.zeros(channels), -1
-            if isinstance(gate, FoldedGate):
-                shift = gate.shift(budget).float()
-                count = -1 if gate.count is None else gate.count(budget)
-            counts.append(count)
-            # With a count logits are compared with each other, and their shifts are no thresholds.
-            thresholds.append(-shift if count >= 0 else threshold - shift)
-        return Decisions(torch.cat(thresholds), torch.tensor(counts), budget)
+        with torch.device("cpu"):  # whatever the default is
+            for gate, channels in zip(self.gates, self.hidden, strict=True):
+                shift, count = torch.zeros(channels, dtype=torch.float32), -1
+                if isinstance(gate, FoldedGate):
+                    shift = gate.shift(budget).float()
+                    count = -1 if gate.count is None else gate.count(budget)
+                counts.append(count)
+                # With a count logits are compared with each other: shifts are no thresholds.
+                thresholds.append(-shift if count >= 0 else threshold - shift)
+            return Decisions(torch.cat(thresholds), torch.tensor(counts), budget)
 
     @property
     def smallest_image(self) -> int:
@@ -163,7 +177,7 @@ def fold(backbone: nn.Module, path: str) -> FoldedNetwork:
     """Fold one path of a backbone, as it is in evaluation.
 
     Args:
-        backbone: one of this package's ResNets, or torchvision's resnet18 or resnet34.
+        backbone: one of this package's ResNets, or torchvision's resnet18, 34, 50 or 101.
         path: "gated" or "dense".
 
     Raises:
@@ -207,7 +221,8 @@ def _folded_block(block: Any, path: str, name: str) -> FoldedBlock:
 def _folded_gate(gate: Gate, name: str) -> FoldedGate | Gate:
     # A copy: later changes to the backbone have no effect.
     gate = copy.deepcopy(gate).to("cpu").eval()
-    folded = gate.fold()
+    with torch.device("cpu"):
+        folded = gate.fold() if _fold_is_of_forward(type(gate)) else None
     if folded is None:
         return gate.float()
     return replace(
@@ -219,13 +234,23 @@ def _folded_gate(gate: Gate, name: str) -> FoldedGate | Gate:
     )
 
 
+def _fold_is_of_forward(kind: type[Gate]) -> bool:
+    """Whether no subclass decides otherwise than the class whose `fold` it inherits."""
+
+    def owner(name: str) -> type:
+        return next(cls for cls in kind.__mro__ if name in vars(cls))
+
+    decides = [name for name in ("forward", "logits") if hasattr(kind, name)]
+    return all(issubclass(owner("fold"), owner(name)) for name in decides)
+
+
 def _shift(gate: Gate, name: str) -> Callable[[float | None], Tensor]:
     for value in gate.parameters():
         _float(value, name)
     return gate.fold().shift  # type: ignore[union-attr]
 
 
-def _folded(conv: nn.Conv2d, norm: Any, name: str) -> FoldedConvolution:
+def _folded(conv: Any, norm: Any, name: str) -> FoldedConvolution:
     # In float64, so that folding costs one rounding and no more.
     scale = (norm.running_var.double() + norm.eps).rsqrt()
     if norm.weight is not None:
@@ -252,7 +277,7 @@ def _float(value: Tensor, name: str) -> Tensor:
     value = value.detach().to("cpu", torch.float32, copy=True).contiguous()
     if not value.isfinite().all():
         raise InputError(
-            f"backbone: found NaN or infinity, accepted are finite weights for {name} and its BatchNorm"
+            f"backbone: got NaN or infinity, expected finite weights for {name} and its BatchNorm"
         )
     return value
 

@@ -15,6 +15,7 @@ from torchvision.models.resnet import ResNet as TorchvisionResNet
 
 from ...backbones import (
     GatedBasicBlock,
+    GatedBlock,
     GatedBottleneck,
     GatedResNet,
     ResNet,
@@ -24,8 +25,9 @@ from ...backbones import (
     TwoPathResNet,
     convolutions,
 )
+from ...backbones.blocks import plain_block
 from ...backbones.resnet import PickingConv2d
-from ...backbones.sliced import SlicedBlock, sliced_block
+from ...backbones.sliced import sliced_block
 from ...errors import InputError
 from ...gates import GATES, BudgetEmbedding, ChannelGate, Gate, ScoringGate
 
@@ -38,8 +40,11 @@ _BLOCKS: dict[type[nn.Module], tuple[type[nn.Module], ...]] = {
     SlicedResNet: (sliced_block(BasicBlock), sliced_block(Bottleneck)),
 }
 
-# Kernel sizes of the blocks' convolutions; stride is the first 3×3's.
-_KERNELS = {2: (3, 3), 3: (1, 3, 1)}
+# Kernel sizes of the blocks' convolutions; the stride is that of the first 3×3.
+_KERNELS: dict[type[nn.Module], tuple[int, ...]] = {BasicBlock: (3, 3), Bottleneck: (1, 3, 1)}
+
+# What a block from outside leaves as it is.
+_GATED_PATH = ("forward_gated", "gated_norms", "gates")
 
 _STAGES = (nn.Sequential, Stage)
 
@@ -59,13 +64,13 @@ def check_network(backbone: nn.Module, path: str) -> None:
     if type(backbone) not in _BLOCKS:
         cls = type(backbone)
         raise InputError(
-            f"backbone: found {cls.__name__} of {cls.__module__}, accepted are this package's "
+            f"backbone: got {cls.__name__} of {cls.__module__}, expected this package's "
             "ResNets and torchvision's resnet18, 34, 50 and 101, and no subclasses"
         )
     accepted = _paths(backbone)
     if path not in accepted:
         raise InputError(
-            f"path: found {path}, this {type(backbone).__name__} has {' and '.join(accepted)} only"
+            f"path: got {path}, this {type(backbone).__name__} has {' and '.join(accepted)} only"
         )
     _Inspection(backbone).network(path)
 
@@ -83,6 +88,14 @@ def _paths(backbone: nn.Module) -> tuple[str, ...]:
     if isinstance(backbone, SlicedResNet) and backbone.gates:
         return ("gated",)
     return ("dense",)
+
+
+def _kernels(block: nn.Module, layers: list[Any]) -> tuple[int, ...]:
+    """Kernel sizes that are accepted of a block's convolutions: torchvision's, or 1×1 and 3×3."""
+    plain = plain_block(type(block))
+    if plain in _KERNELS:
+        return _KERNELS[plain]
+    return tuple(1 if conv.kernel_size == (1, 1) else 3 for _, conv, _ in layers)
 
 
 class _Inspection:
@@ -106,15 +119,23 @@ class _Inspection:
             self._part(prefix + stage, *_STAGES)
         names = [prefix + name for name, _ in named_blocks(encoder)]
         if not names:
-            raise InputError("backbone: found no blocks, accepted is at least one")
+            raise InputError("backbone: got no blocks, expected at least one")
         for name in names:
-            self._part(name, *_BLOCKS[type(encoder)])
+            self._part(name, *_BLOCKS[type(encoder)], *self._chain(name, path))
             channels = self._block(name, channels, path)
         self._part(f"{prefix}avgpool", nn.AdaptiveAvgPool2d, output_size=1)
         if isinstance(self._part("fc", nn.Identity, nn.Linear), nn.Linear):
             self._linear("fc", channels)
         if path == "gated":
             self._budgets(names)
+
+    def _chain(self, name: str, path: str) -> tuple[type[nn.Module], ...]:
+        """The class of a block from outside, if its gated path is the one that `GatedBlock` makes."""
+        cls = type(self._backbone.get_submodule(name))
+        known = issubclass(cls, GatedBlock) and all(
+            getattr(cls, key) is getattr(GatedBlock, key) for key in _GATED_PATH
+        )
+        return (cls,) if path == "gated" and known else ()
 
     def _stem(self, prefix: str) -> int:
         name = f"{prefix}conv1"
@@ -141,10 +162,10 @@ class _Inspection:
         layers = convolutions(block)
         widths, stride = [channels], 1
         for number, ((conv, _, _), kernel) in enumerate(
-            zip(layers, _KERNELS[len(layers)], strict=True), 1
+            zip(layers, _kernels(block, layers), strict=True), 1
         ):
             step = 1
-            if kernel == 3 and stride == 1 and number < 3:
+            if kernel == 3 and stride == 1:
                 step = 2 if self._part(f"{name}.{conv}", nn.Conv2d).stride == (2, 2) else 1
                 stride = step
             norm = f"{name}.{own}bn{number}"
@@ -172,8 +193,6 @@ class _Inspection:
                 self._refuse(f"{len(gates)} gates", str(len(layers) - 1), name)
             for gate, hidden in zip(gates, widths[1:], strict=False):
                 self._gate(gate, channels, hidden)
-        elif isinstance(block, SlicedBlock) and block.gates:
-            self._refuse("a gate", "none on the dense path", name)
         return out
 
     def _gates(self, name: str) -> list[str]:
@@ -293,4 +312,4 @@ class _Inspection:
             self._refuse("a tensor without values (meta)", "one with values", name)
 
     def _refuse(self, found: str, accepted: str, name: str) -> None:
-        raise InputError(f"backbone: found {found}, accepted is {accepted} for {name}")
+        raise InputError(f"backbone: got {found}, expected {accepted} for {name}")

@@ -84,7 +84,7 @@ def chosen_engine(name: str | None = None) -> str:
     accepted = (*supported_isas(), PYTORCH)
     if wanted not in accepted:
         key = "engine" if name else ISA_VARIABLE
-        raise InputError(f"{key}: found {wanted!r}, accepted here are {', '.join(accepted)}")
+        raise InputError(f"{key}: got {wanted!r}, expected here are {', '.join(accepted)}")
     return wanted
 
 
@@ -211,7 +211,7 @@ def _check_trusted(found: os.stat_result, what: str) -> None:
     elif found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not stat.S_ISLNK(found.st_mode):
         reason = f"may be written by other users (mode {stat.S_IMODE(found.st_mode):o})"
     if reason:
-        raise BuildError(f"{what} {reason}; accepted is one that only you or root may write to")
+        raise BuildError(f"{what} {reason}; expected one that only you or root may write to")
 
 
 def _remove_left_overs(folder: Path) -> None:
@@ -314,7 +314,7 @@ def _attempt(command: list[str], target: Path) -> str | None:
 
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     pointer, number = ctypes.c_void_p, ctypes.c_int64
-    for name in ("gated_lanes", "gated_group", "gated_block"):
+    for name in ("gated_lanes", "gated_group", "gated_block", "gated_plane_group"):
         getattr(library, name).restype = number
     library.gated_open.restype = pointer
     library.gated_open.argtypes = [pointer]

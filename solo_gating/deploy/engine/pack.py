@@ -3,27 +3,45 @@
 import contextlib
 import ctypes
 import mmap
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .fold import FoldedBlock, FoldedNetwork
+from ...gates import FoldedGate
+from .fold import MOST_CONVOLUTIONS, FoldedBlock, FoldedConvolution, FoldedNetwork
 
 _HUGE_PAGE = 2 << 20
 _CACHE_LINE = 64
+
+
+class Convolution(ctypes.Structure):
+    """`Convolution` of kernel/network.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("in_channels", "out_channels", "kernel", "stride")),
+        *((name, ctypes.c_void_p) for name in ("weight", "bias")),
+    ]
+
+
+class Gate(ctypes.Structure):
+    """`Gate` of kernel/network.h."""
+
+    _fields_ = [
+        ("channels", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("reduce", "bias", "expand")),
+    ]
 
 
 class Block(ctypes.Structure):
     """`Block` of kernel/network.h."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("in_channels", "hidden_channels", "out_channels")),
-        *((name, ctypes.c_int64) for name in ("stride", "gate_channels")),
-        *((name, ctypes.c_void_p) for name in ("conv1", "bias1", "conv2", "bias2")),
-        *((name, ctypes.c_void_p) for name in ("shortcut", "shortcut_bias")),
-        *((name, ctypes.c_void_p) for name in ("gate_reduce", "gate_bias", "gate_expand")),
+        ("num_convolutions", ctypes.c_int64),
+        ("convolutions", Convolution * MOST_CONVOLUTIONS),
+        ("shortcut", Convolution),
+        ("gates", Gate * (MOST_CONVOLUTIONS - 1)),
     ]
 
 
@@ -33,7 +51,7 @@ class Network(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("in_channels", "width")),
         *((name, ctypes.c_int64) for name in ("kernel", "stride", "padding", "max_pool")),
-        *((name, ctypes.c_int64) for name in ("features", "num_blocks")),
+        *((name, ctypes.c_int64) for name in ("features", "in_planes", "num_blocks")),
         *((name, ctypes.c_void_p) for name in ("stem", "stem_bias", "linear", "linear_bias")),
         ("blocks", ctypes.POINTER(Block)),
     ]
@@ -47,11 +65,13 @@ class Shapes:
         lanes: in one of the kernel's vectors; channels are padded to a multiple.
         group: output channels that its outer products compute at once.
         block: input channels that its dot products sum over at once.
+        plane_group: output channels that are computed at once where pixels lie in the lanes.
     """
 
     lanes: int
     group: int
     block: int
+    plane_group: int
 
 
 class PackedNetwork:
@@ -76,7 +96,9 @@ class PackedNetwork:
         self.structure = self._fill(net)
 
     def _fill(self, net: FoldedNetwork) -> Network:
-        self._blocks = (Block * len(net.blocks))(*(self._block(block) for block in net.blocks))
+        in_planes = not all(block.is_basic for block in net.blocks)
+        blocks = [self._block(block, in_planes) for block in net.blocks]
+        self._blocks = (Block * len(blocks))(*blocks)
         weight = net.stem.weight
         linear, linear_bias = net.linear or (None, None)
         return Network(
@@ -87,6 +109,7 @@ class PackedNetwork:
             padding=net.stem.padding,
             max_pool=net.max_pool,
             features=net.features,
+            in_planes=in_planes,
             num_blocks=len(net.blocks),
             stem=self._packed(weight),
             stem_bias=self._floats(net.stem.bias),
@@ -95,24 +118,40 @@ class PackedNetwork:
             blocks=self._blocks,
         )
 
-    def _block(self, block: FoldedBlock) -> Block:
-        (conv1, conv2), shortcut = block.convolutions, block.shortcut
-        gate: Any = block.gates[0] if block.gates else None
+    def _block(self, block: FoldedBlock, in_planes: bool) -> Block:
+        *first, last = block.convolutions
+        few, all_ = (self._plain, self._grouped) if in_planes else (self._blocked, self._packed)
+        packed = [self._convolution(conv, few) for conv in first] + [self._convolution(last, all_)]
+        shortcut = Convolution()
+        if block.shortcut is not None:
+            shortcut = self._convolution(block.shortcut, all_)
+        gates = [
+            Gate(
+                channels=len(gate.bias),
+                reduce=self._floats(gate.reduce),
+                bias=self._floats(gate.bias),
+                expand=self._floats(gate.expand.T),
+            )
+            for gate in block.gates
+            if isinstance(gate, FoldedGate)
+        ]
+        most = MOST_CONVOLUTIONS
         return Block(
-            in_channels=conv1.weight.shape[1],
-            hidden_channels=conv1.weight.shape[0],
-            out_channels=conv2.weight.shape[0],
-            stride=conv1.stride,
-            gate_channels=0 if gate is None else len(gate.bias),
-            conv1=self._blocked(conv1.weight),
-            bias1=self._floats(conv1.bias),
-            conv2=self._packed(conv2.weight),
-            bias2=self._floats(conv2.bias),
-            shortcut=None if shortcut is None else self._packed(shortcut.weight),
-            shortcut_bias=None if shortcut is None else self._floats(shortcut.bias),
-            gate_reduce=None if gate is None else self._floats(gate.reduce),
-            gate_bias=None if gate is None else self._floats(gate.bias),
-            gate_expand=None if gate is None else self._floats(gate.expand.T),
+            num_convolutions=len(packed),
+            convolutions=(Convolution * most)(*packed),
+            shortcut=shortcut,
+            gates=(Gate * (most - 1))(*gates),
+        )
+
+    def _convolution(self, conv: FoldedConvolution, pack: Callable[[Tensor], int]) -> Convolution:
+        out, channels, kernel, _ = conv.weight.shape
+        return Convolution(
+            in_channels=channels,
+            out_channels=out,
+            kernel=kernel,
+            stride=conv.stride,
+            weight=pack(conv.weight),
+            bias=self._floats(conv.bias),
         )
 
     def _padded(self, value: Tensor) -> Tensor:
@@ -131,6 +170,19 @@ class PackedNetwork:
     def _packed(self, weight: Tensor) -> int:
         """C_out × C_in × k × k, cut into groups of output channels, each C_in × k² × group."""
         groups = self._padded(weight.flatten(2).permute(1, 2, 0)).split(self._shapes.group, dim=2)
+        return self._memory.add(torch.cat([group.flatten() for group in groups]).to(self._dtype))
+
+    def _plain(self, weight: Tensor) -> int:
+        """C_out × C_in × k × k as it is."""
+        return self._memory.add(weight.to(self._dtype))
+
+    def _grouped(self, weight: Tensor) -> int:
+        """C_out × C_in × k × k, cut evenly into groups of output channels, each C_in × k² × group."""
+        rows = weight.flatten(2).permute(1, 2, 0)
+        channels = len(weight)
+        number = -(-channels // self._shapes.plane_group)
+        ends = [channels * i // number for i in range(1, number)]
+        groups = rows.tensor_split(ends, dim=2)
         return self._memory.add(torch.cat([group.flatten() for group in groups]).to(self._dtype))
 
 

@@ -61,8 +61,8 @@ def evaluate_policy(cfg: DictConfig) -> dict[str, Any]:
     )
     if cfg.calibrate is not None and cfg.threshold != 0:
         raise InputError(
-            f"threshold: found {cfg.threshold} with calibrate={cfg.calibrate}, which finds it; "
-            "accepted is one of them"
+            f"threshold: got {cfg.threshold} with calibrate={cfg.calibrate}, which finds it; "
+            "expected one of them"
         )
     shares: Any = plain(cfg)["shares"]
     require(

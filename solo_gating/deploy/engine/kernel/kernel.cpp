@@ -1,9 +1,12 @@
-// A ResNet of BasicBlocks in which each image computes only the channels that its gates choose.
+// A ResNet in which each image computes only the channels that its gates choose.
 //
-// Activations are rows × columns × channels. A block's first convolution computes the chosen
-// channels only, with dot products over its input channels, into planes of a hidden map that has
-// no place for the others; the second one adds up the outer products of these planes with the
-// chosen rows of its weights. Bias, shortcut and ReLU happen while sums are in registers.
+// Blocks are computed in one of two ways. BasicBlocks have activations of rows × columns ×
+// channels. Their first convolution computes the chosen channels only, with dot products over its
+// input channels, into planes of a hidden map that has no place for the others; the second one adds
+// up the outer products of these planes with the chosen rows of its weights. Bias, shortcut and ReLU
+// happen while sums are in registers. All other blocks, such as Bottlenecks, have a plane for each
+// channel (`planes.h`), because between their convolutions input and output channels are both
+// chosen.
 
 #include <algorithm>
 #include <cmath>
@@ -17,37 +20,25 @@
 #include <omp.h>
 #endif
 
+#include "gates.h"
 #include "layout.h"
 #include "network.h"
+#include "planes.h"
 #include "simd.h"
+#include "team.h"
 #include "tiles.h"
 
 namespace gated {
 namespace {
-
-// The threads that work on one image together.
-struct Team {
-  int rank;
-  int size;
-
-  void wait() const {
-    if (size > 1) {
-#pragma omp barrier
-    }
-  }
-
-  // This thread's share of `count` pieces of work.
-  int64_t begin(int64_t count) const { return count * rank / size; }
-  int64_t end(int64_t count) const { return count * (rank + 1) / size; }
-};
 
 // What one thread needs for itself.
 struct Scratch {
   Buffer rows;                 // the last three rows of the stem's convolution
   std::vector<Buffer> planes;  // for each small map, hidden channels before they are copied
   Buffer partial;              // sums of a band of dot products
-  Buffer logits;
-  std::vector<int32_t> chosen;  // the channels that the image computes, ascending
+  // For each gate of a block, its logits, and the channels that it chooses.
+  Buffer logits[kMostConvolutions - 1];
+  std::vector<int32_t> chosen[kMostConvolutions - 1];
   bool extreme = false;         // whether this thread's part of the image is
 };
 
@@ -60,6 +51,15 @@ constexpr int64_t kMostTaps = 128;
 
 constexpr float kZeros[kOuterVectors * kLanes] = {};
 
+// Rows are copied with whole vectors, beyond a buffer's ends by less than two.
+constexpr int64_t kMargin = 2 * kLanes;
+
+inline Buffer with_margins(int64_t size) {
+  return size > 0 ? Buffer(size + 2 * kMargin) : Buffer();
+}
+
+inline float* inside(const Buffer& buffer) { return buffer.data() + kMargin; }
+
 // What one image needs, for one thread or a team.
 struct Workspace {
   std::shared_ptr<const Layout> layout;
@@ -67,6 +67,9 @@ struct Workspace {
   std::vector<Buffer> maps;
   std::vector<Buffer> hidden;
   Buffer shortcut;
+  Buffer planes[2];         // maps; a block that changes their shape writes the other one
+  Buffer hidden_planes[2];  // maps between a block's convolutions, in turn
+  Buffer copies;            // of the map that a convolution reads
   Buffer pooled;
   std::vector<Scratch> scratch;  // for each thread
 
@@ -85,6 +88,9 @@ struct Workspace {
         hidden.emplace_back(h.plane * h.planes);
       }
       shortcut = Buffer(l.largest_shortcut);
+      for (Buffer& buffer : planes) buffer = with_margins(l.largest_map);
+      for (Buffer& buffer : hidden_planes) buffer = with_margins(l.largest_hidden);
+      copies = with_margins(l.largest_copies);
       pooled = Buffer(l.largest_channels);
       scratch.clear();
       layout = std::move(wanted);
@@ -99,8 +105,8 @@ struct Workspace {
         fresh.planes.emplace_back(h.copies ? size : 0);
       }
       fresh.partial = Buffer(kBandTiles * kDotChannels * kDotPixels * kLanes);
-      fresh.logits = Buffer(l.largest_channels);
-      fresh.chosen.resize(l.largest_channels);
+      for (Buffer& logits : fresh.logits) logits = Buffer(l.largest_channels);
+      for (std::vector<int32_t>& chosen : fresh.chosen) chosen.resize(l.largest_channels);
       scratch.push_back(std::move(fresh));
     }
   }
@@ -109,13 +115,6 @@ struct Workspace {
 // Inputs beyond this take the careful way, on which NaN and infinity do what they do in PyTorch.
 constexpr float kExtreme = 1e18f;
 
-// What the gates go by; pointers move on from block to block.
-struct Decisions {
-  const float* thresholds;  // of each hidden channel's logit; null to compute all channels
-  const int64_t* counts;    // how many channels each block computes, or -1 for those that reach
-                            // their thresholds; null where no block has a count
-};
-
 class Engine {
  public:
   explicit Engine(const Network& net)
@@ -123,8 +122,11 @@ class Engine {
     net_.blocks = blocks_.data();
     int64_t most = net.in_channels;
     for (const Block& b : blocks_) {
-      most = std::max({most, b.in_channels, b.hidden_channels});
-      mask_size_ += b.hidden_channels;
+      for (int64_t k = 0; k < b.num_convolutions; ++k) {
+        const Convolution& conv = b.convolutions[k];
+        most = std::max({most, conv.in_channels, conv.out_channels});
+        if (k + 1 < b.num_convolutions) mask_size_ += conv.out_channels;
+      }
     }
     for (int64_t c = 0; c < most; ++c) all_.push_back(c);
   }
@@ -193,14 +195,14 @@ class Engine {
                uint8_t* mask, Team team) const {
     const bool extreme = read_image(w, image, team);
     stem(w, extreme, team);
-    if (extreme) clear_padding(w, 0, net_.width, team);
-    for (int64_t i = 0; i < net_.num_blocks; ++i) {
-      block(w, i, decisions, mask, extreme, team);
-      if (decisions.thresholds != nullptr) decisions.thresholds += blocks_[i].hidden_channels;
-      if (decisions.counts != nullptr) ++decisions.counts;
-      if (mask != nullptr) mask += blocks_[i].hidden_channels;
+    const float* last = nullptr;
+    if (net_.in_planes) {
+      last = planes(w, decisions, mask, extreme, team);
+    } else {
+      if (extreme) clear_padding(w, 0, net_.width, team);
+      for (int64_t i = 0; i < net_.num_blocks; ++i) block(w, i, decisions, mask, extreme, team);
     }
-    head(w, features, team);
+    head(w, last, features, team);
     team.wait();
   }
 
@@ -302,65 +304,88 @@ class Engine {
     }
   }
 
-  void block(Workspace& w, int64_t index, const Decisions& decisions, uint8_t* mask, bool extreme,
+  // What the gates of a block choose, once there are the means of its input; moves on to the next
+  // block's decisions and masks.
+  void decide(Workspace& w, const Block& b, Decisions& decisions, uint8_t*& mask, bool extreme,
+              Team team, Choice* choices) const {
+    for (int64_t g = 0; g + 1 < b.num_convolutions; ++g) {
+      const int64_t channels = b.convolutions[g].out_channels;
+      choices[g] = all(channels);
+      if (decisions.thresholds != nullptr) {
+        float* logits = w.scratch[team.rank].logits[g].data();
+        int32_t* chosen = w.scratch[team.rank].chosen[g].data();
+        const int64_t number = choose(b.gates[g], b.convolutions[0].in_channels, channels,
+                                      w.pooled.data(), decisions, logits, chosen);
+        if (mask != nullptr && team.rank == 0) write_mask(chosen, number, channels, mask);
+        if (extreme) {
+          choices[g].scale = as_scale(chosen, number, channels, logits);
+        } else {
+          choices[g] = {chosen, number, nullptr};
+        }
+        decisions.thresholds += channels;
+        if (decisions.counts != nullptr) ++decisions.counts;
+      } else if (mask != nullptr && team.rank == 0) {
+        std::fill_n(mask, channels, 1);
+      }
+      if (mask != nullptr) mask += channels;
+    }
+  }
+
+  Choice all(int64_t channels) const { return {all_.data(), channels, nullptr}; }
+
+  // Whether a block's gates, if they choose, need the means of its input.
+  static bool needs_means(const Block& b, const Decisions& decisions) {
+    const auto has_weights = [](const Gate& gate) { return gate.channels > 0; };
+    return decisions.thresholds != nullptr &&
+           std::any_of(b.gates, b.gates + b.num_convolutions - 1, has_weights);
+  }
+
+  void block(Workspace& w, int64_t index, Decisions& decisions, uint8_t*& mask, bool extreme,
              Team team) const {
     const Block& b = blocks_[index];
     const Layout& l = *w.layout;
     const BlockLayout& at = l.blocks[index];
     const Hidden& hidden = l.hidden[at.out_map];
-    Scratch& own = w.scratch[team.rank];
+    const bool has_shortcut = b.shortcut.weight != nullptr;
 
-    const bool gated = decisions.thresholds != nullptr;
-    if (gated && b.gate_channels > 0) pool(l.maps[at.in_map], w.map(at.in_map), w.pooled.data(), team);
-    if (b.shortcut != nullptr) transpose_shortcut(w, at, team);
+    if (needs_means(b, decisions)) {
+      pool(l.maps[at.in_map], w.map(at.in_map), w.pooled.data(), team);
+    }
+    if (has_shortcut) transpose_shortcut(w, at, team);
     team.wait();
 
-    const int32_t* chosen = all_.data();
-    int64_t number = b.hidden_channels;
-    const float* scale = nullptr;
-    if (gated) {
-      number = choose(b, w.pooled.data(), decisions, own);
-      chosen = own.chosen.data();
-      if (mask != nullptr && team.rank == 0) write_mask(b, chosen, number, mask);
-      if (extreme) {
-        scale = as_scale(b, own, number);
-        chosen = all_.data();
-        number = b.hidden_channels;
-      }
-    } else if (mask != nullptr && team.rank == 0) {
-      std::fill_n(mask, b.hidden_channels, 1);
-    }
-
-    first_convolution(w, b, at, chosen, number, scale, team);
+    Choice choice[kMostConvolutions - 1];
+    decide(w, b, decisions, mask, extreme, team, choice);
+    first_convolution(w, b.convolutions[0], at, choice[0], team);
     team.wait();
 
     Outer sum[2];
     int terms = 0;
-    if (b.shortcut != nullptr) {
+    if (has_shortcut) {
       // One row whose taps are the input channels.
       Outer& shortcut = sum[terms++];
       shortcut.x = w.shortcut.data();
       shortcut.tile_size = l.maps[at.in_map].channels * kTileStride;
       shortcut.taps = l.shortcut_taps.data();
-      shortcut.num_taps = b.in_channels;
+      shortcut.num_taps = b.shortcut.in_channels;
       shortcut.rows = all_.data();
       shortcut.num_rows = shortcut.all_rows = 1;
-      shortcut.weights = b.shortcut;
-      shortcut.bias = b.shortcut_bias;
+      shortcut.weights = b.shortcut.weight;
+      shortcut.bias = b.shortcut.bias;
     }
     Outer& second = sum[terms++];
     second.x = w.hidden[at.out_map].data();
     second.plane = hidden.plane;
     second.taps = hidden.taps.data();
     second.num_taps = 9;
-    second.rows = chosen;
-    second.num_rows = number;
-    second.all_rows = b.hidden_channels;
-    second.weights = b.conv2;
-    second.bias = b.bias2;
+    second.rows = choice[0].channels;
+    second.num_rows = choice[0].number;
+    second.all_rows = b.last().in_channels;
+    second.weights = b.last().weight;
+    second.bias = b.last().bias;
     outer(sum, terms, hidden, w.map(at.out_map), team);
     team.wait();
-    if (extreme) clear_padding(w, at.out_map, b.out_channels, team);
+    if (extreme) clear_padding(w, at.out_map, b.last().out_channels, team);
   }
 
   // NaN or infinity times the zero weights of padded channels is not zero.
@@ -391,100 +416,135 @@ class Engine {
     }
   }
 
+  // Some channels (up to kLanes) of a tile's pixels, from pixels × channels to channels × pixels.
+  static void transpose_tile(const float* x, int64_t step, const int32_t* pixel, int64_t count,
+                             float* to, int64_t to_step, int64_t channels) {
+    for (int64_t p = 0; p < count; p += kLanes) {
+      Vec rows[kLanes];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kLanes; ++i) {
+        // Beyond the tile, repeat its last pixel; nobody reads that.
+        const int64_t q = p + i < count ? p + i : count - 1;
+        rows[i] = load(x + pixel[q] * step);
+      }
+      transpose(rows);
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kLanes; ++i) {
+        if (i < channels) store(to + i * to_step + p, rows[i]);
+      }
+    }
+  }
+
   // The pixels that a shortcut reads, as tiles × channels × pixels.
   static void transpose_shortcut(Workspace& w, const BlockLayout& at, Team team) {
     const Map& in = w.layout->maps[at.in_map];
     const std::vector<PixelTile>& tiles = w.layout->hidden[at.out_map].tiles;
     const Blocked x = w.map(at.in_map);
+    // The middle of the kernel is where a 1×1 convolution of the same stride reads.
+    const int64_t middle = in.width + 2 + 1;
     for (int64_t t = team.begin(tiles.size()); t < team.end(tiles.size()); ++t) {
-      const PixelTile& tile = tiles[t];
-      // The middle of the kernel is where a 1×1 convolution of the same stride reads.
-      const int32_t* pixel = at.pixel.data() + tile.first;
-      const int64_t middle = in.width + 2 + 1;
+      const int32_t* pixel = at.pixel.data() + tiles[t].first;
       float* to = w.shortcut.data() + t * in.channels * kTileStride;
-      for (int64_t c = 0; c < in.channels; c += kLanes, to += kLanes * kTileStride) {
+      for (int64_t c = 0; c < in.channels; c += kLanes) {
         const int64_t step = x.step(c);
-        for (int64_t p = 0; p < tile.count; p += kLanes) {
-          Vec rows[kLanes];
-#pragma GCC unroll 16
-          for (int64_t i = 0; i < kLanes; ++i) {
-            // Beyond the tile, repeat its last pixel; nobody reads that.
-            const int64_t q = p + i < tile.count ? p + i : tile.count - 1;
-            rows[i] = load(x.at(c) + (pixel[q] + middle) * step);
-          }
-          transpose(rows);
-#pragma GCC unroll 16
-          for (int64_t i = 0; i < kLanes; ++i) store(to + i * kTileStride + p, rows[i]);
-        }
+        transpose_tile(x.at(c) + middle * step, step, pixel, tiles[t].count, to + c * kTileStride,
+                       kTileStride, kLanes);
       }
     }
   }
 
-  // Which channels the gate chooses; returns their number.
-  static int64_t choose(const Block& b, const float* pooled, const Decisions& decisions,
-                        Scratch& own) {
-    const int64_t in = padded_channels(b.in_channels), out = padded_channels(b.hidden_channels);
-    float* logits = own.logits.data();
-    std::fill_n(logits, out, 0.0f);
-    for (int64_t k = 0; k < b.gate_channels; ++k) {
-      Vec sum{};
-      for (int64_t c = 0; c < in; c += kLanes) {
-        sum += load(pooled + c) * load(b.gate_reduce + k * in + c);
-      }
-      float hidden = sums<1>(&sum)[0] + b.gate_bias[k];
-      if (hidden <= 0.0f) continue;
-      for (int64_t c = 0; c < out; c += kLanes) {
-        store(logits + c, load(logits + c) + broadcast(hidden) * load(b.gate_expand + k * out + c));
-      }
-    }
-    const float* thresholds = decisions.thresholds;
-    if (decisions.counts != nullptr && *decisions.counts >= 0) {
-      for (int64_t c = 0; c < b.hidden_channels; ++c) logits[c] -= thresholds[c];
-      return choose_largest(logits, b.hidden_channels, *decisions.counts, own.chosen);
-    }
-    int64_t number = 0;
-    for (int64_t c = 0; c < b.hidden_channels; ++c) {
-      if (logits[c] >= thresholds[c]) own.chosen[number++] = c;
-    }
-    return number;
-  }
-
-  // Some of the largest logits; of equal ones those that come first. NaN is the largest, as
-  // PyTorch sorts it.
-  static int64_t choose_largest(const float* logits, int64_t channels, int64_t count,
-                                std::vector<int32_t>& chosen) {
-    for (int64_t c = 0; c < channels; ++c) chosen[c] = c;
-    const auto larger = [&](int32_t a, int32_t b) {
-      const float x = logits[a], y = logits[b];
-      const bool x_nan = x != x, y_nan = y != y;
-      if (x_nan != y_nan) return x_nan;
-      return x_nan || x == y ? a < b : x > y;
-    };
-    if (count < channels) {
-      std::nth_element(chosen.begin(), chosen.begin() + count, chosen.begin() + channels, larger);
-    }
-    std::sort(chosen.begin(), chosen.begin() + count);
-    return count;
-  }
-
-  static void write_mask(const Block& b, const int32_t* chosen, int64_t number, uint8_t* mask) {
-    std::fill_n(mask, b.hidden_channels, 0);
+  static void write_mask(const int32_t* chosen, int64_t number, int64_t channels, uint8_t* mask) {
+    std::fill_n(mask, channels, 0);
     for (int64_t j = 0; j < number; ++j) mask[chosen[j]] = 1;
   }
 
   // The mask as numbers: in an extreme image the masked network computes NaN · 0 = NaN in channels
   // that are not chosen, and so must we.
-  static const float* as_scale(const Block& b, Scratch& own, int64_t number) {
-    float* scale = own.logits.data();
-    std::fill_n(scale, b.hidden_channels, 0.0f);
-    for (int64_t j = 0; j < number; ++j) scale[own.chosen[j]] = 1.0f;
+  static const float* as_scale(const int32_t* chosen, int64_t number, int64_t channels,
+                               float* scale) {
+    std::fill_n(scale, channels, 0.0f);
+    for (int64_t j = 0; j < number; ++j) scale[chosen[j]] = 1.0f;
     return scale;
   }
 
+  // All blocks, on planes; returns those of the last map.
+  const float* planes(Workspace& w, Decisions decisions, uint8_t* mask, bool extreme,
+                      Team team) const {
+    const Layout& l = *w.layout;
+    int current = 0;
+    stem_planes(w, team);
+    for (int64_t i = 0; i < net_.num_blocks; ++i) {
+      const Block& b = blocks_[i];
+      const PlaneBlock& at = l.plane_blocks[i];
+      const float* x = inside(w.planes[current]);
+      if (needs_means(b, decisions)) {
+        const PlaneShape& first = at.convolutions[0];
+        pool_planes(x, first.in_height * first.in_width, b.convolutions[0].in_channels,
+                    w.pooled.data(), team);
+      }
+      team.wait();
+      Choice choice[kMostConvolutions];
+      decide(w, b, decisions, mask, extreme, team, choice);
+      choice[b.num_convolutions - 1] = all(b.last().out_channels);
+      if (b.shortcut.weight != nullptr) {
+        current = 1 - current;
+        float* y = inside(w.planes[current]);
+        plane_convolution(w, b.shortcut, true, at.shortcut[0], x, all(b.shortcut.in_channels), y,
+                          all(b.shortcut.out_channels), false, false, team);
+      }
+      Choice in = all(b.convolutions[0].in_channels);
+      for (int64_t k = 0; k < b.num_convolutions; ++k) {
+        // The last one adds to the shortcut, which is in its output's place.
+        const bool last = k + 1 == b.num_convolutions;
+        float* y = inside(last ? w.planes[current] : w.hidden_planes[k % 2]);
+        plane_convolution(w, b.convolutions[k], last, at.convolutions[k], x, in, y, choice[k], last,
+                          true, team);
+        x = y;
+        in = choice[k];
+      }
+    }
+    return inside(w.planes[current]);
+  }
+
+  // A convolution, when the planes that it reads are there.
+  static void plane_convolution(Workspace& w, const Convolution& conv, bool grouped,
+                                const PlaneShape& shape, const float* x, const Choice& in, float* y,
+                                const Choice& out, bool add, bool rectify, Team team) {
+    if (shape.copies()) {
+      const int64_t plane = plane_size(shape.in_height * shape.in_width);
+      float* copies = inside(w.copies);
+      for (int64_t j = team.begin(in.number); j < team.end(in.number); ++j) {
+        write_copies(shape, x + j * plane, copies + j * shape.in_plane());
+      }
+      team.wait();
+      x = copies;
+    }
+    convolve(conv, grouped, shape, x, in, y, out, add, rectify, team);
+    team.wait();
+  }
+
+  // The stem's output as planes.
+  void stem_planes(Workspace& w, Team team) const {
+    const Map& map = w.layout->maps[0];
+    const std::vector<int32_t>& position = w.layout->hidden[0].position;
+    const Blocked x = w.map(0);
+    const int64_t plane = plane_size(map.pixels()), vectors = plane / kLanes;
+    const int64_t first = team.begin(vectors) * kLanes;
+    const int64_t count = std::min(team.end(vectors) * kLanes, map.pixels()) - first;
+    float* to = inside(w.planes[0]) + first;
+    for (int64_t c = 0; c < net_.width; c += kLanes) {
+      transpose_tile(x.at(c), x.step(c), position.data() + first, count, to + c * plane, plane,
+                     net_.width - c);
+    }
+    team.wait();
+  }
+
   // The chosen channels of a block's first convolution, into planes of the hidden map.
-  static void first_convolution(Workspace& w, const Block& b, const BlockLayout& at,
-                                const int32_t* chosen, int64_t number, const float* scale,
-                                Team team) {
+  static void first_convolution(Workspace& w, const Convolution& conv, const BlockLayout& at,
+                                const Choice& choice, Team team) {
+    const int32_t* chosen = choice.channels;
+    const float* scale = choice.scale;
+    const int64_t number = choice.number;
     const Map& in = w.layout->maps[at.in_map];
     const Hidden& hidden = w.layout->hidden[at.out_map];
     const int64_t pixel_tiles = hidden.dots.size();
@@ -510,9 +570,9 @@ class Engine {
       const Weight* next_rows[kDotChannels];
       for (int64_t k = 0; k < channels; ++k) {
         const int64_t c = chosen[first + k];
-        rows[k] = b.conv1 + c * row_size;
-        next_rows[k] = b.conv1 + chosen[next + k] * row_size;
-        product.bias[k] = b.bias1[c];
+        rows[k] = conv.weight + c * row_size;
+        next_rows[k] = conv.weight + chosen[next + k] * row_size;
+        product.bias[k] = conv.bias[c];
         scales[k] = scale == nullptr ? 1.0f : scale[c];
         product.y[k] = hidden.copies ? w.scratch[team.rank].planes[at.out_map].data() +
                                            k * hidden.map.padded_pixels()
@@ -648,9 +708,13 @@ class Engine {
   }
 
   // The mean over the last map, and the classifier if there is one.
-  void head(Workspace& w, float* features, Team team) const {
-    const Map& map = w.layout->maps.back();
-    pool(map, w.map(w.maps.size() - 1), w.pooled.data(), team);
+  void head(Workspace& w, const float* planes, float* features, Team team) const {
+    const int64_t channels = blocks_.back().last().out_channels;
+    if (planes != nullptr) {
+      pool_planes(planes, w.layout->last_pixels, channels, w.pooled.data(), team);
+    } else {
+      pool(w.layout->maps.back(), w.map(w.maps.size() - 1), w.pooled.data(), team);
+    }
     team.wait();
     if (team.rank != 0) return;
     if (net_.linear == nullptr) {
@@ -659,8 +723,9 @@ class Engine {
     }
     for (int64_t k = 0; k < net_.features; ++k) {
       Vec sum{};
-      for (int64_t c = 0; c < map.channels; c += kLanes) {
-        sum += load(w.pooled.data() + c) * load(net_.linear + k * map.channels + c);
+      const float* weight = net_.linear + k * padded_channels(channels);
+      for (int64_t c = 0; c < channels; c += kLanes) {
+        sum += load(w.pooled.data() + c) * load(weight + c);
       }
       features[k] = sums<1>(&sum)[0] + net_.linear_bias[k];
     }
@@ -688,6 +753,8 @@ EXPORT int64_t gated_lanes() { return gated::kLanes; }
 
 EXPORT int64_t gated_group() { return gated::kLanes * gated::kOuterVectors; }
 
+EXPORT int64_t gated_plane_group() { return gated::kPlaneChannels; }
+
 EXPORT int64_t gated_block() { return gated::Blocked::kBlock; }
 
 // No exception may leave these functions: their caller is not C++.
@@ -706,8 +773,8 @@ EXPORT int gated_run(void* engine, const float* images, int64_t number, int64_t 
                      int64_t width, const float* thresholds, const int64_t* counts,
                      float* features, uint8_t* masks, int64_t threads) {
   try {
-    static_cast<gated::Engine*>(engine)->run(images, number, height, width,
-                                             {thresholds, counts}, features, masks, static_cast<int>(threads));
+    static_cast<gated::Engine*>(engine)->run(images, number, height, width, {thresholds, counts},
+                                             features, masks, static_cast<int>(threads));
     return 0;
   } catch (const std::length_error&) {
     return 2;

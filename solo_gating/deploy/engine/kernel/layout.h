@@ -136,6 +136,56 @@ struct BlockLayout {
   std::vector<int32_t> pixel;  // of the input map, the first one that each output pixel reads
 };
 
+// From one plane of so many pixels to the next: whole vectors.
+inline int64_t plane_size(int64_t pixels) { return ceil_div(pixels, kLanes) * kLanes; }
+
+// One convolution between maps that are planes without borders.
+struct PlaneShape {
+  int64_t in_height, in_width;
+  int64_t kernel, stride;
+  int64_t height, width;           // of the output
+  int64_t rows;                    // of each part of a shifted copy
+  std::vector<int32_t> taps;       // offsets of the kernel's elements
+  std::vector<PixelTile> tiles;    // of the output, counted in vectors
+
+  PlaneShape(int64_t in_height, int64_t in_width, const Convolution& conv)
+      : in_height(in_height), in_width(in_width), kernel(conv.kernel), stride(conv.stride) {
+    height = (in_height - 1) / stride + 1;
+    width = (in_width - 1) / stride + 1;
+    rows = ceil_div(in_height + 2 * padding(), stride);
+    check_places(std::max(in_plane(), out_plane()));
+    for (int64_t y = 0; y < kernel; ++y) {
+      for (int64_t x = 0; x < kernel; ++x) {
+        taps.push_back(x * copy() + y % stride * rows * width + y / stride * width);
+      }
+    }
+    cut(0, out_plane() / kLanes, 0, kPlaneVectors, tiles);
+  }
+
+  int64_t padding() const { return kernel / 2; }
+
+  // Whether it reads shifted copies of the input's planes instead of these.
+  bool copies() const { return kernel > 1 || stride > 1; }
+
+  // Parts of a copy, one for each row modulo the stride that the kernel reads.
+  int64_t phases() const { return std::min(kernel, stride); }
+
+  // Size of a copy.
+  int64_t copy() const { return phases() * rows * width; }
+
+  // From one input channel to the next. The last pixels of copies are read with whole vectors.
+  int64_t in_plane() const {
+    return copies() ? plane_size(kernel * copy()) + kLanes : plane_size(in_height * in_width);
+  }
+
+  int64_t out_plane() const { return plane_size(height * width); }
+};
+
+struct PlaneBlock {
+  std::vector<PlaneShape> convolutions;
+  std::vector<PlaneShape> shortcut;  // one, or none for the identity
+};
+
 // The stem's input: for each channel, one plane for each column modulo the stride, so that
 // neighbouring outputs read neighbouring numbers.
 struct Stem {
@@ -158,11 +208,20 @@ struct Layout {
   int64_t largest_shortcut = 0;
   int64_t largest_channels = 0;  // of a map or a hidden map
 
+  // Where maps are planes; only the stem's output is also in `maps`.
+  std::vector<PlaneBlock> plane_blocks;
+  int64_t largest_map = 0, largest_hidden = 0, largest_copies = 0;
+  int64_t last_pixels = 0;  // of the last map
+
   Layout(const Network& net, int64_t height, int64_t width) {
     plan_stem(net, height, width);
     maps.push_back({stem.pooled_height, stem.pooled_width, padded_channels(net.width)});
     // The largest plane, and three copies of the largest map.
     check_places(std::max(stem.channel, 3 * maps[0].padded_pixels()));
+    if (net.in_planes) {
+      plan_planes(net);
+      return;
+    }
     for (int64_t i = 0; i < net.num_blocks; ++i) plan_block(net.blocks[i]);
     for (const Map& map : maps) {
       hidden.emplace_back(map);
@@ -170,7 +229,7 @@ struct Layout {
     }
     for (int64_t c = 0; c < largest_channels; ++c) shortcut_taps.push_back(c * kTileStride);
     for (int64_t i = 0; i < net.num_blocks; ++i) {
-      const int64_t channels = net.blocks[i].hidden_channels;
+      const int64_t channels = net.blocks[i].convolutions[0].out_channels;
       int64_t& planes = hidden[blocks[i].out_map].planes;
       planes = std::max(planes, channels);
       largest_channels = std::max(largest_channels, padded_channels(channels));
@@ -206,18 +265,50 @@ struct Layout {
     BlockLayout layout;
     layout.in_map = maps.size() - 1;
     const Map in = maps.back();
-    if (block.shortcut != nullptr) {
-      maps.push_back({(in.height - 1) / block.stride + 1, (in.width - 1) / block.stride + 1,
-                      padded_channels(block.out_channels)});
+    const int64_t stride = block.convolutions[0].stride;
+    if (block.shortcut.weight != nullptr) {
+      maps.push_back({(in.height - 1) / stride + 1, (in.width - 1) / stride + 1,
+                      padded_channels(block.last().out_channels)});
     }
     layout.out_map = maps.size() - 1;
     const Map out = maps.back();
     for (int64_t y = 0; y < out.height; ++y) {
       for (int64_t x = 0; x < out.width; ++x) {
-        layout.pixel.push_back((y * (in.width + 2) + x) * block.stride);
+        layout.pixel.push_back((y * (in.width + 2) + x) * stride);
       }
     }
     blocks.push_back(std::move(layout));
+  }
+
+  void plan_planes(const Network& net) {
+    hidden.emplace_back(maps[0]);
+    int64_t height = maps[0].height, width = maps[0].width;
+    largest_channels = maps[0].channels;
+    largest_map = net.width * plane_size(height * width);
+    const auto shape = [&](int64_t in_height, int64_t in_width, const Convolution& conv) {
+      PlaneShape s(in_height, in_width, conv);
+      if (s.copies()) largest_copies = std::max(largest_copies, conv.in_channels * s.in_plane());
+      largest_channels = std::max(largest_channels, padded_channels(conv.out_channels));
+      return s;
+    };
+    for (int64_t i = 0; i < net.num_blocks; ++i) {
+      const Block& block = net.blocks[i];
+      PlaneBlock planes;
+      if (block.shortcut.weight != nullptr) {
+        planes.shortcut.push_back(shape(height, width, block.shortcut));
+      }
+      for (int64_t k = 0; k < block.num_convolutions; ++k) {
+        const Convolution& conv = block.convolutions[k];
+        planes.convolutions.push_back(shape(height, width, conv));
+        const PlaneShape& s = planes.convolutions.back();
+        int64_t& largest = k + 1 < block.num_convolutions ? largest_hidden : largest_map;
+        largest = std::max(largest, conv.out_channels * s.out_plane());
+        height = s.height;
+        width = s.width;
+      }
+      plane_blocks.push_back(std::move(planes));
+    }
+    last_pixels = height * width;
   }
 };
 

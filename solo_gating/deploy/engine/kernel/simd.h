@@ -53,6 +53,15 @@ inline Vec load(const Bfloat16* from) {
   return value;
 }
 
+inline float number(const float* from) { return *from; }
+
+inline float number(const Bfloat16* from) {
+  const uint32_t bits = static_cast<uint32_t>(from->upper) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
 // What the convolutions' weights are held in; sums and activations are always floats.
 #if defined(GATED_BFLOAT16)
 using Weight = Bfloat16;

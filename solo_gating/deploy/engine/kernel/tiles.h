@@ -1,10 +1,11 @@
-// The two inner loops that all multiplications run in.
+// The three inner loops that all multiplications run in.
 //
-// Both keep a tile of sums in registers. `outer_tile` has output channels in its lanes and reads
+// Each keeps a tile of sums in registers. `outer_tile` has output channels in its lanes and reads
 // one number of the input at a time, which suits convolutions of few, freely chosen input channels
 // into all output channels. `dot_tile` has input channels in its lanes, which suits convolutions
-// of all input channels into few, freely chosen output channels. Neither copies nor pads the
-// chosen weights.
+// of all input channels into few, freely chosen output channels. `plane_tile` has pixels in its
+// lanes and reads one weight at a time, so that input and output channels can both be chosen. None
+// copies or pads the chosen weights.
 //
 // The order of additions in one output number depends on neither the tile's shape nor its place,
 // so that results do not depend on the number of threads.
@@ -26,6 +27,8 @@ constexpr int kOuterPixels = kRegisters == 32 ? 14 : 6;
 constexpr int kTileStride = (kOuterPixels + kLanes - 1) / kLanes * kLanes;
 constexpr int kDotPixels = kLanes == 16 ? 7 : 4;
 constexpr int kDotChannels = kRegisters == 32 ? (kLanes == 16 ? 4 : 6) : 3;
+constexpr int kPlaneChannels = 6;
+constexpr int kPlaneVectors = kRegisters == 32 ? 4 : 2;
 static_assert(kDotPixels <= kLanes, "the sums of a channel fit one vector");
 
 // y[p] = Σ_j Σ_t x[j · plane + taps[t] + p] · w[rows[j]][t], for a tile of pixels p.
@@ -215,8 +218,76 @@ void dot_tile(const DotProduct& a) {
   finish<Channels, Pixels>(a, sum);
 }
 
+// y[m][p] = Σ_j Σ_t w[m][rows[j]][t] · x[j · plane + taps[t] + p], rectified and scaled, for a tile
+// of output channels m and pixels p.
+struct PlaneProduct {
+  const float* x;
+  int64_t plane;        // from one input channel to the next
+  const int32_t* taps;  // offsets of the kernel's elements
+  int num_taps;
+  const int32_t* rows;  // the input channel that each plane is
+  int num_rows;
+  const Weight* weights[kPlaneChannels];  // of each output channel
+  int64_t row_step;                       // in them, from one input channel to the next
+  int64_t tap_step;                       // and from one of the kernel's elements
+  float bias[kPlaneChannels];
+  float scale[kPlaneChannels];
+  float* y[kPlaneChannels];  // the tile's part of each plane
+  bool add;                  // to what is in y
+  bool rectify;
+};
+
+template <int Channels, int Vectors>
+void plane_tile(const PlaneProduct& a) {
+  Vec sum[Channels][Vectors];
+#pragma GCC unroll 16
+  for (int m = 0; m < Channels; ++m) {
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) sum[m][v] = Vec{};
+  }
+  const Weight* row[Channels];
+#pragma GCC unroll 16
+  for (int m = 0; m < Channels; ++m) row[m] = a.weights[m];
+  const auto add = [&](const float* x, int64_t place) {
+    Vec value[Vectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) {
+      value[v] = load(x + v * kLanes);
+      keep(value[v]);
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < Channels; ++m) {
+      Vec weight = broadcast(number(row[m] + place));
+      keep(weight);
+#pragma GCC unroll 4
+      for (int v = 0; v < Vectors; ++v) sum[m][v] += value[v] * weight;
+    }
+  };
+  const float* plane = a.x;
+  if (a.num_taps == 1) {  // without the inner loop, which costs as much as a narrow tile
+    for (int j = 0; j < a.num_rows; ++j, plane += a.plane) add(plane, a.rows[j] * a.row_step);
+  } else {
+    for (int j = 0; j < a.num_rows; ++j, plane += a.plane) {
+      int64_t place = a.rows[j] * a.row_step;
+      for (int t = 0; t < a.num_taps; ++t, place += a.tap_step) add(plane + a.taps[t], place);
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < Channels; ++m) {
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) {
+      float* y = a.y[m] + v * kLanes;
+      Vec value = sum[m][v] + broadcast(a.bias[m]);
+      if (a.add) value += load(y);
+      if (a.rectify) value = relu(value);
+      store(y, value * broadcast(a.scale[m]));
+    }
+  }
+}
+
 using OuterTile = void (*)(const OuterProduct&);
 using DotTile = void (*)(const DotProduct&);
+using PlaneTile = void (*)(const PlaneProduct&);
 
 template <int Vectors, size_t... P>
 constexpr std::array<OuterTile, sizeof...(P)> outer_tiles(std::index_sequence<P...>) {
@@ -234,6 +305,17 @@ constexpr std::array<std::array<DotTile, kDotPixels>, sizeof...(M)> all_dot_tile
   return {dot_tiles<M + 1>(std::make_index_sequence<kDotPixels>{})...};
 }
 
+template <int Channels, size_t... V>
+constexpr std::array<PlaneTile, sizeof...(V)> plane_tiles(std::index_sequence<V...>) {
+  return {plane_tile<Channels, V + 1>...};
+}
+
+template <size_t... M>
+constexpr std::array<std::array<PlaneTile, kPlaneVectors>, sizeof...(M)> all_plane_tiles(
+    std::index_sequence<M...>) {
+  return {plane_tiles<M + 1>(std::make_index_sequence<kPlaneVectors>{})...};
+}
+
 inline void run(const OuterProduct& product, int vectors, int pixels) {
   static constexpr auto kOne = outer_tiles<1>(std::make_index_sequence<kOuterPixels>{});
   static constexpr auto kTwo = outer_tiles<2>(std::make_index_sequence<kOuterPixels>{});
@@ -243,6 +325,11 @@ inline void run(const OuterProduct& product, int vectors, int pixels) {
 inline void run(const DotProduct& product, int channels, int pixels) {
   static constexpr auto kTiles = all_dot_tiles(std::make_index_sequence<kDotChannels>{});
   kTiles[channels - 1][pixels - 1](product);
+}
+
+inline void run(const PlaneProduct& product, int channels, int vectors) {
+  static constexpr auto kTiles = all_plane_tiles(std::make_index_sequence<kPlaneChannels>{});
+  kTiles[channels - 1][vectors - 1](product);
 }
 
 }  // namespace gated

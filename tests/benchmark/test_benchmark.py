@@ -1,0 +1,363 @@
+"""What main_benchmark measures: encoders at wanted densities, fair turns, rows that add up."""
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from solo_gating import InputError
+from solo_gating.benchmark import timing
+from solo_gating.benchmark.inference import machine
+from solo_gating.benchmark.inference.cases import (
+    Network,
+    gated_case,
+    random_encoder,
+    random_images,
+    with_random_gates,
+    with_threshold,
+)
+from solo_gating.benchmark.inference.engines import DENSE
+from solo_gating.benchmark.inference.measure import Contender, check, rows
+from solo_gating.benchmark.machine import torch_threads
+from solo_gating.deploy.dense import dense_resnet
+from solo_gating.flops import count_flops
+from solo_gating.main_benchmark import main
+
+from ..support.encoders import run_config, save_run, tiny_backbone
+
+
+def masks_of(backbone, images):
+    """Zeros and ones, B × channels, of each block."""
+    with torch.no_grad(), backbone.path("gated") as passes:
+        backbone(images)
+    return passes[-1].masks
+
+
+def logits_of(backbone, images):
+    """Every gate's logits, one after another."""
+    logits = []
+    for block in backbone.gated_blocks:
+        block.gate.expand.register_forward_hook(lambda m, x, y: logits.append(y.flatten()))
+    masks_of(backbone, images)
+    return torch.cat(logits)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return random_images(64, 16, seed=3)
+
+
+@pytest.fixture(scope="module")
+def encoder(images):
+    return random_encoder("resnet18_gated", 16, "cifar", images, seed=3)
+
+
+@pytest.fixture(scope="module")
+def dense(encoder, images):
+    return Network(dense_resnet(encoder), images[:3])
+
+
+@pytest.mark.parametrize("batch", [1, 16])
+@pytest.mark.parametrize("density", [0.05, 0.3, 0.75, 1.0])
+def test_random_gates_compute_the_wanted_share_and_decide_by_image(encoder, images, density, batch):
+    backbone = with_random_gates(encoder, images, batch, density, seed=0)
+    computed = sum(int(mask.sum()) for mask in masks_of(backbone, images[:batch]))
+    total = batch * sum(block.conv1.out_channels for block in backbone.gated_blocks)
+    # What one block misses the next one makes up for; the last one may stay off by its own gap.
+    assert computed / total == pytest.approx(density, abs=2 / total + 0.002)
+
+    for block, mask in zip(backbone.gated_blocks, masks_of(backbone, images), strict=True):
+        channels, counts = mask.shape[1], mask.sum(0)
+        on = round(channels * max(density / 3, 2 * density - 1))
+        assert int((counts == len(images)).sum()) >= on
+        some = (counts > 0) & (counts < len(images))
+        most = max(1, round(channels * min(4 * density / 3, 2 - 2 * density)))
+        assert int(some.sum()) <= most
+        if density < 1:
+            # Not the same channels for all images; among few, chance may have it so.
+            assert some.any() or most < 6
+        assert block.gate.threshold == 0
+
+
+def test_random_gates_leave_the_dense_path_as_it_is_and_stay_in_range(encoder, images):
+    backbone = with_random_gates(encoder, images, 8, 0.3, seed=0)
+    assert torch.equal(backbone(images[:4]), encoder(images[:4]))
+    with torch.no_grad(), backbone.path("gated"):
+        gated = backbone(images)
+    for features in (gated, encoder(images)):
+        assert features.isfinite().all()
+        assert 0.01 < features.std() < 100
+
+
+def test_two_encoders_can_be_benchmarked(images):
+    backbone = random_encoder("resnet18_two_encoders", 8, "cifar", images, seed=0)
+    backbone = with_random_gates(backbone, images, 4, 0.5, seed=0)
+    masks = torch.cat(masks_of(backbone, images[:4]), dim=1)
+    assert float(masks.mean()) == pytest.approx(0.5, abs=0.01)
+
+
+def test_a_threshold_gives_the_share_and_lies_between_logits(images):
+    backbone = tiny_backbone(width=8)
+    for density in (0.2, 0.6):
+        turned = with_threshold(backbone, images[:16], density)
+        masks = masks_of(turned, images[:16])
+        assert float(torch.cat(masks, dim=1).mean()) == pytest.approx(density, abs=0.01)
+        every = logits_of(turned, images[:16]).double()
+        above = float((every - turned.threshold).clamp_min(0)[every >= turned.threshold].min())
+        below = float((turned.threshold - every)[every < turned.threshold].min())
+        assert above == pytest.approx(below, rel=1e-3, abs=1e-7)
+    assert backbone.threshold == 0
+
+
+def test_the_ceiling_comes_from_the_masks_and_static_networks_are_checked(encoder, images):
+    backbone = with_random_gates(encoder, images, 4, 0.3, seed=0)
+    case = gated_case(backbone, images, 4, 0.3)
+    flops = count_flops(backbone, (16, 16))
+    spent = []
+    for image in range(4):  # by the documented formula, block by block
+        stem, *parts = flops.parts.values()
+        cost = stem.dense
+        for part, mask in zip(parts, case.masks, strict=True):
+            conv1, conv2, shortcut = (conv.macs for conv in part.convolutions)
+            share = float(mask[image].mean())
+            cost += shortcut + part.decisions + share * (conv1 + conv2)
+        spent.append(cost)
+    assert case.share == pytest.approx(np.mean(spent) / flops.dense)
+    torch.testing.assert_close(case.static.features, case.features, rtol=1e-4, atol=1e-4)
+    used = torch.cat(masks_of(backbone, images), dim=1).amax(0).mean()
+    assert case.density < float(used) <= case.static_density(case.static) < 1
+    assert case.static_share(case.static) > case.static_share(case.static_without_gates)
+
+
+@pytest.mark.parametrize("name", [name for name in DENSE if name != "compile"])
+def test_engines_compute_the_dense_features(encoder, dense, images, name):
+    if name != "torch" and not importlib.util.find_spec(name):
+        pytest.skip(f"{name} is not installed")
+    with torch_threads(1):
+        found = DENSE[name](dense, 1)()
+    np.testing.assert_allclose(np.array(found), encoder(images[:3]).numpy(), rtol=1e-4, atol=1e-4)
+
+
+class Machine:
+    """A clock, and engines that take as long as they are told, on a machine that slows down."""
+
+    def __init__(self):
+        self.now, self.calls = 0.0, []
+
+    def clock(self):
+        return self.now
+
+    def engine(self, name, cost):
+        def call():
+            self.calls.append(name)
+            self.now += cost(len(self.calls)) * (1 + self.now / 10)
+
+        return call
+
+
+def test_turns_are_paired_and_shuffled():
+    m = Machine()
+    calls = {"a": m.engine("a", lambda n: 0.03), "b": m.engine("b", lambda n: 0.001)}
+    times = timing.interleaved(calls, seconds=1, clock=m.clock)
+    rounds = len(times["a"])
+    assert len(times["b"]) == rounds > timing.LEAST_ROUNDS
+    # Ten calls or more to a turn of b, which is shorter than a turn; one of a, and one to warm up.
+    assert m.calls.count("a") == 1 + 2 * rounds
+    assert m.calls.count("b") >= 9 * rounds
+    # The order varies: some rounds end with the engine that the next one starts with.
+    assert "aaaa" in "".join(m.calls)
+    assert "baab" in "".join(m.calls)
+    # The machine gets slower, and the ratio does not notice.
+    assert times["a"][-1] > 1.05 * times["a"][0]
+    assert timing.paired_ratio(times["a"], times["b"]) == pytest.approx(30, rel=0.02)
+
+
+def test_long_calls_are_not_warmed_up_and_get_five_rounds():
+    m = Machine()
+    times = timing.interleaved({"a": m.engine("a", lambda n: 1.0)}, seconds=0.1, clock=m.clock)
+    assert len(times["a"]) == timing.LEAST_ROUNDS == len(m.calls) - 1
+
+
+def test_the_quickest_is_found_though_its_first_call_is_slow():
+    m = Machine()
+    slow_start = m.engine("a", lambda n: 5.0 if n == 1 else 0.01)
+    calls = {"a": slow_start, "b": m.engine("b", lambda n: 0.02)}
+    assert timing.quickest(calls, m.clock) == "a"
+
+
+def test_noise_is_seen():
+    steady = [1.0, 1.01, 0.99, 1.0, 1.02, 1.0]
+    jumpy = [1.0, 2.0, 1.0, 2.0, 1.0, 2.0]
+    assert timing.spread([1, 2, 3, 4, 5]) == pytest.approx(2 / 3)
+    assert not timing.is_noisy(steady, [2 * t for t in steady])
+    assert timing.is_noisy(steady, jumpy)
+    assert timing.is_noisy(jumpy, steady)
+
+
+def test_rows_add_up():
+    dense = [
+        Contender("torch", "float32", "torch", print, baseline=True),
+        Contender("openvino", "float32", "openvino", print, baseline=True),
+        Contender("openvino", "bfloat16", "openvino", print, baseline=True),
+    ]
+    ours = [
+        Contender("dynamic", "float32", "avx2", print, 0.25, 0.3, 0.31),
+        Contender("dynamic", "bfloat16", "avx2", print, 0.25, 0.3, 0.31, more={"flipped_masks": 0}),
+    ]
+    # The machine is twice as slow in the second round; in the third the baseline alone.
+    times = [[9, 18, 9], [4, 8, 8], [2, 4, 2], [2, 4, 2], [1, 2, 1]]
+    torch_row, openvino, _, dynamic, half = rows(dense + ours, times)
+    assert (torch_row["baseline"], torch_row["ceiling"]) == ("openvino", 1)
+    assert openvino["speedup"] == openvino["efficiency"] == 1
+    assert dynamic["speedup"] == 2
+    assert dynamic["ceiling"] == 4
+    assert dynamic["flops_cut"] == 0.75
+    assert dynamic["efficiency"] == 0.5
+    assert (dynamic["milliseconds"], dynamic["baseline_milliseconds"]) == (2000, 8000)
+    assert (half["baseline"], half["baseline_dtype"], half["speedup"]) == (
+        "openvino",
+        "bfloat16",
+        2,
+    )
+    assert half["flipped_masks"] == 0
+
+
+def test_wrong_features_are_an_error_that_names_the_engine():
+    expected = torch.arange(1.0, 201).reshape(100, 2)
+    check("fast", expected * 1.0005, expected)
+    one_flip = expected.clone()
+    one_flip[7] += 30
+    check("dynamic", one_flip, expected, rare=True)
+    with pytest.raises(InputError, match="engines: fast gives other features"):
+        check("fast", one_flip, expected)
+    for wrong in (expected * 1.01, expected * np.nan):
+        with pytest.raises(InputError, match="engines: dynamic gives other features"):
+            check("dynamic", wrong, expected, rare=True)
+
+
+def test_an_instruction_set_restarts_the_process_once(monkeypatch):
+    seen = []
+    monkeypatch.setattr(os, "execve", lambda *arguments: seen.append(arguments))
+    machine.restart_restricted_to("portable")
+    (program, arguments, environment) = seen.pop()
+    assert program == arguments[0] == sys.executable
+    assert environment["SOLO_GATING_ISA"] == "portable"
+    assert environment["ONEDNN_MAX_CPU_ISA"] == "SSE41"
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    machine.restart_restricted_to("portable")
+    assert not seen
+    with pytest.raises(InputError, match="isa: got 'sse9'"):
+        machine.restart_restricted_to("sse9")
+
+
+# The entry point
+
+
+def call(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["main_benchmark", *map(str, arguments)])
+    main()
+
+
+def test_a_random_encoder_end_to_end(tmp_path, monkeypatch, capsys):
+    call(
+        monkeypatch,
+        *("random=true", "width=8", "densities=0.3", "batch=[1,3]", "--resolution", 16),
+        *("--seconds", 0.2, "--engines", "torch", "ours", f"output={tmp_path}"),
+    )
+    report = json.loads((tmp_path / "benchmark.json").read_text())
+    assert isinstance(report["cpu"], str)
+    assert report["versions"]["torch"] == importlib.metadata.version("torch")
+    expected = ["torch", "dense", "dynamic", "dynamic", "dynamic on static"]
+    assert [row["engine"] for row in report["rows"]] == 2 * expected
+    for row in report["rows"]:
+        assert (row["resolution"], row["threads"]) == (16, 1)
+        assert row["batch"] in (1, 3)
+        assert row["milliseconds"] > 0
+        assert row["baseline"] == "torch"
+        assert row["efficiency"] == pytest.approx(row["speedup"] / row["ceiling"])
+        assert row["ceiling"] == pytest.approx(1 / (1 - row["flops_cut"]))
+        assert row["realised_density"] == pytest.approx(row["density"], abs=0.01)
+        assert (row["density"] == 1) == (row["engine"] in ("torch", "dense"))
+        assert isinstance(row["noisy"], bool)
+        if row["dtype"] == "bfloat16":
+            assert 0 < row["feature_difference"] < 0.5
+            assert 0 <= row["flipped_masks"] < 0.1
+    assert Image.open(tmp_path / "benchmark.png").size[0] > 600
+    printed = capsys.readouterr().out
+    assert report["cpu"] in printed
+    assert "16×16 pixels, batch 3, threads: 1" in printed
+    assert ("not to be trusted" in printed) == any(row["noisy"] for row in report["rows"])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("benchmark")
+    return save_run(run_config(folder), folder)
+
+
+def test_a_checkpoint_end_to_end(run, tmp_path, monkeypatch):
+    common = ("--checkpoint", run.checkpoint, "--seconds", 0.1, "--engines", "torch", "ours")
+    call(monkeypatch, *common, "--output", tmp_path / "own")
+    own = json.loads((tmp_path / "own/benchmark.json").read_text())
+    assert own["images"] == "random"
+    dynamic = next(row for row in own["rows"] if row["engine"] == "dynamic")
+    assert dynamic["density"] is None
+    assert dynamic["resolution"] == 16
+
+    data = f"data.val_path={run.folder / 'val.npz'}"
+    call(monkeypatch, *common, "--batch", 8, "--densities", 0.4, "--output", tmp_path, data)
+    turned = json.loads((tmp_path / "benchmark.json").read_text())
+    assert turned["images"] == "validation"
+    dynamic = next(row for row in turned["rows"] if row["engine"] == "dynamic")
+    assert dynamic["realised_density"] == pytest.approx(0.4, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "checkpoint, random: got neither"),
+        (("--random", "--checkpoint", "x.ckpt"), "checkpoint, random: got both"),
+        (("--random", "--densities", "0"), "densities: got 0.0, expected a number in (0, 1]"),
+        (("--random", "--densities", "0.3", "1.5"), "densities: got 1.5"),
+        (("--random", "--engines", "tensorflow"), "engines: got 'tensorflow'"),
+        (("--random", "--engines", "ours"), "engines: got none to compare with"),
+        (("--random", "--threads", "4096"), "threads: got 4096, expected at most"),
+        (("--random", "--batch", "0"), "batch: got 0"),
+        (("--random", "--seconds", "0"), "seconds: got 0.0"),
+        (("--random", "--width", "4"), "width: got 4"),
+        (("--random", "--backbone", "vgg"), "backbone: got 'vgg'"),
+        (("--random", "--stem", "none"), "stem: got 'none'"),
+        (("--checkpoint", "x.ckpt", "--width", "8"), "width: got 8 for a checkpoint"),
+        (("--checkpoint", "nowhere.ckpt"), "nowhere.ckpt"),
+    ],
+)
+def test_a_mistake_is_one_sentence(tmp_path, monkeypatch, capsys, arguments, words):
+    with pytest.raises(SystemExit) as stop:
+        call(monkeypatch, *arguments, "--output", tmp_path / "out")
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_without_gates_and_too_few_images_are_refused(
+    run, tmp_path, monkeypatch, capsys
+):
+    dense = save_run(run_config(tmp_path / "dense", "vicreg"), tmp_path / "dense")
+    data = f"data.val_path={run.folder / 'val.npz'}"
+    for arguments, words in (
+        (("--checkpoint", dense.checkpoint), "has no gates"),
+        (("--checkpoint", run.checkpoint, "--batch", 500), "batch: got 500, there are 31"),
+    ):
+        overrides = (data,) if "--batch" in arguments else ()
+        with pytest.raises(SystemExit):
+            call(monkeypatch, *arguments, "--output", tmp_path / "out", *overrides)
+        assert words in capsys.readouterr().err

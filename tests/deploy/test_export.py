@@ -1,0 +1,289 @@
+"""What main_export writes: the dense encoder, and smaller networks from a channel policy."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torchvision.models import resnet18
+
+from solo_gating import METHODS, InputError, main_export
+from solo_gating.backbones import BACKBONES, SlicedResNet
+from solo_gating.checkpoints.encoder import encoder_of
+from solo_gating.deploy.dense import dense_network, dense_state_dict
+from solo_gating.deploy.static import kept_channels, slice_encoder, static_flops
+from solo_gating.evaluate.extract import extract
+from solo_gating.evaluate.policy import policy_of
+from solo_gating.files import write_json
+from solo_gating.flops import count_flops
+from solo_gating.main_export import main
+
+from ..support.encoders import digit_tensors, enliven, run_config, save_run
+
+
+def images(rows=slice(40)):
+    return digit_tensors(rows)[0]
+
+
+def gated(name="resnet18_gated", **kwargs):
+    torch.manual_seed(1)
+    net = BACKBONES[name](width=8, stem="cifar", **kwargs)
+    net.fc = torch.nn.Identity()
+    return enliven(net)
+
+
+def policy_on(net, x, threshold=0.0):
+    net.threshold = threshold
+    found = extract(net, [(x, torch.zeros(len(x), dtype=torch.long))], "gated")
+    return policy_of(net, found, "resnet18_gated", {}, 0.3)
+
+
+def on_gated_path(net, x):
+    with torch.no_grad(), net.path("gated"):
+        return net(x)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export")
+    return save_run(run_config(folder), folder)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"separate_bn": False}, {"name": "resnet18_two_encoders"}])
+@pytest.mark.parametrize("multiple", [1, 4])
+def test_with_gates_a_sliced_encoder_is_the_gated_path(kwargs, multiple):
+    net, x = gated(**kwargs), images()
+    policy = policy_on(net, x, threshold=0.5)
+    assert any(block.always_off for block in policy.blocks)
+    kept = kept_channels(policy, count_flops(net, (16, 16)), "dynamic", multiple)
+    small = slice_encoder(net, kept, gates=True)
+    torch.testing.assert_close(small(x), on_gated_path(net, x), rtol=1e-5, atol=1e-5)
+    for block, indices in zip(policy.blocks, kept.channels, strict=True):
+        used = set(np.flatnonzero(block.selected))
+        assert used <= set(indices.tolist())
+        assert len(indices) == min(block.channels, -(-max(1, len(used)) // multiple) * multiple)
+
+
+def test_without_gates_all_kept_channels_are_computed():
+    net, x = gated(), images()
+    kept = kept_channels(policy_on(net, x), count_flops(net, (16, 16)), "always_on", 2)
+    small = slice_encoder(net, kept, gates=False)
+
+    for block, indices in zip(net.gated_blocks, kept.channels, strict=True):
+
+        def mask(x, budget=None, indices=indices, block=block):
+            open_ = torch.zeros(len(x), block.conv1.out_channels)
+            open_[:, indices] = 1
+            return open_
+
+        block.gate.forward = mask
+    torch.testing.assert_close(small(x), on_gated_path(net, x), rtol=1e-5, atol=1e-5)
+
+
+def test_the_most_selected_channels_stay_within_the_share():
+    net, x = gated(), images()
+    policy, flops = policy_on(net, x), count_flops(net, (16, 16))
+    kept = kept_channels(policy, flops, "top:0.4", 1)
+    # Stem and shortcuts, and k²·H·W·(C_in + C_out) for each channel, of images of 16 pixels.
+    stem, *parts = flops.parts.values()
+    total, most = stem.dense, 0.0
+    for part, gate, indices in zip(parts, flops.gates, kept.channels, strict=True):
+        conv1, conv2, shortcut = (conv.macs for conv in part.convolutions)
+        each = (conv1 + conv2) / gate.channels
+        total += shortcut + each * len(indices)
+        most = max(most, each)
+    assert total / flops.dense == pytest.approx(kept.share)
+    # The channel that comes next would be too much; single channels may stay for empty blocks.
+    assert 0.4 - 2 * most / flops.dense < kept.share < 0.45
+    least = min(
+        policy.blocks[i].selected[c]
+        for i, indices in enumerate(kept.channels)
+        for c in indices.tolist()
+        if len(indices) > 1
+    )
+    most = max(
+        count
+        for block, indices in zip(policy.blocks, kept.channels, strict=True)
+        for c, count in enumerate(block.selected)
+        if c not in indices.tolist()
+    )
+    assert least >= most
+    small = slice_encoder(net, kept, gates=False)
+    assert static_flops(small, (16, 16)) == total
+    with_gates = slice_encoder(net, kept, gates=True)
+    # A gate's first convolution stays, its second one has the kept outputs only.
+    gates = sum(
+        block.gate.reduce.out_channels * (block.conv1.in_channels + block.conv1.out_channels)
+        for block in with_gates.blocks
+    )
+    assert static_flops(with_gates, (16, 16)) == total + gates
+
+
+@pytest.mark.parametrize(
+    ("keep", "words"),
+    [("some", "got 'some'"), ("top:1.5", "got 'top:1.5'"), ("top:0.001", "shares from 0.0")],
+)
+def test_a_keep_that_is_not_accepted_is_refused(keep, words):
+    net = gated()
+    with pytest.raises(InputError, match="keep: ") as error:
+        kept_channels(policy_on(net, images()), count_flops(net, (16, 16)), keep)
+    assert words in str(error.value)
+
+
+def test_a_policy_of_another_architecture_is_refused():
+    other = BACKBONES["resnet34_gated"](width=8, stem="cifar")
+    with pytest.raises(InputError, match="policy: got blocks of"):
+        kept_channels(policy_on(gated(), images()), count_flops(other, (16, 16)), "dynamic")
+
+
+def test_the_dense_export_fits_torchvision_strictly():
+    torch.manual_seed(0)
+    net = BACKBONES["resnet18_gated"]()
+    net.fc = torch.nn.Identity()
+
+    class Encoder:
+        backbone = net.eval()
+
+    weights = dense_state_dict(Encoder)
+    reference = resnet18()
+    reference.fc = torch.nn.Identity()
+    assert reference.load_state_dict(weights, strict=True)
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(reference.eval()(x), net(x))
+
+
+def test_the_dense_network_is_the_dense_path(run):
+    encoder = encoder_of(run.checkpoint)
+    with torch.no_grad():
+        assert torch.equal(dense_network(encoder)(images()), encoder.backbone(images()))
+
+
+def write_policy(run, folder):
+    encoder = encoder_of(run.checkpoint)
+    file = folder / "policy.json"
+    write_json(file, policy_on(encoder.backbone, images(), threshold=0.5).to_json())
+    return file
+
+
+def call(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["main_export", *map(str, arguments)])
+    main()
+
+
+def test_exported_files_load_without_this_package(run, tmp_path, monkeypatch):
+    policy = write_policy(run, tmp_path)
+    call(
+        monkeypatch,
+        *(f"checkpoint={run.checkpoint}", f"policy={policy}", f"output={tmp_path}"),
+        "evaluate=true",
+    )
+    report = json.loads((tmp_path / "export.json").read_text())
+    assert report["knn_top1_before"] == pytest.approx(report["knn_top1_after"], abs=4)  # 31 images
+    np.save(tmp_path / "x.npy", images().numpy())
+    script = (
+        "import sys, numpy, torch\n"
+        "net = torch.export.load(sys.argv[1] + '/model.pt2').module()\n"
+        "numpy.save(sys.argv[1] + '/y.npy', net(torch.from_numpy(numpy.load(sys.argv[1] + '/x.npy'))))\n"
+        "assert not {'solo', 'solo_gating', 'lightning'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, cwd=tmp_path)
+    backbone = encoder_of(run.checkpoint).backbone
+    backbone.threshold = 0.5
+    expected = on_gated_path(backbone, images()).numpy()
+    np.testing.assert_allclose(np.load(tmp_path / "y.npy"), expected, rtol=1e-4, atol=1e-5)
+
+    content = torch.load(tmp_path / "model.pt", weights_only=True)
+    small = SlicedResNet(**content["architecture"])
+    small.fc = torch.nn.Identity()
+    assert small.load_state_dict(content["state_dict"], strict=True)
+
+
+def test_onnx_runs_without_torch(run, tmp_path, monkeypatch):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    policy = write_policy(run, tmp_path)
+    call(
+        monkeypatch,
+        *("--checkpoint", run.checkpoint, "--policy", policy, "--output", tmp_path),
+        *("--format", "onnx"),
+    )
+    report = json.loads((tmp_path / "export.json").read_text())
+    assert report["onnx_relative_difference"] < 1e-5
+    np.save(tmp_path / "x.npy", images(slice(3)).numpy())
+    script = (
+        "import sys, numpy, onnxruntime\n"
+        "net = onnxruntime.InferenceSession(sys.argv[1] + '/model.onnx')\n"
+        "x = numpy.load(sys.argv[1] + '/x.npy')\n"
+        "numpy.save(sys.argv[1] + '/y.npy', net.run(None, {'images': x})[0])\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, cwd=tmp_path)
+    backbone = encoder_of(run.checkpoint).backbone
+    backbone.threshold = 0.5
+    expected = on_gated_path(backbone, images(slice(3))).numpy()
+    np.testing.assert_allclose(np.load(tmp_path / "y.npy"), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_solo_learn_reads_the_dense_export_of_a_gated_run(tmp_path, monkeypatch):
+    cfg = run_config(tmp_path, backbone={"kwargs": {"width": 64, "stem": "imagenet"}})
+    run = save_run(cfg, tmp_path)
+    out = tmp_path / "dense"
+    call(
+        monkeypatch,
+        *("--checkpoint", run.checkpoint, "--format", "solo-learn", "--output", out),
+    )
+    args = OmegaConf.create(json.loads((out / "args.json").read_text()))
+    assert (args.method, args.backbone.name, args.backbone.kwargs) == ("vicreg", "resnet18", {})
+    assert "gating" not in args
+    model = METHODS["vicreg"](args).eval()
+    content = torch.load(out / "last.ckpt", weights_only=True)
+    assert model.load_state_dict(content["state_dict"], strict=True)
+    with torch.no_grad():
+        assert torch.equal(model.backbone(images(slice(2))), run.model.backbone(images(slice(2))))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--path", "gated"), "policy: missing"),
+        (("--format", "solo-learn"), "width 4"),
+        (("--policy", "nowhere.json"), "policy: cannot read"),
+    ],
+)
+def test_a_mistake_is_one_sentence(run, tmp_path, monkeypatch, capsys, arguments, words):
+    with pytest.raises(SystemExit) as stop:
+        call(
+            monkeypatch,
+            *("--checkpoint", run.checkpoint, "--output", tmp_path / "out", *arguments),
+        )
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.glob("out/*"))
+
+
+@pytest.mark.parametrize("resolution", ["0", "-1", "100000"])
+def test_a_senseless_resolution_is_refused(resolution, run, call):
+    options = ("--path", "dense", "--resolution", resolution, "--output", "out")
+    code, _, stderr = call(main_export, "--checkpoint", str(run.checkpoint), *options)
+    assert code == 2
+    assert stderr == f"error: resolution: got {resolution}, expected an integer from 1 to 4096\n"
+    assert not Path("out").exists()
+
+
+def test_a_mistyped_override_is_one_sentence(run, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stop:
+        call(
+            monkeypatch,
+            *("--checkpoint", run.checkpoint, "--path", "dense", "--output", tmp_path / "out"),
+            "no_such_key=1",
+        )
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.strip() == "error: no_such_key: no such key"
+    assert not list(tmp_path.glob("out/*"))
