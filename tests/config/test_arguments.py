@@ -265,7 +265,7 @@ def test_flags_after_overrides_of_an_evaluation(call):
         ),
         (main_benchmark, "--random --widht 8 --output y", "the nearest is --width"),
         (main_benchmark, "random=true output=y data.val_path=a", "only with checkpoint=..."),
-        (main_benchmark_train, "methods=[vicreg_dua] output=y", "methods: found 'vicreg_dua'"),
+        (main_benchmark_train, "methods=[vicreg_dua] output=y", "methods: got 'vicreg_dua'"),
         (
             main_benchmark_data,
             "--config-name vicreg_dual_cifar10 output=y dta.format=npz",
