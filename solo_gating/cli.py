@@ -18,7 +18,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from .config.arguments import Arguments, flags_to_overrides, read_arguments, todays_name
+from .config.arguments import ALIASES, Arguments, flags_to_overrides, read_arguments, todays_name
 from .config.compose import (
     config_names,
     config_of_checkpoint,
@@ -84,7 +84,9 @@ def run(
 def _overrides(typed: list[str], evaluation: str | None, checkpoint: str | None) -> list[str]:
     """What was typed, in Hydra's grammar and with today's names."""
     table = PRETRAINING if evaluation is None else EVALUATIONS[evaluation]
-    words = flags_to_overrides(typed, {key for key, kind in table.items() if kind is TRUTH})
+    switches = {key for key, kind in table.items() if kind is TRUTH}
+    switches |= {earlier for earlier, key in ALIASES.items() if key in switches}
+    words = flags_to_overrides(typed, switches)
     for index, word in enumerate(words):
         key, equals, value = word.partition("=")
         if equals and key == "checkpoint" and checkpoint is not None:

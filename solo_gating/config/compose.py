@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ..checkpoints.reading import args_beside
-from ..checks import no_such_key
+from ..checks import no_such_key, shown
 from ..errors import InputError
+from ..terminal import note
 from .arguments import Arguments, as_typed
 from .defaults import DEFAULTS, configs_folder
 from .schema import EVALUATIONS as EVALUATION_KEYS
@@ -59,6 +61,8 @@ def composed(name: str, overrides: list[str]) -> DictConfig:
 def config_of_checkpoint(arguments: Arguments, key: str) -> str | None:
     """The name under which Hydra then finds the config that a checkpoint was trained with.
 
+    Without the validation images, where they are no more.
+
     Args:
         arguments: what was typed.
         key: that names the checkpoint.
@@ -72,9 +76,13 @@ def config_of_checkpoint(arguments: Arguments, key: str) -> str | None:
     found = [o.value() for o in arguments.parsed() if o.key_or_group == key]
     if len(found) != 1 or not isinstance(found[0], str):
         return None
-    args = args_beside(user_path(found[0]), "checkpoint")
+    cfg: Any = OmegaConf.merge(DEFAULTS, args_beside(user_path(found[0]), "checkpoint"))
+    paths = cfg.data.val_path
+    if paths is not None and not all(map(glob, [paths] if isinstance(paths, str) else paths)):
+        note(f"data.val_path is null: {shown(paths)} of pre-training is not here")
+        cfg.data.val_path = None
     name = "args"
-    ConfigStore.instance().store(name, OmegaConf.merge(DEFAULTS, args))
+    ConfigStore.instance().store(name, cfg)
     return name
 
 

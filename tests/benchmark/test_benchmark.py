@@ -268,8 +268,8 @@ def call(monkeypatch, *arguments):
 def test_a_random_encoder_end_to_end(tmp_path, monkeypatch, capsys):
     call(
         monkeypatch,
-        *("--random", "--width", 8, "--densities", 0.3, "--batch", 1, 3, "--resolution", 16),
-        *("--seconds", 0.2, "--engines", "torch", "ours", "--output", tmp_path),
+        *("random=true", "width=8", "densities=0.3", "batch=[1,3]", "--resolution", 16),
+        *("--seconds", 0.2, "--engines", "torch", "ours", f"output={tmp_path}"),
     )
     report = json.loads((tmp_path / "benchmark.json").read_text())
     assert isinstance(report["cpu"], str)

@@ -122,9 +122,9 @@ def test_the_gated_step_holds_hardly_more_than_the_dense_one():
 
 
 def test_parts_are_those_that_a_method_has():
-    assert set(part_milliseconds(TrainingStep("vicreg", TINY))) == {"optimiser"}
+    assert set(part_milliseconds(TrainingStep("vicreg", TINY))) == {"optimizer"}
     parts = part_milliseconds(TrainingStep("vicreg_any", TINY))
-    assert set(parts) == {"gates", "masks", "losses", "optimiser"}
+    assert set(parts) == {"gates", "masks", "losses", "optimizer"}
     assert all(ms > 0 for ms in parts.values())
 
 
@@ -169,7 +169,7 @@ def test_end_to_end(tmp_path, call, monkeypatch):
         main_benchmark_train,
         *("--batch", "4", "--resolution", "16", "--backbone-width", "4", "--projector-width", "16"),
         *("--optimization", "adamw", "--precision", "bf16-mixed", "--memory-format", "contiguous"),
-        *("--methods", "vicreg_dual", "vicreg_dual_two_encoders"),
+        "methods=[vicreg_dual,vicreg_dual_two_encoders]",
         *("--changes", "32-true", "fused", "--seconds", "0.1", "--output", str(tmp_path)),
     )
     assert code == 0, errors

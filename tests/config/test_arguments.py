@@ -6,7 +6,17 @@ import json
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from solo_gating import InputError, main_export, main_flops, main_knn, main_policy
+from solo_gating import (
+    InputError,
+    main_benchmark,
+    main_benchmark_data,
+    main_benchmark_train,
+    main_export,
+    main_flops,
+    main_knn,
+    main_policy,
+    main_report,
+)
 from solo_gating.config.arguments import (
     as_typed,
     flags_to_overrides,
@@ -233,6 +243,40 @@ def test_flags_after_overrides_of_an_evaluation(call):
     code, stdout, _ = call(main_knn, "checkpoint=a=b", "--cfg", "job")
     assert code == 0
     assert "checkpoint: a=b" in stdout
+
+
+@pytest.mark.parametrize(
+    ("module", "typed", "words"),
+    [
+        (main_knn, "--chekpoint x", "chekpoint: no such key, the nearest is checkpoint"),
+        (main_knn, "checkpoint=x --normalise --foo 1", "foo: no such key"),
+        (main_report, "outptu=x .", "outptu: no such key, the nearest is output"),
+        (main_report, "output=x", "runs: missing"),
+        (
+            main_export,
+            "checkpoint=x output=y fromat=onnx",
+            "fromat: no such key, the nearest is format",
+        ),
+        (main_export, "checkpoint=x output=y", "checkpoint: 'x' is not a file"),
+        (
+            main_benchmark,
+            "random=true widht=8 output=y",
+            "widht: no such key, the nearest is width",
+        ),
+        (main_benchmark, "--random --widht 8 --output y", "the nearest is --width"),
+        (main_benchmark, "random=true output=y data.val_path=a", "only with checkpoint=..."),
+        (main_benchmark_train, "methods=[vicreg_dua] output=y", "methods: got 'vicreg_dua'"),
+        (
+            main_benchmark_data,
+            "--config-name vicreg_dual_cifar10 output=y dta.format=npz",
+            "dta.format: no such key, the nearest is data.format",
+        ),
+    ],
+)
+def test_a_mistake_is_one_sentence_in_every_command(module, typed, words, call, tmp_path):
+    code, _, stderr = call(module, *typed.split())
+    assert_one_sentence(code, stderr, words)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -477,7 +477,7 @@ def test_arrays_larger_than_the_memory_are_refused(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("paths", [3, True, None, {"a": "b"}, [1, 2], ["a", None]])
 def test_what_is_no_path_of_arrays_is_refused(paths):
-    with pytest.raises(InputError, match=r"^data.train_path: found .*, expected a path or glob"):
+    with pytest.raises(InputError, match=r"^data.train_path: got .*, expected a path or glob"):
         read_arrays(paths, "data.train_path", 3)
 
 

@@ -179,8 +179,8 @@ def test_exported_files_load_without_this_package(run, tmp_path, monkeypatch):
     policy = write_policy(run, tmp_path)
     call(
         monkeypatch,
-        *("--checkpoint", run.checkpoint, "--policy", policy, "--output", tmp_path),
-        "--evaluate",
+        *(f"checkpoint={run.checkpoint}", f"policy={policy}", f"output={tmp_path}"),
+        "evaluate=true",
     )
     report = json.loads((tmp_path / "export.json").read_text())
     assert report["knn_top1_before"] == pytest.approx(report["knn_top1_after"], abs=4)  # 31 images

@@ -590,10 +590,13 @@ def test_flops_of_a_checkpoint_need_no_config(dual, call, tmp_path):
     cfg = evaluation_config("knn", dual.checkpoint, f"output={tmp_path / 'knn'}", "path=gated")
     assert found["flops"]["gated"] == pytest.approx(evaluate_knn(cfg)["gated"]["flops"])
     assert "measured on 31 images" in stdout
-    typed = ("--flops.checkpoint", str(dual.checkpoint), "data.val_path=null", "name=other")
+    (dual.folder / "val.npz").rename(dual.folder / "elsewhere.npz")
+    typed = ("--flops.checkpoint", str(dual.checkpoint), "name=other")
     code, stdout, stderr = call(main_flops, *typed)
+    (dual.folder / "elsewhere.npz").rename(dual.folder / "val.npz")
     assert code == 0, stderr
     assert "at the target budget 0.5" in stdout
+    assert "data.val_path is null" in stderr
 
 
 def test_flops_of_a_checkpoint_without_its_config_are_refused(dual, call, tmp_path):

@@ -727,3 +727,11 @@ def test_settings_by_their_earlier_names_are_read(store):
     file.write_text(json.dumps(content))
     today, then = sorted(read_records([root])[0], key=lambda record: record.file)
     assert today.settings == then.settings
+
+
+def test_folders_may_be_a_key(store, call, tmp_path):
+    root = store(metrics(), metrics("knn", settings=KNN))
+    assert call(f"runs=[{root / 'run0'},{root / 'run1'}]", "output=listed")[0] == 0
+    assert call(root / "run0", root / "run1", "--output", "named")[0] == 0
+    listed, named = ((tmp_path / name / "report.md").read_text() for name in ("listed", "named"))
+    assert listed == named

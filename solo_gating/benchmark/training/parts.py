@@ -26,10 +26,10 @@ def part_milliseconds(step: TrainingStep) -> dict[str, float]:
 
     Returns:
         "gates" (all of them, for all gated views), "masks" (their multiplication), "losses" (budget
-        and bound) and "optimiser".
+        and bound) and "optimizer".
     """
     step()
-    times = {"optimiser": _milliseconds(step.optimizer.step, step.device)}
+    times = {"optimizer": _milliseconds(step.optimizer.step, step.device)}
     backbone = step.model.backbone
     if not isinstance(backbone, TwoPathResNet):
         return times
