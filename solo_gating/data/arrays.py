@@ -153,7 +153,7 @@ def _read_members(
         if lowest < UNLABELLED or highest >= num_classes:
             raise InputError(
                 f"{key}: labels of {file!r} go from {lowest} to {highest}, "
-                f"accepted with data.num_classes={num_classes} are 0 to {num_classes - 1}"
+                f"expected with data.num_classes={num_classes} are 0 to {num_classes - 1}"
             )
         labels = labels.astype(np.int64)
     return np.ascontiguousarray(_array(archive, "images.npy")), labels

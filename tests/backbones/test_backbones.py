@@ -260,7 +260,7 @@ def test_a_narrow_net_is_initialised_as_torchvision_does():
 )
 def test_what_is_not_accepted_is_named(kwargs, key):
     (found,) = kwargs.values()
-    with pytest.raises(InputError, match=f"^{key}: got {found!r}, accepted"):
+    with pytest.raises(InputError, match=f"^{key}: got {found!r}, expected"):
         tiny(**kwargs)
 
 

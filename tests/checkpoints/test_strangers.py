@@ -151,7 +151,7 @@ ODD_ARGS = {
     "a text for a width": ("backbone.kwargs.width", "x", ["width: got 'x'"]),
     "a width of 10¹²": ("backbone.kwargs.width", 10**12, []),
     "a width of 10⁴": ("backbone.kwargs.width", 10**4, ["another architecture"]),
-    "weights from elsewhere": ("backbone.kwargs.weights", "DEFAULT", ["kwargs.weights: found"]),
+    "weights from elsewhere": ("backbone.kwargs.weights", "DEFAULT", ["kwargs.weights: got"]),
     "a file to read": ("backbone.kwargs", {"pretrained_cfg": {"file": "x"}}, ["pretrained_cfg"]),
     "a folder as data set": ("data.dataset", "x/../../../x", ["data.dataset: got 'x/../"]),
     "a number for workers": ("data.num_workers", -1, ["data.num_workers: got -1"]),
@@ -419,7 +419,7 @@ def test_a_planted_classifier_is_refused_before_training(value, run, tmp_path, m
     ).identity
     planted = tmp_path / f"dense-seed{cfg.seed + 1}.json"
     planted.write_text(json.dumps({"settings": identity, "top1": value, "top5": 99.0}))
-    assert_refused(lambda: evaluate_linear(cfg), str(planted), "top1: found", "0 to 100")
+    assert_refused(lambda: evaluate_linear(cfg), str(planted), "top1: got", "0 to 100")
 
 
 def test_a_damaged_metrics_json_does_not_cost_an_evaluation(run, tmp_path):

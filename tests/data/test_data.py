@@ -65,7 +65,7 @@ def test_archives_are_read_in_the_order_given_and_a_glob_s_by_name(tmp_path):
 def test_archives_that_do_not_fit_each_other_are_refused(second, message, tmp_path):
     write_images(tmp_path / "a.npz", 4)
     write_images(tmp_path / "b.npz", 4, **second)
-    with pytest.raises(InputError, match=rf"^data.train_path: found .*{message}"):
+    with pytest.raises(InputError, match=rf"^data.train_path: got .*{message}"):
         read_arrays(str(tmp_path / "*.npz"), "data.train_path", 3)
 
 
@@ -207,7 +207,7 @@ def test_class_folders_are_counted_where_the_config_does_not(digits):
         ("absent", "absent' does not exist"),
         ("a.npz", "a.npz' is a file, expected a folder"),
         ("flat", "not a folder with one folder of images for each class.*data.no_labels=true"),
-        ("two", "got 2 class folders, accepted with data.num_classes=3 are 3"),
+        ("two", "got 2 class folders, expected with data.num_classes=3 are 3"),
     ],
 )
 def test_a_folder_that_does_not_fit_is_refused(path, message, tmp_path):

@@ -104,7 +104,7 @@ def test_a_tiff_says_what_is_white(bits, white_is_zero):
 def test_levels_that_nothing_defines_are_refused(kind):
     image = Image.fromarray(LEVELS.astype(np.int32 if kind is np.int16 else kind))
     tags = {258: 16, 339: 2} if kind is np.int16 else {}
-    with pytest.raises(ImageFileError, match=r"^data.train_path: 'x' is .* not defined, accepted"):
+    with pytest.raises(ImageFileError, match=r"^data.train_path: 'x' is .* not defined, expected"):
         read(image, "TIFF", tiffinfo=tags)
 
 
@@ -353,7 +353,7 @@ def test_validation_without_training_s_names_has_its_own(tmp_path):
 @pytest.mark.parametrize("value", [True, [0.5], "half", float("nan"), 0, 1, -0.5, None, {"a": 1}])
 def test_a_fraction_that_is_none_is_refused(value):
     data = OmegaConf.create({**DEFAULTS["data"], "fraction": value})
-    with pytest.raises(InputError, match=r"^data.fraction: found .*, expected a number in"):
+    with pytest.raises(InputError, match=r"^data.fraction: got .*, expected a number in"):
         check_data(data)
 
 

@@ -353,7 +353,7 @@ def test_a_checkpoint_on_real_images(tmp_path):
         (torch.zeros(2, 3, 0, 4), r"images: got the shape \(2, 3, 0, 4\)"),
         ([[1.0]], "images: got list, expected tensors and NumPy arrays"),
         (torch.empty(1, 3, 8, 8, device="meta"), "images: got the device meta"),
-        (images(2).numpy().astype(">f4"), "images: found >f4, expected float32"),
+        (images(2).numpy().astype(">f4"), "images: got >f4, expected float32"),
         (images(2).to(torch.complex64), "images: got complex64, expected float32"),
         (images(2).to_sparse(), "images: got a sparse or nested tensor"),
         (torch.nested.nested_tensor([images(1)[0]] * 2), "images: got a sparse or nested tensor"),
@@ -398,7 +398,7 @@ def test_options_that_are_not_accepted(monkeypatch):
 def test_numbers_of_threads_that_are_not_accepted(threads):
     fast = deploy.compile(encoder())
     fast.threads = threads
-    with pytest.raises(InputError, match=f"threads: found .*, expected .* 1 to {MOST_THREADS}"):
+    with pytest.raises(InputError, match=f"threads: got .*, expected .* 1 to {MOST_THREADS}"):
         fast(images(1))
 
 
@@ -411,9 +411,9 @@ def test_numbers_of_numpy():
     fast.budget, fast.threshold, fast.threads = np.float64(0.5), np.int32(0), np.uint8(1)
     assert torch.equal(fast(x), deploy.compile(net, threshold=0, budget=0.5)(x))
     for value in (np.bool_(True), True, np.float32("nan"), np.array([0.5])):
-        with pytest.raises(InputError, match="budget: found"):
+        with pytest.raises(InputError, match="budget: got"):
             fast.budget = value
-        with pytest.raises(InputError, match="threshold: found"):
+        with pytest.raises(InputError, match="threshold: got"):
             fast.threshold = value
 
 
@@ -715,7 +715,7 @@ def test_networks_that_fold_does_not_know_are_refused(alteration):
     if alteration == "an overflow in folding":
         net.layer2[0].bn2.weight.data.fill_(10)
     for path in ("gated", "dense"):
-        with pytest.raises(InputError, match=r"^backbone: found .*, accepted (is|are) [^\n]*$"):
+        with pytest.raises(InputError, match=r"^backbone: got .*, expected [^\n]*$"):
             deploy.compile(net, path, engine="pytorch")
 
 
@@ -746,7 +746,7 @@ def test_gates_that_fold_does_not_know_are_refused_but_the_dense_path_is_not_the
     net = encoder(budget_range=(0.1, 0.9))
     expected = deploy.compile(net, "dense", engine="pytorch")(images(1))
     GATES[alteration](net)
-    with pytest.raises(InputError, match=r"(backbone|threshold): found .*, accepted (is|are) .*$"):
+    with pytest.raises(InputError, match=r"(backbone|threshold): got .*, expected .*$"):
         deploy.compile(net, engine="pytorch")
     assert torch.equal(deploy.compile(net, "dense", engine="pytorch")(images(1)), expected)
 
@@ -764,7 +764,7 @@ def test_other_parts_that_are_refused():
         deploy.compile(small, "dense", engine="pytorch")
     handle = nn.modules.module.register_module_forward_hook(double)
     try:
-        with pytest.raises(InputError, match="found forward hooks, expected none"):
+        with pytest.raises(InputError, match="got forward hooks, expected none"):
             deploy.compile(net, engine="pytorch")
     finally:
         handle.remove()

@@ -492,7 +492,7 @@ def test_the_table_at_the_end_has_a_row_for_each_budget(trained):
 def test_budgets_of_the_table_are_in_the_range(tmp_path):
     for budgets, words in (([0.1, 0.95], "got 0.95, expected a number from"), ("x", "a list")):
         cfg = run_config(tmp_path, gating={"target_budget": RANGE}, final_knn={"budgets": budgets})
-        assert_refused(lambda cfg=cfg: prepare_config(cfg), "final_knn.budgets: found", words)
+        assert_refused(lambda cfg=cfg: prepare_config(cfg), "final_knn.budgets: got", words)
     one = run_config(tmp_path, final_knn={"budgets": [0.1]})
     assert prepare_config(one).final_knn.budgets == []
 
@@ -606,7 +606,7 @@ def test_an_evaluation_is_told_its_budget(run):
 )
 def test_an_evaluation_s_budget_is_in_the_range(run, budget, words):
     cfg = evaluation_config("knn", run.checkpoint, f"budget={budget}")
-    assert_refused(lambda: evaluate_knn(cfg), "budget: found", words)
+    assert_refused(lambda: evaluate_knn(cfg), "budget: got", words)
 
 
 def test_an_encoder_without_gates_has_no_budget(tmp_path):
@@ -630,7 +630,7 @@ def test_calibrated_the_share_asked_for_is_used():
         assert mean_share(backbone, images) == setting.share
         backbone.threshold, backbone.budget = 0.2, 0.6
     assert calibrate(backbone, images, 0.3, budget=0.9).budget == 0.9
-    assert_refused(lambda: calibrate(backbone, images, lowest / 2), "calibrate: found")
+    assert_refused(lambda: calibrate(backbone, images, lowest / 2), "calibrate: got")
     assert_refused(lambda: calibrate(backbone, images, 0.3, budget=0.95), "budget: got 0.95")
     assert (backbone.threshold, backbone.budget) == (0.2, 0.6)
 
