@@ -152,7 +152,7 @@ def load_encoder(
 def _build(head: str, args: DictConfig, path: Path, key: str) -> Any:
     if args.backbone.name not in BaseMethod._BACKBONES:
         raise InputError(
-            f"{key}: the backbone {shown(args.backbone.name)} of {str(path)!r} is not known, accepted "
+            f"{key}: the backbone {shown(args.backbone.name)} of {str(path)!r} is not known, expected "
             f"are {', '.join(sorted(BaseMethod._BACKBONES))}"
         )
     args = args.copy()

@@ -115,7 +115,7 @@ def classification_loader(cfg: DictConfig) -> DataLoader:
         labelled = [index for index, target in enumerate(targets) if target >= 0]
         if not labelled:
             raise InputError(
-                "data.train_path: no image has a label, accepted for a classifier are labelled "
+                "data.train_path: no image has a label, expected for a classifier are labelled "
                 "images (data.no_labels=false)"
             )
         dataset = Subset(dataset, labelled)

@@ -163,7 +163,7 @@ def _classes(
     exact = split == "train" or training
     if len(names) > data.num_classes or (exact and len(names) < data.num_classes):
         raise InputError(
-            f"{'data.train_path' if training else key}: got {len(names)} class folders, accepted "
+            f"{'data.train_path' if training else key}: got {len(names)} class folders, expected "
             f"with data.num_classes={data.num_classes} are {'' if exact else 'at most '}"
             f"{data.num_classes} (a folder without an image does not count)"
         )
@@ -228,7 +228,7 @@ def _h5(
         ) from error
     if data.dataset not in ("imagenet", "imagenet100"):
         raise InputError(
-            f"data.format: got h5 with data.dataset={data.dataset}, accepted with it are "
+            f"data.format: got h5 with data.dataset={data.dataset}, expected with it are "
             "imagenet and imagenet100"
         )
 

@@ -110,7 +110,7 @@ class BaseMethod(solo_base.BaseMethod):
         self.cfg = cfg
         if cfg.backbone.name not in self._BACKBONES:
             raise InputError(
-                f"backbone.name: got {cfg.backbone.name!r}, accepted with solo-learn 1.0.2 are "
+                f"backbone.name: got {cfg.backbone.name!r}, expected with solo-learn 1.0.2 are "
                 f"{', '.join(sorted(self._BACKBONES))}"
             )
         data, optimizer, scheduler = cfg.data, cfg.optimizer, cfg.scheduler
