@@ -153,7 +153,7 @@ def _build(head: str, args: DictConfig, path: Path, key: str) -> Any:
     if args.backbone.name not in BaseMethod._BACKBONES:
         raise InputError(
             f"{key}: the backbone {shown(args.backbone.name)} of {str(path)!r} is not known, expected "
-            f"are {', '.join(sorted(BaseMethod._BACKBONES))}"
+            f"one of {', '.join(sorted(BaseMethod._BACKBONES))}"
         )
     args = args.copy()
     args.data.num_classes = 2  # of solo-learn's online classifier, which is not loaded
