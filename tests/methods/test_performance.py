@@ -17,7 +17,7 @@ from solo_gating.gates import spatial_mean
 from solo_gating.solo_learn.fixes import barlow_loss, covariance_loss
 from solo_gating.training.model import build_model, compile_model
 
-from ..support.helpers import copy_of, random_batch, tiny_config, tiny_model
+from ..support.helpers import copy_of, fixed_noise, random_batch, tiny_config, tiny_model
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +44,14 @@ def losses(model, batches, seed=0):
 BATCHES = [random_batch(seed=seed) for seed in range(3)]
 
 
-@pytest.mark.parametrize("backbone", ["resnet18_gated", "resnet18_two_encoders", "resnet18_plain"])
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        "resnet18_gated",
+        pytest.param("resnet18_two_encoders", marks=pytest.mark.slow),
+        "resnet18_plain",
+    ],
+)
 def test_compiled_steps_give_the_same_losses_and_compile_once(backbone):
     """With gates each step has a budget of its own; one network is differentiated ahead, too."""
     overrides = {"backbone": {"name": backbone}}
@@ -245,3 +252,18 @@ def test_the_config_compiles_and_keeps_the_names(monkeypatch):
     assert len(asked) == 3  # dense path, gated path, projector
     assert all(kwargs == {"options": {"fallback_random": True}} for kwargs in asked)
     assert list(model.state_dict()) == list(plain.state_dict())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_steps_on_a_gpu_have_the_losses_of_those_on_the_cpu():
+    model = tiny_model(tiny_config())
+    moved = copy_of(model).to("cuda")
+    batches = [
+        [index, [view.cuda() for view in views], targets.cuda()]
+        for index, views, targets in BATCHES
+    ]
+    with fixed_noise():
+        expected = losses(model, BATCHES)
+    with fixed_noise():
+        assert losses(moved, batches) == pytest.approx(expected, rel=1e-6)

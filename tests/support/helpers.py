@@ -213,7 +213,7 @@ def fixed_noise(seed: int = 0) -> Iterator[None]:
     rng = np.random.RandomState(seed)
 
     def noise(logits: Tensor) -> Tensor:
-        return torch.from_numpy(rng.logistic(size=tuple(logits.shape))).to(logits.dtype)
+        return torch.from_numpy(rng.logistic(size=tuple(logits.shape))).to(logits)
 
     with mock.patch("solo_gating.gates.channel.logistic_noise", noise):
         yield
