@@ -79,7 +79,7 @@ def test_a_kind_from_outside_goes_through_everything(mine, tmp_path, capsys):
     backbone = encoder_of(checkpoint).backbone
     with pytest.warns(RuntimeWarning, match="with gates that say how they fold") as caught:
         fast = compile_encoder(checkpoint)
-    assert len(caught) == 1
+    assert len([one for one in caught if "more slowly" in str(one.message)]) == 1
     images, _ = digit_tensors(slice(9))
     with torch.no_grad(), backbone.path("gated") as passes:
         expected = backbone(images)
