@@ -23,6 +23,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from ..checks import one_of
+from ..config.arguments import command_parser
 from ..config.compose import check_overrides, composed, config_names, user_path
 from ..config.pretraining import prepare_config
 from ..data import Place, training_loader
@@ -130,11 +131,8 @@ def _next_batch(loader: Any, wait: Callable[[], Any] | None = None) -> Callable[
 
 def parser() -> argparse.ArgumentParser:
     """What the command understands."""
-    made = argparse.ArgumentParser(
-        prog="python -m solo_gating.main_benchmark_data",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="configs:\n  " + "\n  ".join(config_names()),
+    made = command_parser(
+        "main_benchmark_data", __doc__, "configs:\n  " + "\n  ".join(config_names())
     )
     made.add_argument("--config-name", required=True)
     made.add_argument("--seconds", type=float, default=20.0)

@@ -79,6 +79,24 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(message)
 
 
+def command_parser(
+    command: str, explanation: str | None, epilog: str | None = None
+) -> argparse.ArgumentParser:
+    """A command's options, for `read_options`; the caller adds them.
+
+    Args:
+        command: as `main_export`.
+        explanation: what `--help` says, as it is written.
+        epilog: what it says at the end.
+    """
+    return _Parser(
+        prog=f"python -m solo_gating.{command}",
+        description=explanation,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=epilog,
+    )
+
+
 def read_arguments(typed: list[str]) -> Arguments:
     """Hydra's flags and overrides, in any order.
 
@@ -159,7 +177,7 @@ def read_options(
     not given.
 
     Args:
-        parser: its options; what else is typed are its positionals.
+        parser: from `command_parser`; what else is typed are its positionals.
         typed: without the program's name.
         overridden: keys of a config, which may be typed among the options.
 
@@ -167,7 +185,6 @@ def read_options(
         InputError: for a key that does not exist, one with two values, or a value that its option
             does not take.
     """
-    parser.__class__ = _Parser
     options: dict[str, Any] = {a.dest: a for a in parser._actions if a.option_strings}
     positionals = len(options) < len(parser._actions)
     known = list(overridden)

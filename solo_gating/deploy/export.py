@@ -42,6 +42,7 @@ from torch import Tensor, nn
 from ..backbones import TwoPathResNet
 from ..checkpoints.encoder import Encoder, encoder_of
 from ..checks import at_least
+from ..config.arguments import command_parser
 from ..config.compose import check_overrides, user_path
 from ..config.schema import CROP
 from ..errors import InputError
@@ -244,11 +245,7 @@ def format_export(report: dict[str, Any]) -> str:
 
 def parser() -> argparse.ArgumentParser:
     """What the command understands."""
-    made = argparse.ArgumentParser(
-        prog="python -m solo_gating.main_export",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    made = command_parser("main_export", __doc__)
     made.add_argument("--checkpoint", type=user_path, required=True)
     made.add_argument("--path", choices=("dense", "gated"))
     made.add_argument("--policy", type=user_path)

@@ -106,13 +106,11 @@ def slice_encoder(backbone: TwoPathResNet, kept: Kept, gates: bool) -> SlicedRes
         gates: whether the gates stay, at the backbone's threshold and for good at its budget.
     """
     source = backbone.encoder("gated")
-    cut = []
-    if gates:
-        budget = backbone.budget
-        cut = [
-            gate.sliced(indices, budget)
-            for gate, indices in zip(backbone.gates, kept.channels, strict=True)
-        ]
+    cut = [
+        gate.sliced(indices, backbone.budget)
+        for gate, indices in zip(backbone.gates, kept.channels, strict=True)
+        if gates
+    ]
     net = SlicedResNet(
         **source.architecture,
         hidden=[len(indices) for indices in kept.channels],
@@ -120,26 +118,17 @@ def slice_encoder(backbone: TwoPathResNet, kept: Kept, gates: bool) -> SlicedRes
         gate_kwargs=[one["kwargs"] for one in cut],
     )
     net.fc = nn.Identity()
-    state = source.dense_state_dict()
-    remaining = list(kept.channels)
+    names = {module: name for name, module in net.named_modules()}
+    state, channels = source.dense_state_dict(), iter(kept.channels)
     for block, original in zip(net.blocks, backbone.gated_blocks, strict=True):
-        number = len(original.gates)
-        sides, remaining = [None, *remaining[:number], None], remaining[number:]
-        weights = _block_weights(original, sides)
-        name = next(name for name, module in net.named_modules() if module is block)
-        state = {k: v for k, v in state.items() if not k.startswith((f"{name}.conv", f"{name}.bn"))}
-        state |= {f"{name}.{key}": value for key, value in weights.items()}
-        for place, gate in zip(_places(block), original.gates, strict=False):
-            one, cut = cut[0], cut[1:]
-            block.get_submodule(place).threshold = gate.threshold
-            state |= {f"{name}.{place}.{key}": value for key, value in one["state"].items()}
+        sides = [None, *(next(channels) for _ in original.gates), None]
+        for key, value in _block_weights(original, sides).items():
+            state[f"{names[block]}.{key}"] = value
+    for gate, whole, one in zip(net.gates, backbone.gates, cut, strict=False):
+        gate.threshold = whole.threshold
+        state |= {f"{names[gate]}.{key}": value for key, value in one["state"].items()}
     net.load_state_dict(state)
     return net.eval().requires_grad_(False)
-
-
-def _places(block: Any) -> list[str]:
-    """The names of a block's gates in it."""
-    return [name for name, module in block.named_children() if module in block.gates]
 
 
 def _block_weights(block: Any, sides: list[Tensor | None]) -> dict[str, Tensor]:

@@ -64,11 +64,11 @@ def report_flops(cfg: DictConfig) -> dict[str, Any]:
                 budget = backbone.budget
             elif is_range(budget):
                 budget = middle(budget)
-            channels = channels_at(flops, budget)
             if backbone.gates[0].dial == "budget":  # a budget is then a share of the channels
-                channels = torch.tensor(
-                    [[float(number_of_channels(budget, gate.channels)) for gate in flops.gates]]
-                ).double()
+                numbers = [number_of_channels(budget, gate.channels) for gate in flops.gates]
+                channels = torch.tensor([numbers], dtype=torch.float64)
+            else:
+                channels = channels_at(flops, budget)
             source = f"at the target budget {budget:g}"
         else:
             loader = _first_images(cfg)

@@ -13,6 +13,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..config.arguments import command_parser
 from ..config.compose import user_path
 from ..errors import InputError
 from ..files import make_folder, write_bytes
@@ -130,11 +131,7 @@ def _introduction(records: Sequence[Record]) -> Section:
 
 def parser() -> argparse.ArgumentParser:
     """What the command understands."""
-    made = argparse.ArgumentParser(
-        prog="python -m solo_gating.main_report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    made = command_parser("main_report", __doc__)
     made.add_argument(
         "folders",
         nargs="*",

@@ -19,6 +19,7 @@ from solo_gating import (
 )
 from solo_gating.config.arguments import (
     as_typed,
+    command_parser,
     flags_to_overrides,
     quoted,
     read_arguments,
@@ -136,7 +137,7 @@ def test_a_flag_without_a_value_is_refused(typed):
 
 
 def command():
-    parser = argparse.ArgumentParser()
+    parser = command_parser("main_none", None)
     parser.add_argument("--checkpoint")
     parser.add_argument("--densities", type=float, nargs="+", default=[0.5])
     parser.add_argument("--memory-format", choices=("contiguous", "channels_last"))

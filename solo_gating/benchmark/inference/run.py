@@ -42,6 +42,7 @@ from typing import Any
 from ...backbones import gated_backbones
 from ...backbones.resnet import STEMS
 from ...checks import at_least, is_share, one_of, require
+from ...config.arguments import command_parser
 from ...config.compose import check_overrides, user_path
 from ...config.schema import SEED
 from ...deploy.engine.library import chosen_engine
@@ -184,11 +185,7 @@ def _heading(report: dict[str, Any]) -> str:
 
 def parser() -> argparse.ArgumentParser:
     """What the command understands."""
-    made = argparse.ArgumentParser(
-        prog="python -m solo_gating.main_benchmark",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    made = command_parser("main_benchmark", __doc__)
     made.add_argument("--checkpoint", type=user_path)
     made.add_argument("--random", action="store_true")
     made.add_argument("--densities", type=float, nargs="+", help="random: default 0.1 0.3 0.5")

@@ -36,6 +36,7 @@ import numpy as np
 import torch
 
 from ...checks import at_least, one_of, require
+from ...config.arguments import command_parser
 from ...config.compose import user_path
 from ...config.schema import SEED
 from ...files import make_folder, write_json
@@ -252,11 +253,7 @@ def _setup(options: argparse.Namespace) -> Setup:
 
 def parser() -> argparse.ArgumentParser:
     """What the command understands."""
-    made = argparse.ArgumentParser(
-        prog="python -m solo_gating.main_benchmark_train",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    made = command_parser("main_benchmark_train", __doc__)
     made.add_argument(
         "--methods",
         nargs="+",
