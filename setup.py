@@ -32,7 +32,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     packages=[
-        *find_packages(include=["solo_gating", "solo_gating.*"]),
+        *find_packages(include=["solo_gating", "solo_gating.*", "solo_gating_runtime"]),
         *(
             folder.replace("configs", "solo_gating.configs", 1).replace("/", ".")
             for folder in CONFIG_FOLDERS
@@ -43,7 +43,7 @@ setup(
         "": ["*.yaml"],
         "solo_gating": ["py.typed"],
         "solo_gating.report": ["published.json"],
-        "solo_gating.deploy.engine": ["kernel/*"],
+        "solo_gating_runtime": ["kernel/*.*", "kernel/*/*.h"],
     },
     python_requires=">=3.10,<3.14",
     install_requires=[

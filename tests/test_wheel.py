@@ -37,7 +37,7 @@ def test_an_installed_wheel_has_its_configs_and_runs_solo_learn_s_scripts(tmp_pa
     source.mkdir()
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    for name in ("solo_gating", "configs"):
+    for name in ("solo_gating", "solo_gating_runtime", "configs"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     build = "from setuptools.build_meta import build_wheel; build_wheel('..')"
     subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True)
@@ -47,19 +47,20 @@ def test_an_installed_wheel_has_its_configs_and_runs_solo_learn_s_scripts(tmp_pa
         archive.extractall(site)
     shutil.rmtree(source)
 
-    modules = {str(file.relative_to(ROOT)) for file in (ROOT / "solo_gating").rglob("*.py")}
+    packages = ("solo_gating", "solo_gating_runtime")
+    modules = {str(f.relative_to(ROOT)) for name in packages for f in (ROOT / name).rglob("*.py")}
     configs = {str(file.relative_to(ROOT)) for file in (ROOT / "configs").rglob("*.yaml")}
     assert modules <= names
     assert {f"solo_gating/{file}" for file in configs} <= names
     assert "solo_gating/report/published.json" in names
-    sources = (ROOT / "solo_gating/deploy/engine/kernel").iterdir()
+    sources = (ROOT / "solo_gating_runtime/kernel").rglob("*.*")
     assert {str(file.relative_to(ROOT)) for file in sources} <= names
     # Older ones run the code of a checkpoint in solo-learn's scripts.
     metadata = next(name for name in names if name.endswith("METADATA"))
     requirements = (site / metadata).read_text(encoding="utf-8").splitlines()
     assert {"Requires-Dist: torch>=2.6", "Requires-Dist: torchvision>=0.21"} <= set(requirements)
     tops = {name.split("/")[0] for name in names}
-    assert tops == {"solo_gating", wheel.name.removesuffix("-py3-none-any.whl") + ".dist-info"}
+    assert tops == {*packages, wheel.name.removesuffix("-py3-none-any.whl") + ".dist-info"}
 
     others = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p not in ("", ".")]
     path = os.pathsep.join([str(site), *(p for p in others if Path(p) != ROOT)])

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shutil
 import stat
 import subprocess
 import time
@@ -96,9 +97,7 @@ def test_other_sources_flags_and_dtypes_have_files_of_their_own(cache, tmp_path,
     compiled_without_warning()
     deploy.compile(encoder(), dtype="bfloat16")
     copy = tmp_path / "kernel-sources"
-    copy.mkdir()
-    for source in library.SOURCES.iterdir():
-        (copy / source.name).write_bytes(source.read_bytes())
+    shutil.copytree(library.SOURCES, copy)
     with (copy / "simd.h").open("a") as file:
         file.write("// newer\n")
     monkeypatch.setattr(library, "SOURCES", copy)

@@ -4,7 +4,6 @@
 |---|---|
 | `encoder.py` | `compile`, and the module that it gives |
 | `fold.py` | a backbone's weights with BatchNorms folded into the convolutions |
-| `kernel/` | the C++ kernel: one source for AVX-512, AVX2, SSE and NEON |
 | `library.py` | builds the kernel once, and keeps it in a cache folder |
 | `pack.py` | folded weights in the order in which the kernel reads them |
 | `fallback.py` | the same computation in PyTorch, where there is no compiler |

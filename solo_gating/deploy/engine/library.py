@@ -22,9 +22,11 @@ from pathlib import Path
 
 import torch
 
+import solo_gating_runtime
+
 from ...errors import InputError
 
-SOURCES = Path(__file__).parent / "kernel"
+SOURCES = Path(solo_gating_runtime.__file__).parent / "kernel"
 CACHE_VARIABLE = "SOLO_GATING_CACHE"
 ISA_VARIABLE = "SOLO_GATING_ISA"
 PYTORCH = "pytorch"  # instead of a kernel
@@ -154,7 +156,7 @@ def _load(isa: str, dtype: torch.dtype, *folders: Path) -> ctypes.CDLL | _Compil
     # Compilers' failures are kept as well, so that they cost their time once.
     flags = [*_FLAGS, *_ISA_FLAGS[isa], *_DTYPE_FLAGS[dtype]]
     digest = hashlib.sha256(repr((flags, os.environ.get("CXX"))).encode())
-    for source in sorted(SOURCES.iterdir()):
+    for source in sorted(SOURCES.rglob("*.*")):
         digest.update(source.name.encode() + source.read_bytes())
     name = f"kernel-{platform.machine()}-{isa}-{str(dtype)[6:]}-{digest.hexdigest()[:16]}.so"
     errors: list[BuildError] = []

@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "layout.h"
+#include "float32/layout.h"
 #include "network.h"
 #include "simd.h"
 

@@ -3,9 +3,9 @@
 // Blocks are computed in one of two ways. BasicBlocks have activations of rows × columns ×
 // channels. Their first convolution computes the chosen channels only, with dot products over its
 // input channels, into planes of a hidden map that has no place for the others; the second one adds
-// up the outer products of these planes with the chosen rows of its weights. Bias, shortcut and ReLU
-// happen while sums are in registers. All other blocks, such as Bottlenecks, have a plane for each
-// channel (`planes.h`), because between their convolutions input and output channels are both
+// up the outer products of these planes with the chosen rows of its weights. Bias, shortcut and
+// ReLU happen while sums are in registers. All other blocks, such as Bottlenecks, have a plane for
+// each channel (`planes.h`), because between their convolutions input and output channels are both
 // chosen.
 
 #include <algorithm>
@@ -20,13 +20,13 @@
 #include <omp.h>
 #endif
 
+#include "float32/layout.h"
+#include "float32/planes.h"
+#include "float32/tiles.h"
 #include "gates.h"
-#include "layout.h"
 #include "network.h"
-#include "planes.h"
 #include "simd.h"
 #include "team.h"
-#include "tiles.h"
 
 namespace gated {
 namespace {
@@ -39,7 +39,7 @@ struct Scratch {
   // For each gate of a block, its logits, and the channels that it chooses.
   Buffer logits[kMostConvolutions - 1];
   std::vector<int32_t> chosen[kMostConvolutions - 1];
-  bool extreme = false;         // whether this thread's part of the image is
+  bool extreme = false;  // whether this thread's part of the image is
 };
 
 // Tiles of dot products whose sums are kept until all input channels are in.
@@ -131,8 +131,8 @@ class Engine {
     for (int64_t c = 0; c < most; ++c) all_.push_back(c);
   }
 
-  void run(const float* images, int64_t number, int64_t height, int64_t width,
-           Decisions decisions, float* features, uint8_t* masks, int threads) {
+  void run(const float* images, int64_t number, int64_t height, int64_t width, Decisions decisions,
+           float* features, uint8_t* masks, int threads) {
     const int64_t image_size = net_.in_channels * height * width;
     // Each thread takes whole images; what is left over, all threads compute together.
     const int64_t apart = threads == 1 ? number : number / threads * threads;
@@ -770,8 +770,8 @@ EXPORT void gated_close(void* engine) { delete static_cast<gated::Engine*>(engin
 
 // Returns 0, or 1 if there is not enough memory, or 2 if images have too many pixels.
 EXPORT int gated_run(void* engine, const float* images, int64_t number, int64_t height,
-                     int64_t width, const float* thresholds, const int64_t* counts,
-                     float* features, uint8_t* masks, int64_t threads) {
+                     int64_t width, const float* thresholds, const int64_t* counts, float* features,
+                     uint8_t* masks, int64_t threads) {
   try {
     static_cast<gated::Engine*>(engine)->run(images, number, height, width, {thresholds, counts},
                                              features, masks, static_cast<int>(threads));

@@ -16,7 +16,7 @@
 #include <cstdint>
 #include <utility>
 
-#include "simd.h"
+#include "../simd.h"
 
 namespace gated {
 

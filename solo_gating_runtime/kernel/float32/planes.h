@@ -10,10 +10,10 @@
 #include <cstdint>
 #include <vector>
 
-#include "gates.h"
+#include "../gates.h"
+#include "../network.h"
+#include "../team.h"
 #include "layout.h"
-#include "network.h"
-#include "team.h"
 #include "tiles.h"
 
 namespace gated {
@@ -68,9 +68,9 @@ inline void pool_planes(const float* x, int64_t pixels, int64_t channels, float*
 // A convolution of the chosen planes of x into the chosen planes of y.
 //
 // For each tile of pixels, whose part of the planes fits an inner cache, weights pass by.
-inline void convolve(const Convolution& conv, bool grouped, const PlaneShape& shape,
-                     const float* x, const Choice& in, float* y, const Choice& out, bool add,
-                     bool rectify, Team team) {
+inline void convolve(const Convolution& conv, bool grouped, const PlaneShape& shape, const float* x,
+                     const Choice& in, float* y, const Choice& out, bool add, bool rectify,
+                     Team team) {
   const int64_t num_taps = shape.taps.size();
   const int64_t groups = ceil_div(out.number, kPlaneChannels), tiles = shape.tiles.size();
   const Team alone{0, 1};
@@ -94,8 +94,8 @@ inline void convolve(const Convolution& conv, bool grouped, const PlaneShape& sh
       product.row_step = num_taps * product.tap_step;
       for (int64_t k = 0; k < channels; ++k) {
         const int64_t c = out.channels[first + k];
-        product.weights[k] = conv.weight + conv.in_channels * num_taps * (grouped ? first : c) +
-                             (grouped ? k : 0);
+        product.weights[k] =
+            conv.weight + conv.in_channels * num_taps * (grouped ? first : c) + (grouped ? k : 0);
         product.bias[k] = conv.bias[c];
         product.scale[k] = out.scale == nullptr ? 1.0f : out.scale[c];
         product.y[k] = y + (first + k) * shape.out_plane() + first_pixel;

@@ -10,7 +10,7 @@
 #include <stdexcept>
 #include <vector>
 
-#include "network.h"
+#include "../network.h"
 #include "tiles.h"
 
 namespace gated {
@@ -29,7 +29,7 @@ class Buffer {
  public:
   Buffer() = default;
   explicit Buffer(int64_t size)
-      : data_(static_cast<float*>(::operator new(size * sizeof(float), std::align_val_t{64}))) {
+      : data_(static_cast<float*>(::operator new (size * sizeof(float), std::align_val_t{64}))) {
     std::memset(data_, 0, size * sizeof(float));
   }
   Buffer(Buffer&& other) noexcept : data_(other.data_) { other.data_ = nullptr; }
@@ -37,7 +37,7 @@ class Buffer {
     std::swap(data_, other.data_);
     return *this;
   }
-  ~Buffer() { ::operator delete(data_, std::align_val_t{64}); }
+  ~Buffer() { ::operator delete (data_, std::align_val_t{64}); }
 
   float* data() const { return data_; }
 
@@ -143,10 +143,10 @@ inline int64_t plane_size(int64_t pixels) { return ceil_div(pixels, kLanes) * kL
 struct PlaneShape {
   int64_t in_height, in_width;
   int64_t kernel, stride;
-  int64_t height, width;           // of the output
-  int64_t rows;                    // of each part of a shifted copy
-  std::vector<int32_t> taps;       // offsets of the kernel's elements
-  std::vector<PixelTile> tiles;    // of the output, counted in vectors
+  int64_t height, width;         // of the output
+  int64_t rows;                  // of each part of a shifted copy
+  std::vector<int32_t> taps;     // offsets of the kernel's elements
+  std::vector<PixelTile> tiles;  // of the output, counted in vectors
 
   PlaneShape(int64_t in_height, int64_t in_width, const Convolution& conv)
       : in_height(in_height), in_width(in_width), kernel(conv.kernel), stride(conv.stride) {

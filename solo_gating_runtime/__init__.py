@@ -1,0 +1,1 @@
+"""Runs gated encoders on CPUs: needs NumPy and a C++ compiler, and neither PyTorch nor solo-gating."""

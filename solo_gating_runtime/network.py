@@ -1,0 +1,143 @@
+"""One path of an encoder, as its file describes it: weights in the order of PyTorch's, as NumPy arrays.
+
+Every BatchNorm is folded into the convolution before it. In an int8 network weights are int8 with a
+scale for each output channel, and activations are numbers from 0 to 255 with a scale for each map:
+
+- image: q = clamp(⌊x / image_scale⌉ + 128, 0, 255); pixels outside of the image are 128
+- convolution: sum = Σ q · w, an int32; value = sum · (scale of the input · scale of the channel) + bias
+- a map after its ReLU: q = clamp(⌊value / scale of the map⌉, 0, 255)
+
+⌊·⌉ rounds to the nearest integer, halves to the even one.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+
+# Of a block.
+MOST_CONVOLUTIONS = 3
+
+# A gate's `count` that follows the budget b: ⌈b · channels⌉.
+BUDGET: Literal["budget"] = "budget"
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """x ↦ weight * x + bias.
+
+    Attributes:
+        weight: C_out × C_in × k × k, float32, or int8 from −127 to 127.
+        bias: C_out, float32.
+        stride: for rows and columns.
+        padding: in pixels.
+        scale: of int8 weights, C_out float32; None for float32 ones.
+    """
+
+    weight: NDArray[np.float32] | NDArray[np.int8]
+    bias: Floats
+    stride: int = 1
+    padding: int = 0
+    scale: Floats | None = None
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """What a budget b adds to the logits of a gate: expand · relu(weight · t + bias), t = log(b / (1 − b)).
+
+    b is kept within 0.01 and 0.99.
+
+    Attributes:
+        weight: H.
+        bias: H.
+        expand: C_out × H.
+    """
+
+    weight: Floats
+    bias: Floats
+    expand: Floats
+
+
+@dataclass(frozen=True)
+class Gate:
+    """logits = expand · relu(reduce · m + bias) + shift + embedding(budget), m: means of the input's channels.
+
+    Attributes:
+        reduce: hidden × C_in; hidden may be 0.
+        bias: hidden.
+        expand: C_out × hidden.
+        shift: C_out.
+        embedding: None for logits that no budget shifts.
+        count: None to compute the channels whose logits reach the threshold; else those with so many of
+            the largest logits (of equal ones the first), a number or `BUDGET`.
+    """
+
+    reduce: Floats
+    bias: Floats
+    expand: Floats
+    shift: Floats
+    embedding: Embedding | None = None
+    count: int | Literal["budget"] | None = None
+
+
+@dataclass(frozen=True)
+class Block:
+    """relu(c_N(m_(N−1) · relu(c_(N−1)(... m_1 · relu(c_1 x)))) + shortcut x), with masks m_i = gate_i(x).
+
+    Attributes:
+        convolutions: c_1 to c_N.
+        shortcut: a convolution; None for the identity.
+        gates: one between each two convolutions; none on the dense path.
+        scales: of an int8 network, those of the maps after c_1 to c_N; the last is the block's output's.
+    """
+
+    convolutions: tuple[Convolution, ...]
+    shortcut: Convolution | None
+    gates: tuple[Gate, ...] = ()
+    scales: tuple[float, ...] = ()
+
+    @property
+    def hidden(self) -> tuple[int, ...]:
+        """Channels between the convolutions."""
+        return tuple(len(conv.bias) for conv in self.convolutions[:-1])
+
+
+@dataclass(frozen=True)
+class Network:
+    """One path of an encoder.
+
+    Attributes:
+        path: "gated" or "dense".
+        stem: the first convolution; with float32 weights also in an int8 network that keeps it so.
+        max_pool: whether a 3×3 max-pool of stride 2 and padding 1 follows.
+        blocks: those of the four stages, one after another.
+        linear: weight (classes × C) and bias of the classifier, float32; None without one.
+        budget_range: of the budgets that the gates can be told, None without one.
+        dial: what turns the gates: "threshold", "budget" or None.
+        image_scale: of an int8 network, the image's; None for float32 ones.
+        stem_scale: of the map after the stem.
+    """
+
+    path: str
+    stem: Convolution
+    max_pool: bool
+    blocks: tuple[Block, ...]
+    linear: tuple[Floats, Floats] | None
+    budget_range: tuple[float, float] | None = None
+    dial: str | None = "threshold"
+    image_scale: float | None = None
+    stem_scale: float | None = None
+
+    @property
+    def features(self) -> int:
+        """Length of the features of one image."""
+        last = self.blocks[-1].convolutions[-1].bias if self.linear is None else self.linear[1]
+        return len(last)
+
+    @property
+    def hidden(self) -> tuple[int, ...]:
+        """For each gate, or where it would be, the channels that it chooses from."""
+        return tuple(number for block in self.blocks for number in block.hidden)
