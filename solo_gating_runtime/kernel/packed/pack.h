@@ -8,8 +8,8 @@
 #include <stdexcept>
 #include <vector>
 
+#include "../memory.h"
 #include "../network.h"
-#include "memory.h"
 #include "tiles.h"
 
 namespace gated {
@@ -47,13 +47,13 @@ inline std::vector<int64_t> group_order(int64_t channels) {
   return order;
 }
 
-inline Memory<float> in_order(const std::vector<float>& numbers) {
+inline const float* in_order(const std::vector<float>& numbers, Arena& arena) {
   const std::vector<int64_t> order = group_order(numbers.size());
-  Memory<float> result(order.size());
-  for (size_t i = 0; i < order.size(); ++i) {
-    if (order[i] >= 0) result.data()[i] = numbers[order[i]];
-  }
-  return result;
+  return arena.add<float>(order.size(), [&](float* to) {
+    for (size_t i = 0; i < order.size(); ++i) {
+      if (order[i] >= 0) to[i] = numbers[order[i]];
+    }
+  });
 }
 
 // The column of a unit's rows that word `lane` of the q-th interleaved vector holds.
@@ -88,10 +88,11 @@ struct DotWeights {
   int64_t in_channels = 0, out_channels = 0, kernel = 0, stride = 0;
   bool chosen_inputs = false;
   int64_t row = 0;  // of one output channel
-  Memory<Weight8> weights;
+  const Weight8* weights = nullptr;
   std::vector<float> multiplier, bias;
 
-  DotWeights(const Convolution& conv, double in, double out, int64_t channels, bool chosen_inputs)
+  DotWeights(const Convolution& conv, double in, double out, int64_t channels, bool chosen_inputs,
+             Arena& arena)
       : in_channels(conv.in_channels),
         out_channels(conv.out_channels),
         kernel(conv.kernel),
@@ -102,15 +103,16 @@ struct DotWeights {
     const int64_t step = chosen_inputs ? up_to(in_channels, kRow) : channels;
     const int64_t run = chosen_inputs ? kernel * step : run_of(kernel, channels);
     row = kernel * run;
-    weights = Memory<Weight8>(out_channels * row + kRow);
-    for (int64_t c = 0; c < out_channels; ++c) {
-      for (int64_t d = 0; d < in_channels; ++d) {
-        for (int64_t t = 0; t < taps; ++t) {
-          weights.data()[c * row + t / kernel * run + t % kernel * step + d] =
-              conv.quantised[(c * in_channels + d) * taps + t];
+    weights = arena.add<Weight8>(out_channels * row, [&](Weight8* to) {
+      for (int64_t c = 0; c < out_channels; ++c) {
+        for (int64_t d = 0; d < in_channels; ++d) {
+          for (int64_t t = 0; t < taps; ++t) {
+            to[c * row + t / kernel * run + t % kernel * step + d] =
+                conv.quantised[(c * in_channels + d) * taps + t];
+          }
         }
       }
-    }
+    });
     Factors f = factors(conv, in, out);
     multiplier = std::move(f.multiplier);
     bias = std::move(f.bias);
@@ -139,15 +141,17 @@ struct Cut {
 // Outer products with chosen input channels: unit × input channel × kernel element × its columns.
 struct OuterWeights {
   int64_t in_channels = 0, out_channels = 0, kernel = 0, taps = 0, units = 0;
-  Memory<Weight8> rows;   // empty if all inputs are computed
-  Memory<Weight8> words;  // of all input channels, then: group × step × pair of vectors
-  Memory<float> multiplier, bias;
-  Memory<Weight8> shortcut;  // group × word × pair of vectors
+  const Weight8* rows = nullptr;   // null if all inputs are computed
+  const Weight8* words = nullptr;  // of all input channels, then: group × step × pair of vectors
+  const float* multiplier = nullptr;
+  const float* bias = nullptr;
+  const Weight8* shortcut = nullptr;  // group × word × pair of vectors
   int64_t shortcut_words = 0;
-  Memory<float> shortcut_multiplier;
+  const float* shortcut_multiplier = nullptr;
   float ratio = 0.0f;
 
-  OuterWeights(const Block& block, double in, double hidden, double out, bool chosen) {
+  OuterWeights(const Block& block, double in, double hidden, double out, bool chosen,
+               Arena& arena) {
     const Convolution& conv = block.last();
     check_sums(conv);
     in_channels = conv.in_channels;
@@ -155,48 +159,50 @@ struct OuterWeights {
     kernel = conv.kernel;
     taps = kernel * kernel;
     units = up_to(map_channels(out_channels), kUnit) / kUnit;
-    pack_rows(conv);
-    if (!chosen) {
-      std::vector<int32_t> all;
-      for (int64_t c = 0; c < in_channels + kQuad; ++c) {
-        all.push_back(std::min(c, in_channels - 1));
-      }
+    const int64_t size = units * in_channels * row_size();
+    if (chosen) {
+      rows = arena.add<Weight8>(size, [&](Weight8* to) { pack_rows(conv, to); });
+    } else {
       const Cut cut(in_channels, kernel);
       const int64_t unit = kUnitGroups * cut.steps(kernel) * kPair * kRow;
-      words = Memory<Weight8>(units * unit);
-      for (int64_t u = 0; u < units; ++u) {
-        pack_unit(u, all.data(), in_channels, 0, cut.quads + cut.tails, words.data() + u * unit);
-      }
-      rows = Memory<Weight8>();
+      words = arena.add<Weight8>(units * unit, [&](Weight8* to) {
+        Storage<Weight8> all_rows(size);
+        std::vector<int32_t> all;
+        for (int64_t c = 0; c < in_channels; ++c) all.push_back(c);
+        pack_rows(conv, all_rows.data());
+        rows = all_rows.data();
+        for (int64_t u = 0; u < units; ++u) {
+          pack_unit(u, all.data(), in_channels, 0, cut.quads + cut.tails, to + u * unit);
+        }
+        rows = nullptr;
+      });
     }
     Factors f = factors(conv, hidden, out);
-    if (has(block.shortcut)) {
+    if (block.shortcut.exists()) {
       const Convolution& other = block.shortcut;
       check_sums(other);
       for (int64_t c = 0; c < out_channels; ++c) {
         f.bias[c] = static_cast<float>(
             (static_cast<double>(conv.bias[c]) + static_cast<double>(other.bias[c])) / out);
       }
-      shortcut_multiplier = in_order(factors(other, in, out).multiplier);
-      pack_shortcut(other);
+      shortcut_multiplier = in_order(factors(other, in, out).multiplier, arena);
+      pack_shortcut(other, arena);
     } else {
       ratio = static_cast<float>(in / out);
     }
-    multiplier = in_order(f.multiplier);
-    bias = in_order(f.bias);
+    multiplier = in_order(f.multiplier, arena);
+    bias = in_order(f.bias, arena);
   }
-
-  static bool has(const Convolution& conv) { return conv.quantised != nullptr; }
 
   int64_t row_size() const { return taps * kUnit; }
 
   // Pieces `begin` to `end` of a unit's words of the chosen input channels, a piece being a quad or
-  // a tail: group × step × pair of vectors. There are as many valid channels as whole quads need.
+  // a tail: group × step × pair of vectors.
   void pack_unit(int64_t unit, const int32_t* chosen, int64_t number, int64_t begin, int64_t end,
                  Weight8* to) const {
     const Cut cut(number, kernel);
     const int64_t group = cut.steps(kernel) * kPair * kRow;
-    const Weight8* from = rows.data() + unit * in_channels * row_size();
+    const Weight8* from = rows + unit * in_channels * row_size();
     const auto row = [&](int64_t j) { return from + chosen[j] * row_size(); };
     const auto put = [&](const Row* four, int64_t step) {
       if constexpr (kUnitGroups == 1) {
@@ -249,33 +255,33 @@ struct OuterWeights {
   }
 
  private:
-  void pack_rows(const Convolution& conv) {
+  void pack_rows(const Convolution& conv, Weight8* to) const {
     const std::vector<int64_t> order = group_order(out_channels), columns = columns_of_words();
-    rows = Memory<Weight8>(units * in_channels * row_size() + kRow);
     for (size_t i = 0; i < order.size(); ++i) {
       if (order[i] < 0) continue;
       const int64_t unit = i / kUnit, column = columns[i % kUnit];
       for (int64_t d = 0; d < in_channels; ++d) {
         for (int64_t t = 0; t < taps; ++t) {
-          rows.data()[(unit * in_channels + d) * row_size() + t * kUnit + column] =
+          to[(unit * in_channels + d) * row_size() + t * kUnit + column] =
               conv.quantised[(order[i] * in_channels + d) * taps + t];
         }
       }
     }
   }
 
-  void pack_shortcut(const Convolution& conv) {
+  void pack_shortcut(const Convolution& conv, Arena& arena) {
     const std::vector<int64_t> order = group_order(out_channels);
     shortcut_words = up_to(conv.in_channels, kGroup) / kGroup;
-    shortcut = Memory<Weight8>(order.size() * shortcut_words * kGroup);
-    for (size_t i = 0; i < order.size(); ++i) {
-      if (order[i] < 0) continue;
-      const int64_t group = i / kGroupChannels, lane = i % kGroupChannels;
-      for (int64_t d = 0; d < conv.in_channels; ++d) {
-        shortcut.data()[((group * shortcut_words + d / kGroup) * kGroupChannels + lane) * kGroup +
-                        d % kGroup] = conv.quantised[order[i] * conv.in_channels + d];
+    shortcut = arena.add<Weight8>(order.size() * shortcut_words * kGroup, [&](Weight8* to) {
+      for (size_t i = 0; i < order.size(); ++i) {
+        if (order[i] < 0) continue;
+        const int64_t group = i / kGroupChannels, lane = i % kGroupChannels;
+        for (int64_t d = 0; d < conv.in_channels; ++d) {
+          const int64_t word = (group * shortcut_words + d / kGroup) * kGroupChannels + lane;
+          to[word * kGroup + d % kGroup] = conv.quantised[order[i] * conv.in_channels + d];
+        }
       }
-    }
+    });
   }
 };
 
@@ -285,12 +291,12 @@ struct StemWeights {
   int64_t words = 0;  // of a row of the kernel
   bool floats = false;
   float scale = 0.0f;  // what pixels, or a float32 stem's sums, are multiplied with
-  Memory<Weight8> weights;
-  Memory<float> multiplier, bias;
-  Memory<float> float_weights;  // group of channels × tap × its channels
-  std::vector<int64_t> order;
+  const Weight8* weights = nullptr;
+  const float* multiplier = nullptr;
+  const float* bias = nullptr;
+  const float* float_weights = nullptr;  // group of channels × input channel × tap × its channels
 
-  StemWeights(const Convolution& conv, double image_scale, double stem_scale)
+  StemWeights(const Convolution& conv, double image_scale, double stem_scale, Arena& arena)
       : in_channels(conv.in_channels),
         out_channels(conv.out_channels),
         kernel(conv.kernel),
@@ -298,46 +304,50 @@ struct StemWeights {
         padding(conv.padding),
         floats(conv.weight != nullptr) {
     const int64_t taps = kernel * kernel;
-    order = group_order(out_channels);
+    const std::vector<int64_t> order = group_order(out_channels);
     if (floats) {
       scale = 1.0f / static_cast<float>(stem_scale);
-      float_weights = Memory<float>(order.size() * in_channels * taps);
-      for (size_t i = 0; i < order.size(); ++i) {
-        if (order[i] < 0) continue;
-        for (int64_t e = 0; e < in_channels * taps; ++e) {
-          float_weights.data()[(i / kGroupChannels * in_channels * taps + e) * kGroupChannels +
-                               i % kGroupChannels] = conv.weight[order[i] * in_channels * taps + e];
+      const int64_t terms = in_channels * taps;
+      float_weights = arena.add<float>(order.size() * terms, [&](float* to) {
+        for (size_t i = 0; i < order.size(); ++i) {
+          if (order[i] < 0) continue;
+          for (int64_t e = 0; e < terms; ++e) {
+            to[(i / kGroupChannels * terms + e) * kGroupChannels + i % kGroupChannels] =
+                conv.weight[order[i] * terms + e];
+          }
         }
-      }
-      bias = in_order(std::vector<float>(conv.bias, conv.bias + out_channels));
+      });
+      bias = in_order(std::vector<float>(conv.bias, conv.bias + out_channels), arena);
       return;
     }
     check_sums(conv);
     scale = 1.0f / static_cast<float>(image_scale);
     words = up_to(kernel * in_channels, kGroup) / kGroup;
-    weights = Memory<Weight8>(order.size() * kernel * words * kGroup);
-    std::vector<int64_t> sums(out_channels);
-    for (size_t i = 0; i < order.size(); ++i) {
-      const int64_t c = order[i];
-      if (c < 0) continue;
-      for (int64_t d = 0; d < in_channels; ++d) {
-        for (int64_t t = 0; t < taps; ++t) {
-          const int64_t number = t % kernel * in_channels + d;
-          const int64_t step = t / kernel * words + number / kGroup;
-          const int8_t weight = conv.quantised[(c * in_channels + d) * taps + t];
-          sums[c] += weight;
-          weights.data()[((i / kGroupChannels * kernel * words + step) * kGroupChannels +
-                          i % kGroupChannels) * kGroup + number % kGroup] = weight;
+    weights = arena.add<Weight8>(order.size() * kernel * words * kGroup, [&](Weight8* to) {
+      for (size_t i = 0; i < order.size(); ++i) {
+        if (order[i] < 0) continue;
+        const int64_t group = i / kGroupChannels, lane = i % kGroupChannels;
+        for (int64_t d = 0; d < in_channels; ++d) {
+          for (int64_t t = 0; t < taps; ++t) {
+            const int64_t number = t % kernel * in_channels + d;
+            const int64_t step = group * kernel * words + t / kernel * words + number / kGroup;
+            to[(step * kGroupChannels + lane) * kGroup + number % kGroup] =
+                conv.quantised[(order[i] * in_channels + d) * taps + t];
+          }
         }
       }
-    }
+    });
     Factors f = factors(conv, image_scale, stem_scale);
     for (int64_t c = 0; c < out_channels; ++c) {
-      const double offset = 128.0 * sums[c] * image_scale * conv.scale[c] / stem_scale;
+      int64_t sum = 0;
+      for (int64_t i = 0; i < in_channels * taps; ++i) {
+        sum += conv.quantised[c * in_channels * taps + i];
+      }
+      const double offset = 128.0 * sum * image_scale * conv.scale[c] / stem_scale;
       f.bias[c] = static_cast<float>(conv.bias[c] / stem_scale - offset);
     }
-    multiplier = in_order(f.multiplier);
-    bias = in_order(f.bias);
+    multiplier = in_order(f.multiplier, arena);
+    bias = in_order(f.bias, arena);
   }
 };
 
