@@ -526,7 +526,7 @@ class Engine {
     product.row = (at.in.width + 2) * channels;
     product.kernel = conv.kernel;
     product.run = DotWeights::run_of(conv.kernel, channels);
-    const int64_t steps = conv.kernel * product.run / kRow;
+    const int64_t steps = std::max<int64_t>(1, conv.kernel * product.run / kRow);
     const int64_t end = channel_team.end(pieces);
     for (int64_t i = channel_team.begin(pieces); i < end; ++i) {
       const bool whole = i < quads;
@@ -579,6 +579,7 @@ class Engine {
         }
         product.pixel = at.pixel.data() + tiles[t].first;
         product.position = at.position.data() + tiles[t].first;
+        product.in_a_row = tiles[t].in_a_row;
         dot_tile_for(number, tiles[t].count)(product);
       }
     }

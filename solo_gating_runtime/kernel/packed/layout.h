@@ -39,9 +39,10 @@ struct OuterTileShape {
   int32_t y, x, rows, columns;
 };
 
-// Of a dot product: the first of so many pixels.
+// Of a dot product: the first of so many pixels, and whether they are neighbours.
 struct DotTileShape {
   int32_t first, count;
+  bool in_a_row = false;
 };
 
 // Pieces of so many things, even and as few as possible.
@@ -110,6 +111,13 @@ struct DotShape {
     while (static_cast<int32_t>(pixel.size()) < std::max(kFewPixels, kDotPixels)) {
       pixel.push_back(pixel.back());
       position.push_back(position.back());
+    }
+    for (std::vector<DotTileShape>* list : {&tiles, &few_tiles}) {
+      for (DotTileShape& tile : *list) {
+        const int32_t* at = position.data() + tile.first;
+        tile.in_a_row = tile.first + tile.count <= number &&
+                        at[tile.count - 1] - at[0] == tile.count - 1;
+      }
     }
   }
 };

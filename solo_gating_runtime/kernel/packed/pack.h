@@ -154,6 +154,7 @@ struct OuterWeights {
                Arena& arena) {
     const Convolution& conv = block.last();
     check_sums(conv);
+    if (conv.stride != 1) throw std::length_error("the last convolution of a block has a stride");
     in_channels = conv.in_channels;
     out_channels = conv.out_channels;
     kernel = conv.kernel;

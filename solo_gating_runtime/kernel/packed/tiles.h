@@ -196,6 +196,7 @@ struct DotProduct {
   Number* y[kDotChannels];
   int64_t y_pixel;
   const int32_t* position;  // of each pixel in y
+  bool in_a_row;            // whether they are neighbours
   const char* ahead;        // something to prefetch with each vector ...
   int64_t ahead_step;       // ... and how much, in bytes
 };
@@ -259,9 +260,8 @@ void dot_tile(const DotProduct& a) {
                                      load(a.bias + from));
     std::memcpy(lanes + kFirst, &numbers, sizeof numbers);
   });
-  const bool in_a_row = a.position[Pixels - 1] - a.position[0] == Pixels - 1;
   if constexpr (kTogether) {
-    if (in_a_row && a.y_pixel == kQuad) {
+    if (a.in_a_row && a.y_pixel == kQuad) {
       std::memcpy(a.y[0] + a.position[0] * kQuad, lanes, kSums * sizeof(Number));
       return;
     }
@@ -271,7 +271,7 @@ void dot_tile(const DotProduct& a) {
     }
   } else {
     for (int m = 0; m < Channels; ++m) {
-      if (in_a_row && a.y_pixel == 1) {
+      if (a.in_a_row && a.y_pixel == 1) {
         std::memcpy(a.y[m] + a.position[0], lanes + m * Pixels, Pixels * sizeof(Number));
         continue;
       }
