@@ -161,27 +161,39 @@ class Machine:
         return call
 
 
-def test_turns_are_paired_and_shuffled():
+def test_turns_are_paired_shuffled_and_of_as_many_calls():
     m = Machine()
     calls = {"a": m.engine("a", lambda n: 0.03), "b": m.engine("b", lambda n: 0.001)}
-    times = timing.interleaved(calls, seconds=1, clock=m.clock)
+    times = timing.interleaved(calls, seconds=10, clock=m.clock)
     rounds = len(times["a"])
     assert len(times["b"]) == rounds > timing.LEAST_ROUNDS
-    # Ten calls or more to a turn of b, which is shorter than a turn; one of a, and one to warm up.
-    assert m.calls.count("a") == 1 + 2 * rounds
-    assert m.calls.count("b") >= 9 * rounds
+    # Ten calls to a turn, which make a turn of b long enough, and one to warm up: of both.
+    assert m.calls.count("a") == m.calls.count("b") == 2 + 11 * rounds
     # The order varies: some rounds end with the engine that the next one starts with.
-    assert "aaaa" in "".join(m.calls)
-    assert "baab" in "".join(m.calls)
+    assert "a" * 22 in "".join(m.calls)
+    assert "a" * 11 + "b" * 11 + "a" * 11 in "".join(m.calls)
     # The machine gets slower, and the ratio does not notice.
-    assert times["a"][-1] > 1.05 * times["a"][0]
-    assert timing.paired_ratio(times["a"], times["b"]) == pytest.approx(30, rel=0.02)
+    assert times["a"][-1] > 1.5 * times["a"][0]
+    assert timing.paired_ratio(times["a"], times["b"]) == pytest.approx(30, rel=0.05)
+
+
+def test_with_little_time_turns_are_shorter_rather_than_rounds_fewer():
+    m = Machine()
+    calls = {"a": m.engine("a", lambda n: 0.03), "b": m.engine("b", lambda n: 0.0001)}
+    times = timing.interleaved(calls, seconds=1, clock=m.clock)
+    assert m.calls.count("a") == m.calls.count("b")
+    assert timing.LEAST_ROUNDS < len(times["a"]) <= 12
 
 
 def test_long_calls_are_not_warmed_up_and_get_five_rounds():
     m = Machine()
     times = timing.interleaved({"a": m.engine("a", lambda n: 1.0)}, seconds=0.1, clock=m.clock)
     assert len(times["a"]) == timing.LEAST_ROUNDS == len(m.calls) - 1
+    # Beside a short one they are: all turns have as many calls.
+    m = Machine()
+    calls = {"a": m.engine("a", lambda n: 1.0), "b": m.engine("b", lambda n: 0.01)}
+    timing.interleaved(calls, seconds=0.1, clock=m.clock)
+    assert m.calls.count("a") == 1 + 2 * timing.LEAST_ROUNDS == m.calls.count("b") - 1
 
 
 def test_the_quickest_is_found_though_its_first_call_is_slow():
