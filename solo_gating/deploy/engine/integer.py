@@ -237,7 +237,7 @@ def _dots(weight: NDArray[np.float32], x: NDArray[np.float32]) -> NDArray[np.flo
 def _mask(
     gate: Gate, means: NDArray[np.float32], thresholds: NDArray[np.float32], count: int
 ) -> Tensor:
-    hidden = _dots(gate.reduce, means) + gate.bias
+    hidden = _dots(gate.reduce, means) + gate.bias if len(gate.bias) else gate.bias
     alive = hidden > 0
     products = (hidden[alive] * gate.expand[:, alive]).T
     logits = np.zeros_like(gate.shift)
