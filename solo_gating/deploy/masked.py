@@ -1,17 +1,18 @@
 """One path of an encoder in PyTorch, in float32: every channel is computed, and masks are applied."""
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from solo_gating_runtime.network import BUDGET, Block, Convolution, Gate, Network
+from solo_gating_runtime.network import Convolution, Gate, Network
 
-from ..gates.shares import number_of_channels
+from .engine.fallback import decide
 from .engine.forks import one_thread_if_forked
+
+# A gate, the thresholds of its logits, and how many channels it chooses, or -1.
+_Rule = tuple[Gate, Tensor, int]
 
 # Images at a time: with more, maps leave the CPU's cache.
 _BATCH = 32
@@ -31,9 +32,9 @@ class MaskedNetwork:
     def run(
         self,
         images: Tensor,
+        threshold: float,
+        budget: float | None,
         *,
-        threshold: float = 0.0,
-        budget: float | None = None,
         masks: Sequence[Tensor] | None = None,
         note: Callable[[int, Tensor], None] | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -50,12 +51,17 @@ class MaskedNetwork:
         Returns:
             Features, B × F, and for each gate, or where it would be, a mask, B × channels, bool.
         """
-        pieces = []
+        net, pieces = self._net, []
+        decisions = decide(net, threshold, budget)
+        rules: list[_Rule] = []
+        if decisions is not None:
+            thresholds = torch.from_numpy(decisions.thresholds).split(net.hidden)
+            rules = list(zip(net.gates, thresholds, decisions.counts.tolist(), strict=True))
         with torch.autocast("cpu", enabled=False), one_thread_if_forked():
             for begin in range(0, len(images), _BATCH):
                 part = slice(begin, begin + _BATCH)
                 own = None if masks is None else [mask[part] for mask in masks]
-                pieces.append(self._batch(images[part], threshold, budget, own, note))
+                pieces.append(self._batch(images[part], rules, own, note))
         features = torch.cat([features for features, _ in pieces])
         parts = zip(*(masks for _, masks in pieces), strict=True)
         return features, tuple(torch.cat(part) for part in parts)
@@ -63,8 +69,7 @@ class MaskedNetwork:
     def _batch(
         self,
         images: Tensor,
-        threshold: float,
-        budget: float | None,
+        rules: Sequence[_Rule],
         masks: Sequence[Tensor] | None,
         note: Callable[[int, Tensor], None] | None,
     ) -> tuple[Tensor, list[Tensor]]:
@@ -75,13 +80,16 @@ class MaskedNetwork:
         if net.max_pool:
             x = F.max_pool2d(x, 3, 2, 1)
         given: Iterator[Tensor] | None = None if masks is None else iter(masks)
+        gates = iter(rules)
         used: list[Tensor] = []
         number = 1
         for block in net.blocks:
-            own = [
-                next(given) if given is not None else decided(block, index, x, threshold, budget)
-                for index in range(len(block.hidden))
-            ]
+            if given is not None:
+                own = [next(given) for _ in block.hidden]
+            elif rules:
+                own = [_decided(*next(gates), x) for _ in block.hidden]
+            else:
+                own = [torch.ones(len(x), hidden, dtype=torch.bool) for hidden in block.hidden]
             out = x
             for conv, mask in zip(block.convolutions, own, strict=False):
                 out = convolved(conv, out).relu_()
@@ -105,28 +113,11 @@ def convolved(conv: Convolution, x: Tensor) -> Tensor:
     return F.conv2d(x, weight, bias, conv.stride, conv.padding)
 
 
-def decided(block: Block, index: int, x: Tensor, threshold: float, budget: float | None) -> Tensor:
-    """What a block's gate of that index decides, B × channels, bool; all channels without one."""
-    if not block.gates:
-        return torch.ones(len(x), block.hidden[index], dtype=torch.bool)
-    gate = block.gates[index]
+def _decided(gate: Gate, thresholds: Tensor, count: int, x: Tensor) -> Tensor:
+    """What a gate decides, B × channels, bool."""
     hidden = F.linear(x.mean((2, 3)), torch.from_numpy(gate.reduce), torch.from_numpy(gate.bias))
     logits = F.linear(hidden.relu_(), torch.from_numpy(gate.expand))
-    logits += torch.from_numpy(_shift(gate, budget))
-    if gate.count is None:
-        return logits >= threshold
-    channels = logits.shape[1]
-    count = gate.count
-    if count == BUDGET:
-        count = number_of_channels(1.0 if budget is None else budget, channels)
-    chosen = logits.sort(dim=1, descending=True, stable=True).indices[:, : int(count)]
+    if count < 0:
+        return logits >= thresholds
+    chosen = (logits - thresholds).sort(dim=1, descending=True, stable=True).indices[:, :count]
     return torch.zeros_like(logits, dtype=torch.bool).scatter_(1, chosen, True)
-
-
-def _shift(gate: Gate, budget: float | None) -> np.ndarray:
-    told = gate.embedding
-    if told is None or budget is None:
-        return gate.shift
-    kept = min(max(budget, 0.01), 0.99)
-    hidden = told.weight.astype(np.float64) * math.log(kept / (1 - kept)) + told.bias
-    return np.float32(gate.shift + told.expand @ np.maximum(hidden, 0))

@@ -26,32 +26,23 @@ _PART_AT_ENDS = 4
 _SMALLEST = float(np.finfo(np.float32).tiny)
 
 
-def quantise(
-    net: Network,
-    images: Tensor,
-    *,
-    threshold: float = 0.0,
-    budget: float | None = None,
-    float_stem: bool = False,
-) -> Network:
+def quantise(net: Network, images: Tensor, *, float_stem: bool = False) -> Network:
     """Turn one path of an encoder into an int8 one.
 
     The maps' scales are those of these images. A hidden map's covers all of its channels, those that
     the gates do not choose, too, so that it holds at every threshold and budget; what blocks read is
-    looked at with the channels that are chosen at this threshold and budget and, for gates that can be
+    looked at with the channels that are chosen at the network's threshold and budget and, for gates that can be
     told a range of budgets, with a quarter of the images at both of its ends.
 
     Args:
         net: with float32 weights.
         images: as `calibration_images` gives them, N × C × H × W.
-        threshold: of the gates' logits.
-        budget: that the gates are told.
         float_stem: whether the stem keeps its float32 weights.
 
     Raises:
         InputError: for a network whose maps overflow on these images, or whose sums could overflow.
     """
-    largest = _largest(net, images, threshold, budget)
+    largest = _largest(net, images)
     stem, *scales = (_scale(value, _MAP) for value in largest)
     maps = iter(scales)
     return replace(
@@ -68,9 +59,7 @@ def quantise(
     )
 
 
-def _largest(
-    net: Network, images: Tensor, threshold: float, budget: float | None
-) -> NDArray[np.float64]:
+def _largest(net: Network, images: Tensor) -> NDArray[np.float64]:
     """The largest number of each map, the stem's first."""
     number = 1 + sum(len(block.convolutions) for block in net.blocks)
     largest = np.zeros(number)
@@ -79,11 +68,11 @@ def _largest(
         largest[index] = np.maximum(largest[index], float(x.max()))  # NaN stays
 
     network = MaskedNetwork(net)
-    network.run(images, threshold=threshold, budget=budget, note=note)
+    network.run(images, net.threshold, net.budget, note=note)
     if net.budget_range is not None:
         for end in net.budget_range:
             part = images[::_PART_AT_ENDS]
-            network.run(part, threshold=threshold, budget=end, note=note)
+            network.run(part, net.threshold, end, note=note)
     if not np.isfinite(largest).all():
         raise InputError("calibration: got images whose maps overflow, expected normalised ones")
     return largest

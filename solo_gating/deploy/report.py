@@ -20,6 +20,9 @@ _PAIRS = 5_000_000
 class Rounded(Protocol):
     """An encoder with rounded weights, as `compile` gives it."""
 
+    threshold: float
+    budget: float | None
+
     def features_and_masks(self, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Features, B × F, and for each gate a mask, B × channels, bool."""
 
@@ -106,13 +109,7 @@ def _percent(share: float | None, kind: str) -> str:
 
 @torch.no_grad()
 def path_report(
-    net: Network,
-    rounded: Rounded,
-    images: Tensor,
-    labels: Tensor | None = None,
-    *,
-    threshold: float = 0.0,
-    budget: float | None = None,
+    net: Network, rounded: Rounded, images: Tensor, labels: Tensor | None = None
 ) -> PathReport:
     """Compare one path with the same one in float32.
 
@@ -122,20 +119,18 @@ def path_report(
         images: N × C × H × W, float32.
         labels: N, integers; negative for an image without one, which is left out of 1-NN: each image
             then has the label of the nearest of all others. None for no such accuracy.
-        threshold: that `rounded` has.
-        budget: that `rounded` has.
 
     Raises:
-        InputError: for images with NaN or infinity, or labels of another number than images.
+        InputError: for no images, or some with NaN or infinity.
     """
     if not len(images):
         raise InputError("images: got none, expected at least one")
     if not images.isfinite().all():
         raise InputError("images: got NaN or infinity, expected finite pixels")
-    network = MaskedNetwork(net)
-    exact, expected = network.run(images, threshold=threshold, budget=budget)
+    network, setting = MaskedNetwork(net), (rounded.threshold, rounded.budget)
+    exact, expected = network.run(images, *setting)
     found, masks = rounded.features_and_masks(images)
-    same, _ = network.run(images, masks=masks)
+    same, _ = network.run(images, *setting, masks=masks)
     before, after = torch.cat(expected, dim=1), torch.cat(masks, dim=1)
     flips = before != after
     gated = any(block.gates for block in net.blocks)

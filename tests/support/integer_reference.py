@@ -154,15 +154,12 @@ def _decide(
         hidden = _dot(means, gate.reduce[k]) + gate.bias[k]
         if hidden > 0:
             logits = logits + hidden * gate.expand[:, k]
-    shift = gate.shift
-    if gate.embedding is not None:
-        assert budget is not None
-        shift = shift_at(gate.shift, gate.embedding, budget)
+    shift = _shift(gate, budget)
     if gate.count is None:
-        return logits >= np.float32(threshold) - shift
+        return logits >= np.float32(threshold - shift)
     channels = len(logits)
     count = number_of_channels(budget, channels) if gate.count == BUDGET else int(gate.count)
-    order = sorted(range(channels), key=lambda c: (-(logits[c] + shift[c]), c))
+    order = sorted(range(channels), key=lambda c: (-(logits[c] + np.float32(shift[c])), c))
     mask = np.zeros(channels, bool)
     mask[order[:count]] = True
     return mask
@@ -174,12 +171,15 @@ def number_of_channels(budget: float | None, channels: int) -> int:
     return min(channels, max(1, math.ceil(share * channels - 1e-3)))
 
 
-def shift_at(shift: Floats, embedding: Embedding, budget: float) -> Floats:
-    """A gate's shift with what a budget adds to it: computed in float64, rounded once."""
+def _shift(gate: Gate, budget: float | None) -> NDArray[np.float64]:
+    """With what a budget adds to it; the thresholds that it gives are rounded once, to float32."""
+    shift, told = gate.shift.astype(np.float64), gate.embedding
+    if told is None:
+        return shift
+    assert budget is not None
     b = min(max(budget, 0.01), 0.99)
-    t = math.log(b / (1 - b))
-    hidden = np.maximum(embedding.weight.astype(np.float64) * t + embedding.bias, 0)
-    return np.float32(shift.astype(np.float64) + embedding.expand.astype(np.float64) @ hidden)
+    hidden = np.maximum(told.weight.astype(np.float64) * math.log(b / (1 - b)) + told.bias, 0)
+    return shift + told.expand.astype(np.float64) @ hidden
 
 
 def _sums(conv: Convolution, x: Bytes, outside: int = 0) -> NDArray[np.int64]:

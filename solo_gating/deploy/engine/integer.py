@@ -13,12 +13,16 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from solo_gating_runtime.network import Block, Convolution, Gate, Network
+from solo_gating_runtime.network import Block, Convolution, Floats, Gate, Network
 
+from .fallback import Decisions, decide
 from .forks import one_thread_if_forked
 
 # The number of a black pixel, and of all pixels outside of an image.
 _ZERO = 128
+
+# A gate, the thresholds of its logits, and how many channels it chooses, or -1.
+_Rule = tuple[Gate, Floats, int]
 
 # A dot product's partial sums.
 _LANES = 16
@@ -79,39 +83,39 @@ class IntegerEngine:
             None if net.stem.scale is None else _stem(net, self._image_scale, self._stem_scale)
         )
 
+    def decide(self, threshold: float, budget: float | None) -> Decisions | None:
+        """What the gates go by; None on the dense path."""
+        return decide(self._net, threshold, budget)
+
     @torch.no_grad()
     def run(
-        self,
-        images: Tensor,
-        thresholds: Sequence[NDArray[np.float32]],
-        counts: Sequence[int],
-    ) -> tuple[Tensor, Tensor]:
+        self, images: Floats, decisions: Decisions | None, threads: int
+    ) -> tuple[Floats, NDArray[np.bool_]]:
         """Features and masks of some images.
 
         Args:
             images: B × C × H × W, float32.
-            thresholds: for each gate, of each channel's logit before it is shifted; none on the dense
-                path.
-            counts: for each gate how many channels it chooses; -1 for those that reach the threshold.
+            decisions: what the gates go by; None to compute all channels.
+            threads: not used; PyTorch's own number is.
 
         Returns:
             Features, B × F float32, and masks, B × channels of all blocks, bool.
         """
         net = self._net
-        features = torch.full((len(images), net.features), torch.nan)
-        masks = torch.full((len(images), sum(net.hidden)), not thresholds)
+        features = np.full((len(images), net.features), np.nan, np.float32)
+        masks = np.full((len(images), sum(net.hidden)), decisions is None)
+        rules: list[_Rule] = []
+        if decisions is not None:
+            thresholds = np.split(decisions.thresholds, np.cumsum(net.hidden)[:-1])
+            rules = list(zip(net.gates, thresholds, decisions.counts.tolist(), strict=True))
         with torch.autocast("cpu", enabled=False), one_thread_if_forked():
             for index, image in enumerate(images):
-                if image.isfinite().all():
-                    features[index], masks[index] = self._one(image, thresholds, counts)
+                if np.isfinite(image).all():
+                    one = torch.from_numpy(image.copy())
+                    features[index], masks[index] = self._one(one, rules)
         return features, masks
 
-    def _one(
-        self,
-        image: Tensor,
-        thresholds: Sequence[NDArray[np.float32]],
-        counts: Sequence[int],
-    ) -> tuple[Tensor, Tensor]:
+    def _one(self, image: Tensor, rules: Sequence[_Rule]) -> tuple[Floats, NDArray[np.bool_]]:
         net = self._net
         x = self._first_map(image)
         if net.max_pool:
@@ -122,11 +126,8 @@ class IntegerEngine:
         ):
             means = _means(x, scale)
             own = [torch.ones(channels, dtype=torch.bool) for channels in block.hidden]
-            if block.gates:
-                own = [
-                    _mask(gate, means, thresholds[number], counts[number])
-                    for number, gate in enumerate(block.gates, len(masks))
-                ]
+            if rules:
+                own = [_mask(*rule, means) for rule in rules[len(masks) : len(masks) + len(own)]]
             masks += own
             *firsts, last, shortcut = parts
             out, columns = x, None
@@ -139,7 +140,7 @@ class IntegerEngine:
         if net.linear is not None:
             weight, bias = net.linear
             features = _dots(weight, features) + bias
-        return torch.from_numpy(features), torch.cat(masks)
+        return features, torch.cat(masks).numpy()
 
     def _first_map(self, image: Tensor) -> Tensor:
         net = self._net
@@ -219,12 +220,12 @@ def _float(numerator: float, denominator: float) -> float:
     return float(np.float32(numerator / denominator))
 
 
-def _means(x: Tensor, scale: float) -> NDArray[np.float32]:
+def _means(x: Tensor, scale: float) -> Floats:
     sums = x.double().sum((1, 2)).float().numpy()
     return sums * np.float32(scale / (x.shape[1] * x.shape[2]))
 
 
-def _dots(weight: NDArray[np.float32], x: NDArray[np.float32]) -> NDArray[np.float32]:
+def _dots(weight: Floats, x: Floats) -> Floats:
     """weight · x in the order that all engines have: 16 sums, then the upper half on the lower one."""
     products = np.pad(weight * x, ((0, 0), (0, -len(x) % _LANES)))
     lanes = np.add.accumulate(products.reshape(len(weight), -1, _LANES), axis=1)[:, -1]
@@ -234,10 +235,9 @@ def _dots(weight: NDArray[np.float32], x: NDArray[np.float32]) -> NDArray[np.flo
     return lanes[:, 0]
 
 
-def _mask(
-    gate: Gate, means: NDArray[np.float32], thresholds: NDArray[np.float32], count: int
-) -> Tensor:
-    hidden = _dots(gate.reduce, means) + gate.bias
+def _mask(gate: Gate, thresholds: Floats, count: int, means: Floats) -> Tensor:
+    """What a gate decides."""
+    hidden = _dots(gate.reduce, means) + gate.bias if len(gate.bias) else gate.bias
     alive = hidden > 0
     products = (hidden[alive] * gate.expand[:, alive]).T
     logits = np.zeros_like(gate.shift)
