@@ -12,7 +12,7 @@ from .style import NEUTRAL
 
 # Okabe and Ito's colour-blind safe palette: a colour for each precision.
 _COLOURS = {"float32": "#0072B2", "bfloat16": "#009E73", "int8": "#D55E00"}
-# A marker for each engine: ours and static networks filled, the others' dense engines open.
+# A marker for each engine. "dynamic on static" is open, since it lies on "dynamic" as a rule.
 _MARKERS = {
     "torch": "x",
     "compile": "+",
@@ -24,7 +24,7 @@ _MARKERS = {
     "static": "^",
     "static without gates": "P",
 }
-_FILLED = ("dense", "dynamic", "dynamic on static", "static", "static without gates")
+_FILLED = ("dense", "dynamic", "static", "static without gates")
 _COLUMNS = 3
 
 
@@ -89,7 +89,7 @@ def _marked(engine: str, colour: str) -> dict[str, Any]:
     face = colour if engine in _FILLED else "none"
     return {
         **{"color": colour, "marker": _MARKERS[engine], "mfc": face, "ls": ":", "lw": 1},
-        "ms": 7,
+        "ms": 8 if engine == "dynamic" else 6.5,
     }
 
 
