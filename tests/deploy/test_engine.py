@@ -22,13 +22,13 @@ from torchvision.tv_tensors import Image
 from solo_gating import InputError, deploy
 from solo_gating.backbones import BACKBONES, GatedResNet
 from solo_gating.deploy.engine.encoder import MOST_THREADS
-from solo_gating.deploy.engine.library import supported_isas
 from solo_gating.deploy.static import Kept, slice_encoder
+from solo_gating_runtime.library import supported_engines
 
 from ..support.encoders import digit_tensors, enliven, run_config, save_run
 from ..support.helpers import randomise_norms
 
-ENGINES = (*supported_isas(), "pytorch")
+ENGINES = (*supported_engines(), "pytorch")
 ANY = pytest.mark.parametrize("engine", ENGINES)
 
 

@@ -5,8 +5,9 @@ import re
 import sys
 from pathlib import Path
 
+from solo_gating_runtime.library import ISA_VARIABLE, chosen_engine
+
 from ...checks import one_of
-from ...deploy.engine.library import ISA_VARIABLE, chosen_engine
 
 # What keeps engines to an instruction set; read when their libraries are loaded. OpenVINO's
 # convolutions obey oneDNN's variable (its own code for pooling does not). ONNX Runtime has none.

@@ -39,13 +39,14 @@ benchmark.png.
 import argparse
 from typing import Any
 
+from solo_gating_runtime.library import chosen_engine
+
 from ...backbones import gated_backbones
 from ...backbones.resnet import STEMS
 from ...checks import at_least, is_share, one_of, require
 from ...config.arguments import command_parser
 from ...config.compose import check_overrides, user_path
 from ...config.schema import SEED
-from ...deploy.engine.library import chosen_engine
 from ...errors import InputError
 from ...files import make_folder, write_json
 from ...plots.benchmark import draw_chart

@@ -4,23 +4,29 @@ import ctypes
 import os
 import warnings
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
+
+from solo_gating_runtime.forks import is_forked
+from solo_gating_runtime.library import TOO_LARGE, BuildError, chosen_engine, load_library
+from solo_gating_runtime.network import MOST_CONVOLUTIONS, Floats, Network
 
 from ...budgets import checked_budget
 from ...checks import checked_threshold, is_int, one_of, require
 from ...errors import InputError
-from .fallback import TorchEngine
-from .fold import MOST_CONVOLUTIONS, Decisions, FoldedNetwork, fold
-from .forks import is_forked, one_thread_if_forked
-from .library import PYTORCH, TOO_LARGE, BuildError, chosen_engine, load_library
+from .fallback import Decisions, TorchEngine, decide
+from .fold import Folded, fold
+from .forks import one_thread_if_forked
 from .pack import PackedNetwork, Shapes
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PYTORCH = "pytorch"  # instead of a kernel
+DTYPES = ("float32", "bfloat16")
 
 # OpenMP ends the process when it cannot start so many threads as it is told.
 MOST_THREADS = max(256, os.cpu_count() or 1)
@@ -37,9 +43,8 @@ class KernelEngine:
     """The C++ kernel with one network's weights.
 
     Args:
-        net: the folded network.
-        isa: the instruction set, one of `library.supported_isas`.
-        dtype: of the convolutions' weights.
+        net: the network.
+        engine: one of `library.supported_engines`.
 
     Attributes:
         nbytes: size of the weights.
@@ -48,8 +53,9 @@ class KernelEngine:
         BuildError: if the kernel cannot be had.
     """
 
-    def __init__(self, net: FoldedNetwork, isa: str, dtype: torch.dtype):
-        self._library = load_library(isa, dtype)
+    def __init__(self, net: Network, engine: str):
+        self._net = net
+        self._library = load_library(engine, net.dtype)
         library = self._library
         shapes = Shapes(
             lanes=library.gated_lanes(),
@@ -57,7 +63,7 @@ class KernelEngine:
             block=library.gated_block(),
             plane_group=library.gated_plane_group(),
         )
-        self._weights = PackedNetwork(net, shapes, dtype)
+        self._weights = PackedNetwork(net, shapes)
         self._features, self._channels = net.features, sum(net.hidden)
         self._gates = len(net.hidden)
         self._open()
@@ -70,9 +76,13 @@ class KernelEngine:
         weakref.finalize(self, self._library.gated_close, self._engine)
         self._process = os.getpid()
 
+    def decide(self, threshold: float, budget: float | None) -> Decisions | None:
+        """What the gates go by; None on the dense path."""
+        return decide(self._net, threshold, budget)
+
     def run(
-        self, images: Tensor, decisions: Decisions | None, threads: int
-    ) -> tuple[Tensor, Tensor]:
+        self, images: Floats, decisions: Decisions | None, threads: int
+    ) -> tuple[Floats, NDArray[np.bool_]]:
         """Features and masks of some images.
 
         Args:
@@ -88,24 +98,23 @@ class KernelEngine:
             InputError: for images of more pixels than the kernel can number.
         """
         number, _, height, width = images.shape
-        features = torch.empty(number, self._features, dtype=torch.float32, device="cpu")
-        masks = torch.empty(number, self._channels, dtype=torch.bool, device="cpu")
+        features = np.empty((number, self._features), np.float32)
+        masks = np.empty((number, self._channels), np.bool_)
         if number == 0:
             return features, masks
         if os.getpid() != self._process:
             self._open()  # another thread may have been using it when this process was forked
         thresholds = counts = None
         if decisions is not None:
-            thresholds = _address(decisions.thresholds, torch.float32, self._channels)
-            if decisions.counted:
-                counts = _address(decisions.counts, torch.int64, self._gates)
+            thresholds = _address(decisions.thresholds, np.float32, self._channels)
+            counts = _address(decisions.counts, np.int64, self._gates)
         failed = self._library.gated_run(
             self._engine,
-            _address(images, torch.float32, images.numel()),
+            _address(images, np.float32, images.size),
             *(number, height, width),
             *(thresholds, counts),
-            _address(features, torch.float32, number * self._features),
-            _address(masks, torch.bool, number * self._channels),
+            _address(features, np.float32, number * self._features),
+            _address(masks, np.bool_, number * self._channels),
             1 if is_forked() else threads,
         )
         if failed == TOO_LARGE:
@@ -115,12 +124,11 @@ class KernelEngine:
         return features, masks
 
 
-def _address(numbers: Tensor, dtype: torch.dtype, size: int) -> int:
-    """Where a tensor begins, for C++ that relies on its dtype and size."""
-    plain = type(numbers) is Tensor and numbers.is_cpu and numbers.is_contiguous()
-    if not plain or numbers.dtype is not dtype or numbers.numel() != size:
+def _address(numbers: NDArray[Any], dtype: Any, size: int) -> int:
+    """Where an array begins, for C++ that relies on its dtype and size."""
+    if numbers.dtype != dtype or numbers.size != size or not numbers.flags.carray:
         raise ValueError(f"got {numbers!r}, expected {size} numbers, {dtype}, in memory")
-    return numbers.data_ptr()
+    return numbers.ctypes.data
 
 
 class CompiledEncoder(nn.Module):
@@ -141,25 +149,18 @@ class CompiledEncoder(nn.Module):
         threads: used at most; may be set. In a forked process it is one.
     """
 
-    def __init__(
-        self,
-        net: FoldedNetwork,
-        path: str,
-        threshold: float,
-        budget: float | None,
-        dtype: str,
-        engine: str,
-    ):
+    def __init__(self, folded: Folded, engine: str):
         super().__init__()
-        self.path, self.dtype = path, dtype
-        self.engine, self._engine = _engine(net, engine, DTYPES[dtype])
+        net = folded.network
+        self.path, self.dtype = net.path, net.dtype
+        self.engine, self._engine = _engine(folded, engine)
         self.features, self.channels = net.features, net.hidden
         self._in_channels = net.stem.weight.shape[1]
         self._smallest = net.smallest_image
         self.threads = min(torch.get_num_threads(), MOST_THREADS)
         self._net = net
-        self._budget = None if budget is None else self._checked_budget(budget)
-        self.threshold = threshold
+        self._budget = None if net.budget is None else self._checked_budget(net.budget)
+        self.threshold = net.threshold
 
     @property
     def threshold(self) -> float:
@@ -190,7 +191,7 @@ class CompiledEncoder(nn.Module):
     def _turn(self) -> None:
         with one_thread_if_forked():
             # New ones: a call in another thread goes on with those that it has.
-            self._decisions = self._net.decisions(self.threshold, self.budget)
+            self._decisions = self._engine.decide(self.threshold, self.budget)
 
     def forward(self, images: Images) -> Images:
         """B × C × H × W float32 → features B × F.
@@ -216,10 +217,11 @@ class CompiledEncoder(nn.Module):
         require("threads", self.threads, _is_threads, f"an integer from 1 to {MOST_THREADS}")
         batch = self._checked(images)
         features, masks = self._engine.run(batch, self._decisions, int(self.threads))
-        parts: Any = masks.split(self.channels, dim=1)
+        parts: Any = np.split(masks, np.cumsum(self.channels)[:-1], axis=1)
         if isinstance(images, np.ndarray):
-            return features.numpy(), tuple(part.numpy() for part in parts)
-        return features, tuple(parts)
+            return features, tuple(parts)
+        result: Any = torch.from_numpy(features), tuple(map(torch.from_numpy, parts))
+        return result
 
     def __reduce__(self) -> Any:
         raise TypeError(
@@ -233,7 +235,7 @@ class CompiledEncoder(nn.Module):
             f"threshold={self.threshold}" + (f", budget={self.budget}" if self.budget else "")
         )
 
-    def _checked(self, images: Any) -> Tensor:
+    def _checked(self, images: Any) -> Floats:
         if not isinstance(images, (Tensor, np.ndarray)):
             raise InputError(
                 f"images: got {type(images).__name__}, expected tensors and NumPy arrays"
@@ -249,8 +251,8 @@ class CompiledEncoder(nn.Module):
         if dtype != "float32":
             raise InputError(f"images: got {dtype}, expected float32, normalised as in training")
         if isinstance(images, Tensor):
-            return _plain(images)
-        return torch.from_numpy(np.require(images, requirements=["C", "ALIGNED", "WRITEABLE"]))
+            return _plain(images).numpy()
+        return np.require(images, requirements=["C", "ALIGNED", "WRITEABLE"])
 
 
 def _plain(images: Tensor) -> Tensor:
@@ -320,14 +322,11 @@ def compile(
     """
     one_of("dtype", dtype, DTYPES)
     backbone = source if isinstance(source, nn.Module) else _backbone(source)
-    engine = chosen_engine(engine)
+    engine = chosen_engine(engine, dtype, also=(PYTORCH,))
     with one_thread_if_forked():
-        net = fold(backbone, path)
-        if threshold is None:
-            threshold = _of_all_gates("threshold", backbone) if path == "gated" else 0.0
-        if budget is None and net.budget_range is not None:
-            budget = _of_all_gates("budget", backbone)
-        return CompiledEncoder(net, path, threshold, budget, dtype, engine)
+        folded = fold(backbone, path, threshold, budget)
+        network = replace(folded.network, bfloat16=dtype == "bfloat16")
+        return CompiledEncoder(replace(folded, network=network), engine)
 
 
 def _backbone(checkpoint: str | Path) -> nn.Module:
@@ -344,25 +343,16 @@ def _backbone(checkpoint: str | Path) -> nn.Module:
         torch.set_default_dtype(dtype)
 
 
-def _of_all_gates(attribute: str, backbone: Any) -> Any:
-    value, *others = [getattr(gate, attribute) for gate in backbone.gates]
-    if any(other != value for other in others):
-        raise InputError(f"{attribute}: got gates with different ones, expected one for all gates")
-    return value
-
-
-def _engine(
-    net: FoldedNetwork, name: str, dtype: torch.dtype
-) -> tuple[str, KernelEngine | TorchEngine]:
+def _engine(folded: Folded, name: str) -> tuple[str, KernelEngine | TorchEngine]:
     if name != PYTORCH:
         try:
-            if not all(block.is_compilable for block in net.blocks):
+            if not folded.is_compilable:
                 raise BuildError(_UNKNOWN)
-            return name, KernelEngine(net, name, dtype)
+            return name, KernelEngine(folded.network, name)
         except BuildError as error:
             warnings.warn(
                 f"solo-gating runs on PyTorch instead of its own kernel, more slowly: {error}",
                 RuntimeWarning,
                 stacklevel=4,
             )
-    return PYTORCH, TorchEngine(net, dtype)
+    return PYTORCH, TorchEngine(folded)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...gates import FoldedGate
-from .fold import MOST_CONVOLUTIONS, FoldedBlock, FoldedConvolution, FoldedNetwork
+from solo_gating_runtime import network
+from solo_gating_runtime.network import MOST_CONVOLUTIONS
 
 _HUGE_PAGE = 2 << 20
 _CACHE_LINE = 64
@@ -80,26 +80,25 @@ class PackedNetwork:
     Args:
         net: the folded network.
         shapes: of the kernel.
-        dtype: of the convolutions' weights, torch.float32 or torch.bfloat16; all else is float32.
 
     Attributes:
         structure: for the kernel; valid as long as this object lives.
         nbytes: size of the weights.
     """
 
-    def __init__(self, net: FoldedNetwork, shapes: Shapes, dtype: torch.dtype):
-        self._shapes, self._dtype = shapes, dtype
+    def __init__(self, net: network.Network, shapes: Shapes):
+        self._shapes, self._dtype = shapes, getattr(torch, net.dtype)
         self._memory = _Counter()
         self._fill(net)
         self.nbytes = self._memory.used
         self._memory = _Arena(self.nbytes)
         self.structure = self._fill(net)
 
-    def _fill(self, net: FoldedNetwork) -> Network:
-        in_planes = not all(block.is_basic for block in net.blocks)
+    def _fill(self, net: network.Network) -> Network:
+        in_planes = not all(_is_basic(block) for block in net.blocks)
         blocks = [self._block(block, in_planes) for block in net.blocks]
         self._blocks = (Block * len(blocks))(*blocks)
-        weight = net.stem.weight
+        weight = torch.from_numpy(net.stem.weight)
         linear, linear_bias = net.linear or (None, None)
         return Network(
             in_channels=weight.shape[1],
@@ -118,7 +117,7 @@ class PackedNetwork:
             blocks=self._blocks,
         )
 
-    def _block(self, block: FoldedBlock, in_planes: bool) -> Block:
+    def _block(self, block: network.Block, in_planes: bool) -> Block:
         *first, last = block.convolutions
         few, all_ = (self._plain, self._grouped) if in_planes else (self._blocked, self._packed)
         packed = [self._convolution(conv, few) for conv in first] + [self._convolution(last, all_)]
@@ -133,7 +132,6 @@ class PackedNetwork:
                 expand=self._floats(gate.expand.T),
             )
             for gate in block.gates
-            if isinstance(gate, FoldedGate)
         ]
         most = MOST_CONVOLUTIONS
         return Block(
@@ -143,14 +141,14 @@ class PackedNetwork:
             gates=(Gate * (most - 1))(*gates),
         )
 
-    def _convolution(self, conv: FoldedConvolution, pack: Callable[[Tensor], int]) -> Convolution:
+    def _convolution(self, conv: network.Convolution, pack: Callable[[Tensor], int]) -> Convolution:
         out, channels, kernel, _ = conv.weight.shape
         return Convolution(
             in_channels=channels,
             out_channels=out,
             kernel=kernel,
             stride=conv.stride,
-            weight=pack(conv.weight),
+            weight=pack(torch.from_numpy(conv.weight)),
             bias=self._floats(conv.bias),
         )
 
@@ -158,8 +156,8 @@ class PackedNetwork:
         """The last axis padded with zeros to whole vectors."""
         return torch.nn.functional.pad(value, (0, -value.shape[-1] % self._shapes.lanes))
 
-    def _floats(self, value: Tensor) -> int:
-        return self._memory.add(self._padded(value))
+    def _floats(self, value: network.Floats) -> int:
+        return self._memory.add(self._padded(torch.from_numpy(value)))
 
     def _blocked(self, weight: Tensor) -> int:
         """C_out × C_in × k × k as C_out × blocks of input channels × k² × channels of the block."""
@@ -184,6 +182,11 @@ class PackedNetwork:
         ends = [channels * i // number for i in range(1, number)]
         groups = rows.tensor_split(ends, dim=2)
         return self._memory.add(torch.cat([group.flatten() for group in groups]).to(self._dtype))
+
+
+def _is_basic(block: network.Block) -> bool:
+    kernels = [(conv.weight.shape[-1], conv.padding) for conv in block.convolutions]
+    return kernels == [(3, 1), (3, 1)] and block.convolutions[1].stride == 1
 
 
 class _Counter:
@@ -216,5 +219,6 @@ class _Arena(_Counter):
         """Copy a tensor; returns its address."""
         begin = super().add(values)
         target = self._bytes[begin : begin + values.nbytes]
-        target.copy_(values.contiguous().flatten().view(torch.uint8))
+        if values.numel() > 0:
+            target.copy_(values.contiguous().flatten().view(torch.uint8))
         return target.data_ptr()
