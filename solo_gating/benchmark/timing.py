@@ -20,7 +20,7 @@ CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.process_time}
 TURN = 0.01
 LEAST_ROUNDS = 5
 # Longer turns would leave fewer rounds than that.
-_WANTED_ROUNDS = 10
+_WANTED_ROUNDS = 20
 # Above this spread between rounds, figures are said to be noisy.
 NOISY = 0.1
 # Calls longer than this many turns are not repeated only to warm the caches.

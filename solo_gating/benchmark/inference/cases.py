@@ -128,6 +128,11 @@ class GatedCase:
         """F^R / F^O with these masks, mean over the batch, gates included."""
         return float(self.flops.share(selected_channels(masks).double()).mean())
 
+    @property
+    def number_of_decisions(self) -> int:
+        """One for each channel that gates choose from, and image."""
+        return sum(mask.numel() for mask in self.masks)
+
     def static_density(self, network: Network) -> float:
         """Share of the channels that a static network keeps."""
         hidden = network.model.module.architecture["hidden"]  # type: ignore[union-attr,index]
