@@ -5,8 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .checks import is_number, is_share, require
-from .errors import InputError
+from solo_gating_runtime.checks import checked_budget
+
+from .checks import is_share
+
+__all__ = ["RANGE", "BudgetSchedule", "Range", "checked_budget", "is_range", "middle"]
 
 RANGE = "a range like [0.05, 0.9]"
 
@@ -26,31 +29,6 @@ def is_range(value: Any) -> bool:
 def middle(budget_range: Range) -> float:
     """The budget that is used where none is named: the mean of both ends."""
     return sum(budget_range) / 2
-
-
-def checked_budget(budget: Any, budget_range: Range | None, key: str = "budget") -> float:
-    """The budget as a number, if a network can be told it.
-
-    Args:
-        budget: the share of the dense FLOPs that the gates should aim at.
-        budget_range: what the network was trained for; None for gates that are told none.
-        key: that names it, for messages.
-
-    Raises:
-        InputError: for a number outside of the range, or any for a network without one.
-    """
-    if budget_range is None:
-        raise InputError(
-            f"{key}: got {budget!r}, the network's gates are told no budget; expected null"
-        )
-    low, high = budget_range
-    require(
-        key,
-        budget,
-        lambda v: is_number(v) and low <= v <= high,
-        f"a number from {low:g} to {high:g}, the range that the network was trained for",
-    )
-    return float(budget)
 
 
 @dataclass(frozen=True)

@@ -1,30 +1,37 @@
 """Checks of config values, all with the same words."""
 
 import difflib
-import math
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import Any
+
+from solo_gating_runtime.checks import (
+    checked_threshold,
+    is_int,
+    is_number,
+    one_of,
+    require,
+    shown,
+)
 
 from .errors import InputError
 
-
-def require(key: str, value: Any, accepted: Callable[[Any], Any], wording: str) -> None:
-    """Refuse a config value.
-
-    Raises:
-        InputError: if `accepted(value)` is false: "key: got value, expected wording".
-    """
-    if not accepted(value):
-        raise InputError(f"{key}: got {shown(value)}, expected {wording}")
-
-
-def shown(value: Any) -> str:
-    """A value as a message shows it: in one line, and of a long one the beginning and the end."""
-    text = " ".join(repr(value).split("\n"))
-    return text if len(text) <= 300 else f"{text[:199]}…{text[-100:]}"
+__all__ = [
+    "Kind",
+    "at_least",
+    "checked_threshold",
+    "is_int",
+    "is_not_negative",
+    "is_number",
+    "is_positive",
+    "is_share",
+    "no_such_key",
+    "one_of",
+    "require",
+    "shortened",
+    "shown",
+    "true_or_false",
+]
 
 
 def no_such_key(key: str, known: Iterable[str], accepted: str = "") -> InputError:
@@ -70,11 +77,6 @@ class Kind:
         return Kind(lambda v: v is None or self.accepts(v), f"{self.wording}, or null")
 
 
-def one_of(key: str, value: Any, accepted: Any) -> None:
-    """Refuse what is not among some names."""
-    require(key, value, lambda v: v in tuple(accepted), "one of " + ", ".join(sorted(accepted)))
-
-
 def at_least(key: str, value: Any, least: int) -> None:
     """Refuse what is not an integer of at least `least`."""
     require(key, value, lambda v: is_int(v, least), f"an integer ≥ {least}")
@@ -83,34 +85,6 @@ def at_least(key: str, value: Any, least: int) -> None:
 def true_or_false(key: str, value: Any) -> None:
     """Refuse what is not a truth value."""
     require(key, value, lambda v: isinstance(v, bool), "true or false")
-
-
-def checked_threshold(value: Any, key: str = "threshold") -> float:
-    """A threshold of the gates' logits as a number; infinite ones close or open all gates.
-
-    Raises:
-        InputError: for what is no number.
-    """
-    require(key, value, _is_threshold, "a number")
-    return float(value)
-
-
-def _is_threshold(value: Any) -> bool:
-    number = isinstance(value, Real) and not isinstance(value, bool)
-    return number and not math.isnan(value)
-
-
-def is_int(value: Any, least: int) -> bool:
-    """Whether a config value is an integer, not a truth value, of at least `least`."""
-    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
-
-
-def is_number(value: Any) -> bool:
-    """Whether a config value is a finite number, not a truth value."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        return False
-    size: Any = abs(value)
-    return size <= sys.float_info.max  # of an integer of any length, too
 
 
 def is_not_negative(value: Any) -> bool:

@@ -1,6 +1,7 @@
 """Text for people: tables, and names that must not be read as anything but names."""
 
 import html
+import math
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -59,3 +60,8 @@ def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
         ).rstrip()
         for row in rows
     ]
+
+
+def figure(value: float | None, kind: str) -> str:
+    """A figure as text, or a dash for one that does not exist (None or NaN)."""
+    return "–" if value is None or math.isnan(value) else format(value, kind)

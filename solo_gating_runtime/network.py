@@ -10,6 +10,8 @@ scale for each output channel, and activations are numbers from 0 to 255 with a 
 ⌊·⌉ rounds to the nearest integer, halves to the even one.
 """
 
+import itertools
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -104,6 +106,18 @@ class Block:
         """Channels between the convolutions."""
         return tuple(len(conv.bias) for conv in self.convolutions[:-1])
 
+    @property
+    def stride(self) -> int:
+        """Of all its convolutions together."""
+        return math.prod(conv.stride for conv in self.convolutions)
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the kernel runs it: few convolutions of 1×1 or 3×3."""
+        kernels = [(conv.weight.shape[-1], conv.padding) for conv in self.convolutions]
+        number = len(self.convolutions)
+        return 2 <= number <= MOST_CONVOLUTIONS and all(k in [(1, 0), (3, 1)] for k in kernels)
+
 
 @dataclass(frozen=True)
 class Network:
@@ -117,6 +131,10 @@ class Network:
         linear: weight (classes × C) and bias of the classifier, float32; None without one.
         budget_range: of the budgets that the gates can be told, None without one.
         dial: what turns the gates: "threshold", "budget" or None.
+        stages: the number of blocks in each; () for one stage.
+        threshold: of the gates' logits, until another one is set.
+        budget: that the gates are told until then; None for gates that are told none.
+        bfloat16: whether the convolutions' float32 weights are to be held in bfloat16.
         image_scale: of an int8 network, the image's; None for float32 ones.
         stem_scale: of the map after the stem.
     """
@@ -130,6 +148,17 @@ class Network:
     dial: str | None = "threshold"
     image_scale: float | None = None
     stem_scale: float | None = None
+    stages: tuple[int, ...] = ()
+    threshold: float = 0.0
+    budget: float | None = None
+    bfloat16: bool = False
+
+    @property
+    def dtype(self) -> str:
+        """Of the convolutions: "int8", "bfloat16" or "float32"."""
+        if self.image_scale is not None:
+            return "int8"
+        return "bfloat16" if self.bfloat16 else "float32"
 
     @property
     def features(self) -> int:
@@ -141,3 +170,29 @@ class Network:
     def hidden(self) -> tuple[int, ...]:
         """For each gate, or where it would be, the channels that it chooses from."""
         return tuple(number for block in self.blocks for number in block.hidden)
+
+    @property
+    def gates(self) -> tuple[Gate, ...]:
+        """All gates; none on the dense path."""
+        return tuple(gate for block in self.blocks for gate in block.gates)
+
+    @property
+    def smallest_image(self) -> int:
+        """The height and width that the stem needs at least, in pixels."""
+        return max(1, self.stem.weight.shape[-1] - 2 * self.stem.padding)
+
+    def map_shapes(self, height: int, width: int) -> list[tuple[int, int, int]]:
+        """Channels, height and width of each stage's output, for an image of height × width."""
+        stem = self.stem
+
+        def after_stem(pixels: int) -> int:
+            out = (pixels + 2 * stem.padding - stem.weight.shape[-1]) // stem.stride + 1
+            return (out - 1) // 2 + 1 if self.max_pool else out
+
+        sides = [after_stem(height), after_stem(width)]
+        shapes, blocks = [], iter(self.blocks)
+        for number in self.stages or (len(self.blocks),):
+            for block in itertools.islice(blocks, number):
+                sides = [-(-side // block.stride) for side in sides]
+            shapes.append((len(block.convolutions[-1].bias), sides[0], sides[1]))
+        return shapes

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from lightning.fabric import Fabric
 from omegaconf import DictConfig, OmegaConf
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from ..backbones import TwoPathResNet
 from ..checkpoints.encoder import Encoder, encoder_of
-from ..checkpoints.reading import as_text, literal
+from ..checkpoints.reading import args_beside, as_text, literal
 from ..checks import at_least, is_number, one_of, require, true_or_false
 from ..config.arguments import ALIASES
 from ..config.compose import composed
@@ -26,6 +26,8 @@ from ..data import (
     check_data,
     evaluation_loader,
 )
+from ..data.augmentations import evaluation_transform
+from ..data.folders import UnlabelledFolder
 from ..errors import InputError
 from ..files import make_folder, one_at_a_time, read_json, write_json
 from ..flops import count_flops
@@ -225,6 +227,28 @@ def evaluation_of(checkpoint: Path, overrides: list[str], splits: tuple[str, ...
     cfg = composed("knn", overrides)
     cfg.checkpoint = as_text(str(checkpoint))
     return _prepare(cfg, "knn", (), splits)
+
+
+def images_of(
+    checkpoint: Path, overrides: list[str], split: str, folder: str | None = None
+) -> Dataset:
+    """Images as an encoder expects them, `(image, target)`, without the encoder.
+
+    Args:
+        checkpoint: of the encoder.
+        overrides: of the data, as for `evaluation_of`.
+        split: "train" or "val", unless there is a folder.
+        folder: whose images are wanted, at any depth, prepared as those of pre-training.
+
+    Raises:
+        InputError: as `prepare_evaluation`.
+    """
+    cfg = composed("knn", overrides)
+    _complete_data(cfg, args_beside(checkpoint, "checkpoint"))
+    if folder is None:
+        return evaluation_loader(cfg, split, 1).dataset
+    transform = evaluation_transform(cfg.data.dataset, cfg.augmentations)
+    return UnlabelledFolder(folder, transform, "images")
 
 
 def flops_row(found: Extraction, encoder: Encoder) -> dict[str, float]:

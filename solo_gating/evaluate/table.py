@@ -1,6 +1,5 @@
 """The table at the end of a run: raw pixels, untrained, dense and gated encoder side by side."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..backbones import TwoPathResNet
-from ..texts import aligned
+from ..texts import aligned, figure
 from .extract import NonFiniteFeaturesError, extract
 from .knn import knn_top1, knn_top1_few_labels
 
@@ -101,8 +100,3 @@ def format_table(table: dict[str, Row]) -> str:
         kinds = {"knn_top1": ".1f", few: ".1f", "flops": ".4g", "flops_cut": ".1%"}
         rows.append([name, *(figure(row.get(key), kind) for key, kind in kinds.items())])
     return "\n".join(aligned(rows))
-
-
-def figure(value: float | None, kind: str) -> str:
-    """A figure as text, or a dash for one that does not exist (None or NaN)."""
-    return "–" if value is None or math.isnan(value) else format(value, kind)

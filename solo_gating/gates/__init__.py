@@ -9,7 +9,16 @@
 Another kind is a subclass of `Gate` with a name; docs/guide/extend.md shows one.
 """
 
-from .base import GATES, FoldedGate, Gate, check_gate_kwargs, gate_class, make_gate, register_gate
+from .base import (
+    GATES,
+    FoldedEmbedding,
+    FoldedGate,
+    Gate,
+    check_gate_kwargs,
+    gate_class,
+    make_gate,
+    register_gate,
+)
 from .channel import ChannelGate, gumbel_sigmoid, thresholded
 from .fixed import FixedGate
 from .scores import BudgetEmbedding, ScoringGate, logistic_noise, spatial_mean
@@ -20,6 +29,7 @@ __all__ = [
     "BudgetEmbedding",
     "ChannelGate",
     "FixedGate",
+    "FoldedEmbedding",
     "FoldedGate",
     "Gate",
     "ScoringGate",

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from torch import Tensor, nn
 
@@ -15,26 +15,46 @@ DIALS = ("threshold", "budget", None)
 
 
 @dataclass(frozen=True)
+class FoldedEmbedding:
+    """What a budget b adds to logits: expand · relu(weight · t + bias), t = log(b / (1 − b)).
+
+    b is kept within 0.01 and 0.99.
+
+    Attributes:
+        weight: H.
+        bias: H.
+        expand: C_out × H.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    expand: Tensor
+
+
+@dataclass(frozen=True)
 class FoldedGate:
     """A gate as the compiled engine runs it, from the means m of its input's channels.
 
-    logits = expand · relu(reduce · m + bias) + shift; a channel is computed if its logit reaches the
-    threshold, or, for a gate with a count, if it is one of so many with the largest logits (of equal
-    ones those that come first).
+    logits = expand · relu(reduce · m + bias) + shift + embedding(budget); a channel is computed if its
+    logit reaches the threshold, or, for a gate with a count, if it is one of so many with the largest
+    logits (of equal ones those that come first).
 
     Attributes:
         reduce: hidden × C_in; hidden may be 0.
         bias: hidden.
         expand: C_out × hidden.
-        shift: gives C_out numbers for a budget (None for a gate that is told none).
-        count: gives the number of channels for a budget; None for a gate with a threshold.
+        shift: C_out.
+        embedding: None for logits that no budget shifts.
+        count: of channels; "budget" for ⌈b · C_out⌉ at a budget b, which is 1 for a gate that is told
+            none; None for a gate with a threshold.
     """
 
     reduce: Tensor
     bias: Tensor
     expand: Tensor
-    shift: Callable[[float | None], Tensor]
-    count: Callable[[float | None], int] | None = None
+    shift: Tensor
+    embedding: FoldedEmbedding | None = None
+    count: int | Literal["budget"] | None = None
 
 
 class Gate(nn.Module):

@@ -1,6 +1,5 @@
 """The gate of slimmable networks: the first channels, the same for all images."""
 
-import math
 from typing import Any
 
 import torch
@@ -53,17 +52,14 @@ class FixedGate(Gate):
         return 1.0 if self.budget is None else self.budget
 
     def fold(self) -> FoldedGate:
-        """No hidden unit: the logits are ∞ for the first channels, −∞ for the others."""
-        channels, share = self.channels, self._share
-
-        def shift(budget: float | None) -> Tensor:
-            number = number_of_channels(
-                share if budget is None or self.count is not None else budget, channels
-            )
-            return torch.full((channels,), -math.inf).index_fill_(0, torch.arange(number), math.inf)
-
+        """Equal logits, of which the first are the largest."""
+        channels = self.channels
         return FoldedGate(
-            torch.zeros(0, self.in_channels), torch.zeros(0), torch.zeros(channels, 0), shift
+            reduce=torch.zeros(0, self.in_channels),
+            bias=torch.zeros(0),
+            expand=torch.zeros(channels, 0),
+            shift=torch.zeros(channels),
+            count="budget" if self.count is None else number_of_channels(self._share, channels),
         )
 
     def sliced(self, channels: Tensor, budget: float | None) -> dict[str, Any]:

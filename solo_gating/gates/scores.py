@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import InputError
-from .base import FoldedGate, Gate
+from .base import FoldedEmbedding, FoldedGate, Gate
 
 
 def logistic_noise(logits: Tensor) -> Tensor:
@@ -162,7 +162,14 @@ class ScoringGate(Gate):
         if self.reduce.bias is not None:
             shift = shift + self.reduce.bias.double() * scale
         reduce = self.reduce.weight.flatten(1).double() * scale[:, None]
-        return FoldedGate(reduce, shift, self.expand.weight.flatten(1), self.shift)
+        embedding = None
+        if self.embedding is not None:
+            embedding = FoldedEmbedding(
+                self.embedding.reduce.weight.flatten(),
+                self.embedding.reduce.bias,
+                self.embedding.expand.weight,
+            )
+        return FoldedGate(reduce, shift, self.expand.weight.flatten(1), self.bias, embedding)
 
     def sliced(self, channels: Tensor, budget: float | None) -> dict[str, Any]:
         """As in `Gate`; bias and budget become the bias."""

@@ -94,17 +94,12 @@ class TopKGate(ScoringGate):
 
     def fold(self) -> FoldedGate:
         """As in `Gate`, with a count."""
-        channels, count = self.expand.out_channels, self.count
-
-        def number(budget: float | None) -> int:
-            if count is not None:
-                return count
-            return number_of_channels(1.0 if budget is None else budget, channels)
-
-        return replace(self.folded_scores(), count=number)
+        return replace(self.folded_scores(), count="budget" if self.count is None else self.count)
 
     def sliced(self, channels: Tensor, budget: float | None) -> dict[str, Any]:
         """As in `Gate`; the number stays, so that images that need no removed channel lose nothing."""
         cut = super().sliced(channels, budget)
-        count = self.fold().count(budget)  # type: ignore[misc]
+        count = self.count
+        if count is None:
+            count = number_of_channels(1.0 if budget is None else budget, self.expand.out_channels)
         return {**cut, "kwargs": {**cut["kwargs"], "count": min(count, len(channels))}}

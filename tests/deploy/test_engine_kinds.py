@@ -12,12 +12,12 @@ from torch import nn
 
 from solo_gating import deploy
 from solo_gating.backbones import BACKBONES
-from solo_gating.deploy.engine.library import supported_isas
 from solo_gating.gates import GATES, Gate, ScoringGate, register_gate
+from solo_gating_runtime.library import supported_engines
 
 from ..support.encoders import digit_tensors
 
-ISAS = supported_isas()
+ISAS = supported_engines()
 ANY = pytest.mark.parametrize("isa", ISAS)
 
 # Kinds, with a single budget and a range of them.

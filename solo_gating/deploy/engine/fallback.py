@@ -1,11 +1,28 @@
 """What the kernel computes, in PyTorch."""
 
+import itertools
+from dataclasses import replace
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from ...gates import FoldedGate, Gate
-from .fold import Decisions, FoldedBlock, FoldedConvolution, FoldedNetwork
+from solo_gating_runtime.encoder import Decisions, Results
+from solo_gating_runtime.network import (
+    BUDGET,
+    Block,
+    Convolution,
+    Embedding,
+    Floats,
+    Gate,
+    Network,
+)
+
+from ...gates import Gate as GateModule
+from ...gates.shares import number_of_channels
+from .fold import Folded
 from .forks import one_thread_if_forked
 
 
@@ -17,84 +34,164 @@ class TorchEngine:
     slower than the dense encoder.
 
     Args:
-        net: the folded network.
-        dtype: what the convolutions' weights are rounded to; sums and activations are float32.
+        folded: the network; its dtype is what the convolutions' weights are rounded to; sums and
+            activations are float32.
+
+    Attributes:
+        is_compilable: whether the kernel could run it, too.
     """
 
-    def __init__(self, net: FoldedNetwork, dtype: torch.dtype):
-        self._net = net.with_weights_rounded_to(dtype)
+    def __init__(self, folded: Folded):
+        self._net, self._modules = _rounded(folded.network), folded.modules
+        self.is_compilable = folded.is_compilable
+
+    def decide(self, threshold: float, budget: float | None) -> Decisions | None:
+        """What the gates go by; None on the dense path.
+
+        Args:
+            threshold: of the logits, for gates that have one.
+            budget: in the range; None without one.
+        """
+        return decide(self._net, threshold, budget)
 
     @torch.no_grad()
     def run(
-        self, images: Tensor, decisions: Decisions | None, threads: int
-    ) -> tuple[Tensor, Tensor]:
-        """As `KernelEngine.run`; the number of threads is PyTorch's own."""
-        net = self._net
-        features = torch.empty(len(images), net.features, dtype=torch.float32, device="cpu")
-        masks = torch.empty(len(images), sum(net.hidden), dtype=torch.bool, device="cpu")
+        self, images: Floats, decisions: Decisions | None, threads: int, maps: bool = False
+    ) -> Results:
+        """As `Kernel.run`; the number of threads is PyTorch's own."""
+        results = Results.empty(self._net, images, maps)
         with torch.autocast("cpu", enabled=False), one_thread_if_forked():
             for index, image in enumerate(images):
                 # Copies, because PyTorch's sums depend on how an image lies in memory.
-                one = self._one(image[None].clone(), decisions)
-                features[index : index + 1], masks[index] = one
-        return features, masks
+                one = torch.from_numpy(image[None].copy())
+                features, masks, stages = self._one(one, decisions)
+                results.features[index : index + 1] = features.numpy()
+                results.masks[index] = masks.numpy()
+                for to, stage in zip(results.maps, stages, strict=False):
+                    to[index : index + 1] = stage.numpy()
+        return results
 
-    def _one(self, image: Tensor, decisions: Decisions | None) -> tuple[Tensor, Tensor]:
+    def _one(
+        self, image: Tensor, decisions: Decisions | None
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Features, masks and the stages' outputs."""
         net = self._net
         x = _convolved(net.stem, image).relu_()
         if net.max_pool:
             x = functional.max_pool2d(x, 3, 2, 1)
         # In an image with NaN or infinity channels that are not chosen count: NaN · 0 = NaN.
         extreme = not bool(image.isfinite().all())
-        gates = iter(_with_thresholds(net, decisions))
-        masks = []
-        for block in net.blocks:
-            own = [
-                torch.ones(channels, dtype=torch.bool, device="cpu")
-                if decisions is None
-                else _mask(*next(gates), decisions.budget, x)
-                for channels in block.hidden
-            ]
-            masks += own
-            x = _masked_block(block, x, own) if extreme else _gathered_block(block, x, own)
+        gates = iter(self._with_thresholds(decisions))
+        masks, stages, blocks = [], [], iter(net.blocks)
+        for number in net.stages:
+            for block in itertools.islice(blocks, number):
+                own = [
+                    torch.ones(channels, dtype=torch.bool, device="cpu")
+                    if decisions is None
+                    else _mask(*next(gates), x, decisions.budget)
+                    for channels in block.hidden
+                ]
+                masks += own
+                x = _masked_block(block, x, own) if extreme else _gathered_block(block, x, own)
+            stages.append(x)
         features = x.mean((2, 3))
         if net.linear is not None:
-            features = functional.linear(features, *net.linear)
-        return features, torch.cat(masks)
+            features = functional.linear(features, *map(torch.from_numpy, net.linear))
+        return features, torch.cat(masks), stages
+
+    def _with_thresholds(
+        self, decisions: Decisions | None
+    ) -> list[tuple[Gate | GateModule, Tensor, int]]:
+        """Each gate with its thresholds and its count."""
+        if decisions is None:
+            return []
+        gates = [
+            module or gate for module, gate in zip(self._modules, self._net.gates, strict=True)
+        ]
+        thresholds = torch.from_numpy(decisions.thresholds).split(self._net.hidden)
+        return list(zip(gates, thresholds, decisions.counts.tolist(), strict=True))
 
 
-def _with_thresholds(
-    net: FoldedNetwork, decisions: Decisions | None
-) -> list[tuple[FoldedGate | Gate, Tensor, int]]:
-    """Each gate with its thresholds and its count."""
-    if decisions is None:
-        return []
-    thresholds = decisions.thresholds.split(net.hidden)
-    return list(zip(net.gates, thresholds, decisions.counts.tolist(), strict=True))
+def decide(net: Network, threshold: float, budget: float | None) -> Decisions | None:
+    """What the gates go by, as the kernel computes it; None on the dense path.
+
+    Args:
+        net: the network.
+        threshold: of the logits, for gates that have one.
+        budget: in the range; None without one.
+    """
+    if not net.gates:
+        return None
+    thresholds, counts = [], []
+    for gate, channels in zip(net.gates, net.hidden, strict=True):
+        count = -1 if gate.count is None else gate.count
+        if count == BUDGET:
+            count = number_of_channels(1.0 if budget is None else budget, channels)
+        shift = gate.shift.astype(np.float64)
+        if gate.embedding is not None and budget is not None:
+            shift = shift + _embedded(gate.embedding, budget)
+        counts.append(count)
+        # With a count logits are compared with each other: shifts are no thresholds.
+        thresholds.append(-shift if count >= 0 else threshold - shift)
+    return Decisions(np.concatenate(thresholds).astype(np.float32), np.array(counts), budget)
+
+
+def _rounded(net: Network) -> Network:
+    """The network with the convolutions' weights rounded to its dtype, in float32 as before."""
+    if net.dtype == "float32":
+        return net
+
+    def rounded(conv: Convolution) -> Convolution:
+        weight = torch.from_numpy(conv.weight).to(torch.bfloat16).float()
+        return replace(conv, weight=weight.numpy())
+
+    blocks = tuple(
+        replace(
+            block,
+            convolutions=tuple(map(rounded, block.convolutions)),
+            shortcut=None if block.shortcut is None else rounded(block.shortcut),
+        )
+        for block in net.blocks
+    )
+    return replace(net, stem=rounded(net.stem), blocks=blocks)
+
+
+def _embedded(embedding: Embedding, budget: float) -> NDArray[np.float64]:
+    kept = min(max(budget, 0.01), 0.99)
+    log_odds = np.log(kept / (1 - kept))
+    weight, bias, expand = (
+        part.astype(np.float64) for part in (embedding.weight, embedding.bias, embedding.expand)
+    )
+    return expand @ np.maximum(weight * log_odds + bias, 0)
 
 
 def _mask(
-    gate: FoldedGate | Gate, thresholds: Tensor, count: int, budget: float | None, x: Tensor
+    gate: Gate | GateModule, thresholds: Tensor, count: int, x: Tensor, budget: float | None
 ) -> Tensor:
     """The mask for one image, C_out, bool."""
-    if isinstance(gate, Gate):
+    if isinstance(gate, GateModule):
         return gate(x, None if budget is None else x.new_tensor(budget))[0] > 0
-    hidden = functional.linear(x.mean((2, 3)), gate.reduce, gate.bias).relu_()
-    logits = functional.linear(hidden, gate.expand)[0]
+    reduce, bias, expand = map(torch.from_numpy, (gate.reduce, gate.bias, gate.expand))
+    hidden = functional.linear(x.mean((2, 3)), reduce, bias).relu_()
+    logits = functional.linear(hidden, expand)[0]
     if count < 0:
         return logits >= thresholds
     chosen = (logits - thresholds).sort(descending=True, stable=True).indices[:count]
     return torch.zeros_like(logits, dtype=torch.bool).index_fill_(0, chosen, True)
 
 
-def _convolved(conv: FoldedConvolution, x: Tensor) -> Tensor:
-    return functional.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding)
+def _weights(conv: Convolution) -> tuple[Tensor, Tensor]:
+    return torch.from_numpy(conv.weight), torch.from_numpy(conv.bias)
 
 
-def _gathered_block(block: FoldedBlock, x: Tensor, masks: list[Tensor]) -> Tensor:
+def _convolved(conv: Convolution, x: Tensor) -> Tensor:
+    return functional.conv2d(x, *_weights(conv), conv.stride, conv.padding)
+
+
+def _gathered_block(block: Block, x: Tensor, masks: list[Tensor]) -> Tensor:
     out, inputs = x, None
     for conv, mask in zip(block.convolutions, [*masks, None], strict=True):
-        weight, bias = conv.weight, conv.bias
+        weight, bias = _weights(conv)
         if inputs is not None:
             weight = weight[:, inputs]
         inputs = None if mask is None or bool(mask.all()) else mask.nonzero().flatten()
@@ -111,7 +208,7 @@ def _gathered_block(block: FoldedBlock, x: Tensor, masks: list[Tensor]) -> Tenso
     return (out + _shortcut(block, x)).relu_()
 
 
-def _masked_block(block: FoldedBlock, x: Tensor, masks: list[Tensor]) -> Tensor:
+def _masked_block(block: Block, x: Tensor, masks: list[Tensor]) -> Tensor:
     out = x
     for conv, mask in zip(block.convolutions, [*masks, None], strict=True):
         out = _convolved(conv, out)
@@ -120,5 +217,5 @@ def _masked_block(block: FoldedBlock, x: Tensor, masks: list[Tensor]) -> Tensor:
     return (out + _shortcut(block, x)).relu_()
 
 
-def _shortcut(block: FoldedBlock, x: Tensor) -> Tensor:
+def _shortcut(block: Block, x: Tensor) -> Tensor:
     return x if block.shortcut is None else _convolved(block.shortcut, x)

@@ -1,214 +1,108 @@
 """A ResNet's weights with every BatchNorm folded into the convolution before it."""
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from solo_gating_runtime.network import Block, Convolution, Embedding, Floats, Network
+from solo_gating_runtime.network import Gate as FoldedGate
+
 from ...backbones import ResNet, checked_path, convolutions
-from ...budgets import Range
 from ...errors import InputError
-from ...gates import FoldedGate, Gate
+from ...gates import Gate
 from .known import check_network, named_blocks
 
-# Of a block that the kernel runs.
-MOST_CONVOLUTIONS = 3
+_GATE_WEIGHTS = ("reduce", "bias", "expand", "shift")
 
 
 @dataclass(frozen=True)
-class FoldedConvolution:
-    """A convolution followed by its BatchNorm: x ↦ weight * x + bias.
-
-    Attributes:
-        weight: C_out × C_in × k × k.
-        bias: C_out.
-        stride: for rows and columns.
-        padding: in pixels.
-    """
-
-    weight: Tensor
-    bias: Tensor
-    stride: int = 1
-    padding: int = 0
-
-
-@dataclass(frozen=True)
-class FoldedBlock:
-    """relu(c_N(m_(N−1) · relu(c_(N−1)(... m_1 · relu(c_1 x)))) + shortcut x), with masks m_i = gate_i(x).
-
-    Attributes:
-        convolutions: c_1 to c_N.
-        shortcut: a convolution; None for the identity.
-        gates: one between each two convolutions; none on the dense path. A gate that cannot be
-            folded is a module, with which only PyTorch can run the network.
-    """
-
-    convolutions: tuple[FoldedConvolution, ...]
-    shortcut: FoldedConvolution | None
-    gates: tuple[FoldedGate | Gate, ...] = ()
-
-    @property
-    def hidden(self) -> tuple[int, ...]:
-        """Channels between the convolutions."""
-        return tuple(len(conv.bias) for conv in self.convolutions[:-1])
-
-    @property
-    def is_basic(self) -> bool:
-        """Whether it is two 3×3 convolutions, the second of stride 1."""
-        return self._kernels == [(3, 1), (3, 1)] and self.convolutions[1].stride == 1
-
-    @property
-    def is_compilable(self) -> bool:
-        """Whether the kernel runs it: few convolutions of 1×1 or 3×3, with folded gates or none."""
-        folded = all(isinstance(gate, FoldedGate) for gate in self.gates)
-        number = len(self.convolutions)
-        known = all(kernel in [(1, 0), (3, 1)] for kernel in self._kernels)
-        return folded and known and 2 <= number <= MOST_CONVOLUTIONS
-
-    @property
-    def _kernels(self) -> list[tuple[int, int]]:
-        return [(conv.weight.shape[-1], conv.padding) for conv in self.convolutions]
-
-
-@dataclass(frozen=True)
-class Decisions:
-    """What gates go by at a setting of the dial, for all channels, one gate after another.
-
-    Attributes:
-        thresholds: float32, of each channel's logit before it is shifted.
-        counts: for each gate how many channels it chooses; -1 for those that reach the threshold.
-        budget: what gates that are not folded are told.
-    """
-
-    thresholds: Tensor
-    counts: Tensor
-    budget: float | None
-
-    @property
-    def counted(self) -> bool:
-        """Whether any gate chooses a number of channels."""
-        return bool((self.counts >= 0).any())
-
-
-@dataclass(frozen=True)
-class FoldedNetwork:
+class Folded:
     """One path of a backbone, in float32.
 
     Attributes:
-        stem: the first convolution.
-        max_pool: whether a 3×3 max-pool of stride 2 and padding 1 follows.
-        blocks: those of the four stages, one after another.
-        linear: weight (classes × C) and bias of the classifier; None without one.
-        budget_range: of the budgets that the gates can be told, None without one.
-        dial: as in `Gate`.
+        network: for the kernel.
+        modules: for each of its gates None, or the module to decide instead of it, for a gate that
+            cannot be folded.
     """
 
-    stem: FoldedConvolution
-    max_pool: bool
-    blocks: tuple[FoldedBlock, ...]
-    linear: tuple[Tensor, Tensor] | None
-    budget_range: Range | None = None
-    dial: str | None = "threshold"
+    network: Network
+    modules: tuple[Gate | None, ...]
 
     @property
-    def features(self) -> int:
-        """Length of the features of one image."""
-        last = self.blocks[-1].convolutions[-1].bias if self.linear is None else self.linear[1]
-        return len(last)
-
-    @property
-    def hidden(self) -> tuple[int, ...]:
-        """For each gate, or where it would be, the channels that it chooses from."""
-        return tuple(number for block in self.blocks for number in block.hidden)
-
-    @property
-    def gates(self) -> list[FoldedGate | Gate]:
-        """All gates; none on the dense path."""
-        return [gate for block in self.blocks for gate in block.gates]
-
-    def decisions(self, threshold: float, budget: float | None) -> Decisions | None:
-        """What the gates go by; None on the dense path.
-
-        Args:
-            threshold: of the logits, for gates that have one.
-            budget: in the range; None without one.
-        """
-        if not self.gates:
-            return None
-        thresholds, counts = [], []
-        with torch.device("cpu"):  # whatever the default is
-            for gate, channels in zip(self.gates, self.hidden, strict=True):
-                shift, count = torch.zeros(channels, dtype=torch.float32), -1
-                if isinstance(gate, FoldedGate):
-                    shift = gate.shift(budget).float()
-                    count = -1 if gate.count is None else gate.count(budget)
-                counts.append(count)
-                # With a count logits are compared with each other: shifts are no thresholds.
-                thresholds.append(-shift if count >= 0 else threshold - shift)
-            return Decisions(torch.cat(thresholds), torch.tensor(counts), budget)
-
-    @property
-    def smallest_image(self) -> int:
-        """The height and width that the stem needs at least, in pixels."""
-        return max(1, self.stem.weight.shape[-1] - 2 * self.stem.padding)
-
-    def with_weights_rounded_to(self, dtype: torch.dtype) -> "FoldedNetwork":
-        """The same network with the convolutions' weights rounded, in float32 as before."""
-
-        def rounded(conv: FoldedConvolution) -> FoldedConvolution:
-            return replace(conv, weight=conv.weight.to(dtype).float())
-
-        blocks = tuple(
-            replace(
-                block,
-                convolutions=tuple(map(rounded, block.convolutions)),
-                shortcut=None if block.shortcut is None else rounded(block.shortcut),
-            )
-            for block in self.blocks
-        )
-        return replace(self, stem=rounded(self.stem), blocks=blocks)
+    def is_compilable(self) -> bool:
+        """Whether the kernel runs it."""
+        known = all(block.is_known for block in self.network.blocks)
+        return known and not any(self.modules)
 
 
 @torch.no_grad()
-def fold(backbone: nn.Module, path: str) -> FoldedNetwork:
+def fold(
+    backbone: nn.Module, path: str, threshold: float | None = None, budget: float | None = None
+) -> Folded:
     """Fold one path of a backbone, as it is in evaluation.
 
     Args:
         backbone: one of this package's ResNets, or torchvision's resnet18, 34, 50 or 101.
         path: "gated" or "dense".
+        threshold: of the gates; None for the backbone's own.
+        budget: that the gates are told, of a network trained for a range; None for the backbone's own.
 
     Raises:
         InputError: for a backbone without gates on the gated path, with a part that `known` does
-            not know, or with weights that are not finite.
+            not know, or with weights that are not finite; for a setting that it does not have.
     """
     checked_path(path, "path")
     check_network(backbone, path)
     encoder: Any = backbone.encoder(path) if isinstance(backbone, ResNet) else backbone
     fc = backbone.get_submodule("fc")
-    return FoldedNetwork(
+    gated = path == "gated"
+    budget_range = getattr(backbone, "budget_range", None) if gated else None
+    if threshold is None:
+        threshold = _of_all_gates("threshold", backbone) if gated else 0.0
+    if budget is None and budget_range is not None:
+        budget = _of_all_gates("budget", backbone)
+    modules: list[Gate | None] = []
+    network = Network(
+        path=path,
         stem=_folded(encoder.conv1, encoder.bn1, "conv1"),
         max_pool=not isinstance(encoder.maxpool, nn.Identity),
-        blocks=tuple(_folded_block(block, path, name) for name, block in named_blocks(encoder)),
+        blocks=tuple(
+            _folded_block(block, path, name, modules) for name, block in named_blocks(encoder)
+        ),
         linear=_linear(fc) if isinstance(fc, nn.Linear) else None,
-        budget_range=getattr(backbone, "budget_range", None) if path == "gated" else None,
-        dial=cast(Any, backbone).gates[0].dial if path == "gated" else "threshold",
+        budget_range=budget_range,
+        dial=cast(Any, backbone).gates[0].dial if gated else "threshold",
+        stages=tuple(len(getattr(encoder, f"layer{stage}")) for stage in (1, 2, 3, 4)),
+        threshold=threshold,
+        budget=budget,
     )
+    return Folded(network, tuple(modules))
 
 
-def _folded_block(block: Any, path: str, name: str) -> FoldedBlock:
+def _of_all_gates(attribute: str, backbone: Any) -> Any:
+    value, *others = [getattr(gate, attribute) for gate in backbone.gates]
+    if any(other != value for other in others):
+        raise InputError(f"{attribute}: got gates with different ones, expected one for all gates")
+    return value
+
+
+def _folded_block(block: Any, path: str, name: str, modules: list[Gate | None]) -> Block:
     layers = convolutions(block)
     norms = [norm for _, _, norm in layers]
-    gates: list[FoldedGate | Gate] = []
+    gates: list[FoldedGate] = []
     if path == "gated":
         norms = getattr(block, "gated_norms", norms)
-        gates = [_folded_gate(gate, f"{name}'s gate") for gate in block.gates]
+        for gate, (_, conv, _) in zip(block.gates, layers, strict=False):
+            folded, module = _folded_gate(gate, conv.out_channels, f"{name}'s gate")
+            gates.append(folded)
+            modules.append(module)
     shortcut = None
     if block.downsample is not None:
         shortcut = _folded(block.downsample[0], block.downsample[1], f"{name}.downsample")
-    return FoldedBlock(
+    return Block(
         tuple(
             _folded(conv, norm, f"{name}.{conv_name}")
             for (conv_name, conv, _), norm in zip(layers, norms, strict=True)
@@ -218,20 +112,21 @@ def _folded_block(block: Any, path: str, name: str) -> FoldedBlock:
     )
 
 
-def _folded_gate(gate: Gate, name: str) -> FoldedGate | Gate:
+def _folded_gate(gate: Gate, channels: int, name: str) -> tuple[FoldedGate, Gate | None]:
     # A copy: later changes to the backbone have no effect.
     gate = copy.deepcopy(gate).to("cpu").eval()
     with torch.device("cpu"):
         folded = gate.fold() if _fold_is_of_forward(type(gate)) else None
-    if folded is None:
-        return gate.float()
-    return replace(
-        folded,
-        reduce=_float(folded.reduce, name),
-        bias=_float(folded.bias, name),
-        expand=_float(folded.expand, name),
-        shift=_shift(gate.float(), name),
-    )
+        if folded is None:
+            nothing = _float(torch.zeros(0), name)
+            shift = _float(torch.zeros(channels), name)
+            return FoldedGate(nothing, nothing, nothing, shift), gate.float()
+    embedding = None
+    if folded.embedding is not None:
+        parts = (folded.embedding.weight, folded.embedding.bias, folded.embedding.expand)
+        embedding = Embedding(*(_float(part, name) for part in parts))
+    weights = {key: _float(getattr(folded, key), name) for key in _GATE_WEIGHTS}
+    return FoldedGate(**weights, embedding=embedding, count=folded.count), None
 
 
 def _fold_is_of_forward(kind: type[Gate]) -> bool:
@@ -244,13 +139,7 @@ def _fold_is_of_forward(kind: type[Gate]) -> bool:
     return all(issubclass(owner("fold"), owner(name)) for name in decides)
 
 
-def _shift(gate: Gate, name: str) -> Callable[[float | None], Tensor]:
-    for value in gate.parameters():
-        _float(value, name)
-    return gate.fold().shift  # type: ignore[union-attr]
-
-
-def _folded(conv: Any, norm: Any, name: str) -> FoldedConvolution:
+def _folded(conv: Any, norm: Any, name: str) -> Convolution:
     # In float64, so that folding costs one rounding and no more.
     scale = (norm.running_var.double() + norm.eps).rsqrt()
     if norm.weight is not None:
@@ -260,7 +149,7 @@ def _folded(conv: Any, norm: Any, name: str) -> FoldedConvolution:
         shift = shift + norm.bias.double()
     if conv.bias is not None:
         shift = shift + conv.bias.double() * scale
-    return FoldedConvolution(
+    return Convolution(
         _float(conv.weight.double() * scale[:, None, None, None], name),
         _float(shift, name),
         _number(conv.stride),
@@ -268,18 +157,18 @@ def _folded(conv: Any, norm: Any, name: str) -> FoldedConvolution:
     )
 
 
-def _linear(fc: nn.Linear) -> tuple[Tensor, Tensor]:
-    weight = _float(fc.weight, "fc")
-    return weight, weight.new_zeros(len(weight)) if fc.bias is None else _float(fc.bias, "fc")
+def _linear(fc: nn.Linear) -> tuple[Floats, Floats]:
+    bias = torch.zeros(fc.out_features, device="cpu") if fc.bias is None else fc.bias
+    return _float(fc.weight, "fc"), _float(bias, "fc")
 
 
-def _float(value: Tensor, name: str) -> Tensor:
+def _float(value: Tensor, name: str) -> Floats:
     value = value.detach().to("cpu", torch.float32, copy=True).contiguous()
     if not value.isfinite().all():
         raise InputError(
             f"backbone: got NaN or infinity, expected finite weights for {name} and its BatchNorm"
         )
-    return value
+    return value.numpy()
 
 
 def _number(pair: Any) -> int:

@@ -1,20 +1,11 @@
-"""What a forked process may do: it has none of the threads of the process that it comes from.
+"""PyTorch in a forked process."""
 
-OpenMP, PyTorch's and the kernel's, waits for such threads for ever.
-"""
-
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
-_process = os.getpid()
-
-
-def is_forked() -> bool:
-    """Whether this process was forked since the engine was imported."""
-    return os.getpid() != _process
+from solo_gating_runtime.forks import is_forked
 
 
 @contextmanager

@@ -14,40 +14,85 @@ import shlex
 import shutil
 import stat
 import subprocess
+import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
+from .checks import one_of
+from .errors import InputError
 
-import solo_gating_runtime
-
-from ...errors import InputError
-
-SOURCES = Path(solo_gating_runtime.__file__).parent / "kernel"
+SOURCES = Path(__file__).parent / "kernel"
 CACHE_VARIABLE = "SOLO_GATING_CACHE"
 ISA_VARIABLE = "SOLO_GATING_ISA"
-PYTORCH = "pytorch"  # instead of a kernel
 TOO_LARGE = 2  # what `gated_run` returns for an image of too many pixels
 
-_ISA_FLAGS = {
-    "avx512": [
+
+@dataclass(frozen=True)
+class Build:
+    """How the kernel is built for an instruction set.
+
+    Attributes:
+        flags: of the compiler.
+        needs: features that a CPU must have, by Linux's names (`cpu_features`).
+    """
+
+    flags: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+
+
+_AVX2 = Build(("-mavx2", "-mfma"), ("avx2", "fma"))
+_AVX512 = Build(
+    (
         *("-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mfma"),
         "-mprefer-vector-width=512",
-    ],
-    "avx2": ["-mavx2", "-mfma"],
-    # What every CPU of the architecture has: SSE2 on x86-64, NEON on aarch64.
-    "portable": [],
+    ),
+    ("avx512f", "avx512vl", "avx512dq", "avx512bw", "fma"),
+)
+# What every CPU of the architecture has: SSE2 on x86-64, NEON on aarch64.
+_PORTABLE = Build()
+
+
+def _with(build: Build, flags: str, needs: str) -> Build:
+    return Build((*build.flags, *flags.split()), (*build.needs, *needs.split()))
+
+
+# For each dtype of the convolutions, the engines that compute with it, best first.
+ENGINES: dict[str, dict[str, Build]] = {
+    "float32": {"avx512": _AVX512, "avx2": _AVX2, "portable": _PORTABLE},
+    # Weights are held in bfloat16; sums and activations are float32.
+    "bfloat16": {"avx512": _AVX512, "avx2": _AVX2, "portable": _PORTABLE},
+    "int8": {
+        "avx512_vnni": _with(_AVX512, "-mavx512vnni", "avx512_vnni"),
+        "avx512": _AVX512,
+        "avx_vnni": _with(_AVX2, "-mavxvnni", "avx_vnni"),
+        "avx2": _AVX2,
+        "neon_dot": Build(("-march=armv8.2-a+dotprod",), ("asimddp",)),
+        "portable": _PORTABLE,
+    },
 }
-ISAS = tuple(_ISA_FLAGS)
 
 _FLAGS = [
     *("-std=c++17", "-O3", "-fPIC", "-shared", "-pipe"),
-    *("-fno-math-errno", "-ffp-contract=fast", "-fvisibility=hidden"),
+    *("-fno-math-errno", "-fvisibility=hidden"),
 ]
-_DTYPE_FLAGS = {torch.float32: [], torch.bfloat16: ["-DGATED_BFLOAT16"]}
+_DTYPE_FLAGS = {
+    "float32": ["-ffp-contract=fast"],
+    "bfloat16": ["-ffp-contract=fast", "-DGATED_BFLOAT16"],
+    # Every CPU gives the same numbers: what is rounded is said by the source alone.
+    "int8": ["-ffp-contract=off", "-DGATED_INT8"],
+}
+
+
+def compiler_flags(dtype: str) -> list[str]:
+    """Of all engines with a dtype, one of `ENGINES`."""
+    return [*_FLAGS, *_DTYPE_FLAGS[dtype]]
+
+
 _COMPILERS = ("c++", "g++", "clang++")
 _MOST_SECONDS = 300
 _LEFT_OVER_AFTER = 3600  # seconds; longer than all compilers together may take
@@ -65,25 +110,70 @@ class _CompilerError(BuildError):
     """No compiler makes the kernel."""
 
 
-def supported_isas() -> tuple[str, ...]:
-    """The instruction sets that this CPU has, best first."""
-    capability = torch.backends.cpu.get_cpu_capability()
-    first = {"AVX512": 0, "AVX2": 1}.get(capability, 2)
-    return ISAS[first:]
+@functools.cache
+def cpu_features() -> frozenset[str]:
+    """What this CPU can do and its system lets it, by the names of Linux's /proc/cpuinfo."""
+    if sys.platform == "darwin":
+        return _features_on_macos()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    named = [line.partition(":") for line in lines]
+    found = [set(value.split()) for key, _, value in named if key.strip() in ("flags", "Features")]
+    # Cores may differ, and a thread may move to any of them.
+    return frozenset(set.intersection(*found)) if found else frozenset()
 
 
-def chosen_engine(name: str | None = None) -> str:
+_MACOS_NAMES = {
+    "hw.optional.avx2_0": "avx2",
+    "hw.optional.fma": "fma",
+    **{f"hw.optional.avx512{name}": f"avx512{name}" for name in ("f", "vl", "dq", "bw")},
+    "hw.optional.avx512vnni": "avx512_vnni",
+    "hw.optional.arm.FEAT_DotProd": "asimddp",
+    "hw.optional.arm.FEAT_BF16": "bf16",
+}
+
+
+def _features_on_macos() -> frozenset[str]:
+    try:
+        # Names that this Mac does not know are left out, with an error.
+        done = subprocess.run(
+            ["/usr/sbin/sysctl", *_MACOS_NAMES], capture_output=True, text=True, timeout=60
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return frozenset()
+    named = [line.partition(": ") for line in done.stdout.splitlines()]
+    return frozenset(_MACOS_NAMES[key] for key, _, value in named if value.strip() == "1")
+
+
+def supported_engines(dtype: str = "float32") -> tuple[str, ...]:
+    """The engines that this CPU can run, best first.
+
+    Args:
+        dtype: one of `ENGINES`.
+    """
+    one_of("dtype", dtype, ENGINES)
+    features = cpu_features()
+    return tuple(name for name, build in ENGINES[dtype].items() if features.issuperset(build.needs))
+
+
+def chosen_engine(
+    name: str | None = None, dtype: str = "float32", also: tuple[str, ...] = ()
+) -> str:
     """The engine to use: the one asked for, or the best one here.
 
     Args:
-        name: an instruction set or "pytorch"; None for what the environment's SOLO_GATING_ISA says,
-            or the best instruction set.
+        name: None for what the environment's SOLO_GATING_ISA says, or the best one.
+        dtype: one of `ENGINES`.
+        also: names that are accepted besides the kernel's engines.
 
     Raises:
         InputError: for another name, or an instruction set that this CPU does not have.
     """
-    wanted = name or os.environ.get(ISA_VARIABLE) or supported_isas()[0]
-    accepted = (*supported_isas(), PYTORCH)
+    supported = supported_engines(dtype)
+    wanted = name or os.environ.get(ISA_VARIABLE) or supported[0]
+    accepted = (*supported, *also)
     if wanted not in accepted:
         key = "engine" if name else ISA_VARIABLE
         raise InputError(f"{key}: got {wanted!r}, expected here are {', '.join(accepted)}")
@@ -108,14 +198,14 @@ def _temporary_folder() -> Path:
     return Path(tempfile.gettempdir()).absolute() / f"solo-gating-{os.geteuid()}"
 
 
-def load_library(isa: str, dtype: torch.dtype) -> ctypes.CDLL:
-    """The kernel for an instruction set, from the cache or freshly built.
+def load_library(engine: str, dtype: str) -> ctypes.CDLL:
+    """The kernel for an engine, from the cache or freshly built.
 
     A file in the cache is used only if it is whole: it ends with its own SHA-256.
 
     Args:
-        isa: one of `supported_isas`.
-        dtype: of the convolutions' weights, torch.float32 or torch.bfloat16.
+        engine: one of `supported_engines`.
+        dtype: one of `ENGINES`.
 
     Raises:
         BuildError: without a working compiler, or a cache folder that is writable for this user
@@ -132,7 +222,7 @@ def load_library(isa: str, dtype: torch.dtype) -> ctypes.CDLL:
             f"there is no cache folder ({error}); {CACHE_VARIABLE} names one"
         ) from error
     with _lock:
-        result = _load(isa, dtype, *folders)
+        result = _load(engine, dtype, *folders)
     if isinstance(result, BuildError):
         raise result
     return result
@@ -152,13 +242,13 @@ if hasattr(os, "register_at_fork"):
 
 
 @functools.cache
-def _load(isa: str, dtype: torch.dtype, *folders: Path) -> ctypes.CDLL | _CompilerError:
+def _load(engine: str, dtype: str, *folders: Path) -> ctypes.CDLL | _CompilerError:
     # Compilers' failures are kept as well, so that they cost their time once.
-    flags = [*_FLAGS, *_ISA_FLAGS[isa], *_DTYPE_FLAGS[dtype]]
+    flags = [*compiler_flags(dtype), *ENGINES[dtype][engine].flags]
     digest = hashlib.sha256(repr((flags, os.environ.get("CXX"))).encode())
     for source in sorted(SOURCES.rglob("*.*")):
-        digest.update(source.name.encode() + source.read_bytes())
-    name = f"kernel-{platform.machine()}-{isa}-{str(dtype)[6:]}-{digest.hexdigest()[:16]}.so"
+        digest.update(str(source.relative_to(SOURCES)).encode() + source.read_bytes())
+    name = f"kernel-{platform.machine()}-{engine}-{dtype}-{digest.hexdigest()[:16]}.so"
     errors: list[BuildError] = []
     for folder in folders:
         try:
@@ -315,16 +405,19 @@ def _attempt(command: list[str], target: Path) -> str | None:
 
 
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    for name in ("gated_lanes", "gated_group", "gated_block", "gated_plane_group"):
-        getattr(library, name).restype = number
-    library.gated_open.restype = pointer
-    library.gated_open.argtypes = [pointer]
-    library.gated_close.restype = None
-    library.gated_close.argtypes = [pointer]
-    library.gated_run.restype = ctypes.c_int
-    library.gated_run.argtypes = [
-        *(pointer, pointer, number, number, number),
-        *(pointer, pointer, pointer, pointer, number),
-    ]
+    pointer, number, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
+    functions: dict[str, tuple[Any, list[Any]]] = {
+        "gated_open": (pointer, [ctypes.c_char_p, number, ctypes.c_char_p, number]),
+        "gated_share": (pointer, [pointer]),
+        "gated_close": (None, [pointer]),
+        "gated_bytes": (number, [pointer]),
+        "gated_decide": (ctypes.c_int, [pointer, real, real, pointer, pointer]),
+        "gated_run": (
+            ctypes.c_int,
+            [pointer, pointer, number, number, number, *[pointer] * 5, number],
+        ),
+    }
+    for name, (result, arguments) in functions.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
     return library

@@ -15,7 +15,7 @@ from torch import nn
 
 from solo_gating import deploy
 from solo_gating.backbones import BACKBONES
-from solo_gating.deploy.engine import library
+from solo_gating_runtime import library
 
 # What a compiler would make of it does not matter to the cache.
 FAKE_COMPILER = """#!/bin/sh
@@ -31,7 +31,7 @@ def kernel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("built")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SOLO_GATING_CACHE", str(folder))
-        library.load_library("portable", torch.float32)
+        library.load_library("portable", "float32")
     (file,) = folder.iterdir()
     assert stat.S_ISREG(file.stat().st_mode)  # and nothing else is left
     target = folder / "kernel"
@@ -404,19 +404,39 @@ def test_the_default_folder(monkeypatch, tmp_path):
     assert str(library.cache_folder()) == "/home/someone/.cache/solo-gating"
 
 
-def test_the_best_instruction_set_is_taken(monkeypatch):
+AVX2 = {"avx2", "fma"}
+AVX512 = AVX2 | {"avx512f", "avx512vl", "avx512dq", "avx512bw"}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "features", "engines"),
+    [
+        ("float32", AVX512, ("avx512", "avx2", "portable")),
+        ("float32", AVX512 - {"avx512bw"}, ("avx2", "portable")),
+        ("float32", AVX2 - {"fma"}, ("portable",)),
+        ("float32", {"asimd", "asimddp"}, ("portable",)),
+        ("bfloat16", AVX2, ("avx2", "portable")),
+        ("int8", AVX512 | {"avx512_vnni"}, ("avx512_vnni", "avx512", "avx2", "portable")),
+        ("int8", AVX2 | {"avx_vnni"}, ("avx_vnni", "avx2", "portable")),
+        ("int8", {"asimd", "asimddp"}, ("neon_dot", "portable")),
+        ("int8", set(), ("portable",)),
+    ],
+)
+def test_the_best_engine_that_the_cpu_has_is_taken(monkeypatch, dtype, features, engines):
     monkeypatch.delenv("SOLO_GATING_ISA", raising=False)
-    for capability, isas in (
-        ("AVX512", ("avx512", "avx2", "portable")),
-        ("AVX2", ("avx2", "portable")),
-        ("DEFAULT", ("portable",)),
-    ):
-        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda c=capability: c)
-        assert library.supported_isas() == isas
-        assert library.chosen_engine() == isas[0]
+    monkeypatch.setattr(library, "cpu_features", lambda: frozenset(features))
+    assert library.supported_engines(dtype) == engines
+    assert library.chosen_engine(dtype=dtype) == engines[0]
+
+
+def test_cpu_features_are_those_that_pytorch_finds():
+    assert ("avx2" in library.cpu_features()) == torch.cpu._is_avx2_supported()
+    assert ("avx512f" in library.cpu_features()) == torch.cpu._is_avx512_supported()
 
 
 def test_the_environment_may_ask_for_pytorch(monkeypatch):
     monkeypatch.setenv("SOLO_GATING_ISA", "pytorch")
-    assert library.chosen_engine() == "pytorch"
+    assert library.chosen_engine(also=("pytorch",)) == "pytorch"
+    with pytest.raises(library.InputError, match="SOLO_GATING_ISA: got 'pytorch', expected here"):
+        library.chosen_engine()
     assert deploy.compile(encoder()).engine == "pytorch"
