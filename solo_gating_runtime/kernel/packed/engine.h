@@ -564,9 +564,10 @@ class Engine {
     const int64_t few = out.number % kQuad == 3 ? 0 : out.number % kQuad;
     const int64_t quads = ceil_div(out.number - few, kQuad);
     const int64_t pieces = quads + (few > 0);
-    const Team alone{0, 1};
-    const bool by_channel = pieces >= static_cast<int64_t>(at.tiles.size()) || pieces >= 8;
-    const Team channel_team = by_channel ? team : alone, pixel_team = by_channel ? alone : team;
+    // Threads share the pieces, of which one may be cut; if there are few, each one's pixels.
+    const int64_t all = at.tiles.size(), few_all = few > 0 ? at.few_tiles.size() : 0;
+    const bool by_channel = pieces >= all || pieces >= 8;
+    const int64_t begin = team.begin(quads * all + few_all), end = team.end(quads * all + few_all);
 
     DotProduct product;
     product.x = x;
@@ -575,10 +576,17 @@ class Engine {
     product.kernel = conv.kernel;
     product.run = DotWeights::run_of(conv.kernel, channels);
     const int64_t steps = std::max<int64_t>(1, conv.kernel * product.run / kRow);
-    const int64_t end = channel_team.end(pieces);
-    for (int64_t i = channel_team.begin(pieces); i < end; ++i) {
+    for (int64_t i = 0; i < pieces; ++i) {
       const bool whole = i < quads;
       const int64_t number = whole ? kQuad : few;
+      const std::vector<DotTileShape>& tiles = whole ? at.tiles : at.few_tiles;
+      const int64_t count = tiles.size();
+      const int64_t first =
+          by_channel ? std::clamp<int64_t>(begin - i * all, 0, count) : team.begin(count);
+      const int64_t last =
+          by_channel ? std::clamp<int64_t>(end - i * all, 0, count) : team.end(count);
+      if (first == last) continue;
+      const bool more = i + 1 < pieces && (!by_channel || (i + 1) * all < end);
       float multiplier[kQuad], bias[kQuad];
       const Weight8* soon[kQuad];
       for (int64_t m = 0; m < number; ++m) {
@@ -588,8 +596,8 @@ class Engine {
         bias[m] = conv.bias[c];
         product.weights[m] = conv.weights + c * conv.row;
         const int64_t later = j + kQuad;
-        soon[m] = i + 1 < end && later < out.number ? conv.weights + out.channels[later] * conv.row
-                                                    : nullptr;
+        soon[m] =
+            more && later < out.number ? conv.weights + out.channels[later] * conv.row : nullptr;
         if (!whole && to.tails > 0) {
           product.y[m] = to.tail + m * to.tail_plane;
         } else {
@@ -607,8 +615,6 @@ class Engine {
       product.y_pixel = !whole && to.tails > 0 ? 1 : to.pixel;
       set_factors(multiplier, number, product.multiplier);
       set_factors(bias, number, product.bias);
-      const std::vector<DotTileShape>& tiles = whole ? at.tiles : at.few_tiles;
-      const int64_t first = pixel_team.begin(tiles.size()), last = pixel_team.end(tiles.size());
       for (int64_t t = first; t < last; ++t) {
         // Each of the next four rows is prefetched by one tile, then rows of the next convolution.
         const int64_t ahead = t - first;
