@@ -19,7 +19,7 @@ CONFIG_FOLDERS = [
 
 DEVICE = ["kornia>=0.7"]
 EXPORT = ["onnx", "onnxscript", "onnxruntime"]
-BENCHMARK = [*EXPORT, "openvino"]
+BENCHMARK = [*EXPORT, "openvino", "nncf"]
 
 setup(
     name="solo-gating",

@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .checks import one_of
 from .errors import InputError
@@ -397,16 +398,19 @@ def _attempt(command: list[str], target: Path) -> str | None:
 
 
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    for name in ("gated_lanes", "gated_group", "gated_block", "gated_plane_group"):
-        getattr(library, name).restype = number
-    library.gated_open.restype = pointer
-    library.gated_open.argtypes = [pointer]
-    library.gated_close.restype = None
-    library.gated_close.argtypes = [pointer]
-    library.gated_run.restype = ctypes.c_int
-    library.gated_run.argtypes = [
-        *(pointer, pointer, number, number, number),
-        *(pointer, pointer, pointer, pointer, number),
-    ]
+    pointer, number, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
+    functions: dict[str, tuple[Any, list[Any]]] = {
+        "gated_open": (pointer, [ctypes.c_char_p, number, ctypes.c_char_p, number]),
+        "gated_share": (pointer, [pointer]),
+        "gated_close": (None, [pointer]),
+        "gated_bytes": (number, [pointer]),
+        "gated_decide": (ctypes.c_int, [pointer, real, real, pointer, pointer]),
+        "gated_run": (
+            ctypes.c_int,
+            [pointer, pointer, number, number, number, *[pointer] * 5, number],
+        ),
+    }
+    for name, (result, arguments) in functions.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
     return library

@@ -11,9 +11,16 @@ import numpy as np
 Call = Callable[[], Any]
 Clock = Callable[[], float]
 
-# A turn is this long at least: much longer than the clock's step and a thread's waking up.
+# What may be timed by. A process's CPU time leaves out what other programs take, on a shared machine,
+# and adds up its threads.
+CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.process_time}
+
+# The shortest turn is so long, if there is time for it: much longer than the clock's step and a
+# thread's waking up.
 TURN = 0.01
 LEAST_ROUNDS = 5
+# Longer turns would leave fewer rounds than that.
+_WANTED_ROUNDS = 20
 # Above this spread between rounds, figures are said to be noisy.
 NOISY = 0.1
 # Calls longer than this many turns are not repeated only to warm the caches.
@@ -29,12 +36,15 @@ def interleaved(
     """Time engines against each other.
 
     In each round every engine has one turn, in a shuffled order: an untimed call that brings its
-    weights back into the caches, and calls for `TURN` seconds at least. Rounds follow each other
-    until `seconds` are over, `LEAST_ROUNDS` at least.
+    weights back into the caches, and timed ones, as many for all engines, so that a fast engine
+    gains no warmer caches by more calls. The number is such that the fastest engine's turn takes
+    `TURN` seconds, or less if there were too few rounds then. Rounds follow each other until
+    `seconds` are over, `LEAST_ROUNDS` at least. Where all calls are long, the untimed ones are left
+    out.
 
     Args:
         calls: the engines.
-        seconds: for all of them together.
+        seconds: for all of them together, of the clock's.
         seed: of the order.
         clock: gives seconds.
 
@@ -42,18 +52,26 @@ def interleaved(
         For each engine, seconds per call in each round.
     """
     order, shuffle = list(calls), random.Random(seed)
-    expected = {name: _timed(calls[name], 1, clock) for name in calls}
+    expected = [_expected(call, clock) for call in calls.values()]
+    warmed = min(expected) < _LONG * TURN
+    affordable = int(seconds / _WANTED_ROUNDS / sum(expected)) - warmed
+    number = max(1, min(math.ceil(TURN / min(expected)), affordable))
     times: dict[str, list[float]] = {name: [] for name in calls}
     start, rounds = clock(), 0
     while rounds < LEAST_ROUNDS or clock() - start < seconds:
         shuffle.shuffle(order)
         for name in order:
-            if expected[name] < _LONG * TURN:
+            if warmed:
                 calls[name]()
-            expected[name] = _timed(calls[name], math.ceil(TURN / expected[name]), clock)
-            times[name].append(expected[name])
+            times[name].append(_timed(calls[name], number, clock))
         rounds += 1
     return times
+
+
+def _expected(call: Call, clock: Clock) -> float:
+    """Seconds of a call; of the second one, where the first might be slower and is not long."""
+    first = _timed(call, 1, clock)
+    return first if first > _LONG * TURN else min(first, _timed(call, 1, clock))
 
 
 def _timed(call: Call, number: int, clock: Clock) -> float:

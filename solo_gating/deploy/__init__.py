@@ -1,5 +1,5 @@
 """From a trained checkpoint to what runs elsewhere: a fast engine, and exported files."""
 
-from .engine import CompiledEncoder, compile
+from .engine import CompiledEncoder, compile, load
 
-__all__ = ["CompiledEncoder", "compile"]
+__all__ = ["CompiledEncoder", "compile", "load"]

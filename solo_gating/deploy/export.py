@@ -25,19 +25,26 @@ Formats:
     onnx                model.onnx, any batch size; compared with PyTorch under ONNX Runtime, on
                         images where there are some
     openvino-via-onnx   model.xml and model.bin
+    onnx-int8           model.onnx, quantised by ONNX Runtime: for each output channel a scale of its
+                        weights, one for each map; gates stay in float32
+    openvino-int8       model.xml and model.bin, quantised by NNCF (without it, by ONNX Runtime)
     solo-learn          dense: args.json and last.ckpt of the method without gates (vicreg for
                         vicreg_dual), which solo-learn's scripts read without this plugin
 
 With evaluate=true, or with data.train_path=..., data.val_path=... or dataset=cifar10, 1-NN
-accuracy before and after is measured on the validation images. export.json says what was made.
+accuracy before and after is measured on the validation images. The int8 formats need these: they are
+calibrated on calibration_images=256 of the training images, evenly spaced, without their labels, and
+compared with the float network on validation images. export.json says what was made.
 """
 
 import argparse
 import io
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from ..backbones import TwoPathResNet
 from ..checkpoints.encoder import Encoder, encoder_of
@@ -56,7 +63,8 @@ from ..files import make_folder, write_bytes, write_json
 from ..flops import count_flops
 from ..process_state import process_state_kept
 from .dense import dense_network, dense_state_dict, solo_learn_args, solo_learn_checkpoint
-from .onnx import run_onnx, to_onnx, to_openvino
+from .onnx import Runner, onnx_runner, openvino_runner, to_onnx, to_openvino
+from .others_int8 import gates_of, onnx_int8, openvino_int8
 from .static import kept_channels, slice_encoder, static_flops
 
 # The options that decide what overrides would, too.
@@ -65,7 +73,8 @@ _DECIDED_BY = {
     "budget": "the policy's alone",
     "crop_size": "resolution alone",
 }
-FORMATS = ("torch", "onnx", "openvino-via-onnx", "solo-learn")
+INT8 = ("onnx-int8", "openvino-int8")
+FORMATS = ("torch", "onnx", "openvino-via-onnx", *INT8, "solo-learn")
 
 
 @process_state_kept()
@@ -100,12 +109,17 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
     else:
         net, report = _static(options, encoder, size)
     report |= {"checkpoint": str(options.checkpoint), "resolution": [size, size]}
-    if evaluation is not None:
+    images, real = _examples(evaluation, size)
+    if evaluation is None:
+        files = _contents(options, encoder, net, images, real, report)
+    else:
         if options.path == "gated":
             _turn(evaluation.encoder.backbone, read_policy(options.policy))
-        report |= _accuracies(evaluation, options.path, net)
-    images, real = _examples(evaluation, size)
-    files = _contents(options, encoder, net, images, real, report)
+        after, files = net, {}
+        if options.format in INT8:
+            files, after = _quantised(options, net, images, evaluation, report)
+        report |= _accuracies(evaluation, options.path, after)
+        files = files or _contents(options, encoder, net, images, real, report)
     for name, content in files.items():
         write_bytes(options.output / name, content)
     write_json(options.output / "export.json", report)
@@ -123,6 +137,12 @@ def _check(options: argparse.Namespace, encoder: Encoder) -> None:
         raise InputError("policy: got one for the dense path, expected path=gated")
     if options.path == "gated" and options.policy is None:
         raise InputError("policy: missing, the gated path needs main_policy's policy.json")
+    at_least("calibration_images", options.calibration_images, 1)
+    if options.format in INT8 and not (options.evaluate or options.overrides):
+        raise InputError(
+            f"format: got {options.format}, which is calibrated on images, and no images; expected "
+            "evaluate=true for those of pre-training, or others, as with data.train_path=..."
+        )
     if options.path == "gated" and options.format == "solo-learn":
         raise InputError("format: got solo-learn, which has no gated path; expected path=dense")
     if (
@@ -183,6 +203,55 @@ def _examples(evaluation: Evaluation | None, size: int) -> tuple[Tensor, bool]:
     return images[:64], True
 
 
+def _quantised(
+    options: argparse.Namespace,
+    net: nn.Module,
+    images: Tensor,
+    evaluation: Evaluation,
+    report: dict[str, Any],
+) -> tuple[dict[str, bytes], nn.Module]:
+    """The files of an int8 network, and that network; figures of the comparison go into the report."""
+    calibration = _spread(evaluation.loaders["train"], options.calibration_images)
+    model = to_onnx(net, images)
+    if options.format == "onnx-int8":
+        quantiser = "onnxruntime"
+        quantised = onnx_int8(model, calibration, gates_of(net))
+        files = {"model.onnx": quantised}
+        run = onnx_runner(quantised)
+    else:
+        files, quantiser = openvino_int8(model, calibration, gates_of(net))
+        run = openvino_runner(files)
+    with torch.no_grad():
+        expected = net(images)
+    report |= {
+        "quantised_by": quantiser,
+        "calibration_images": len(calibration),
+        "feature_error": float((run(images) - expected).norm() / expected.norm()),
+        "feature_error_on": f"{len(images)} validation images",
+    }
+    return files, _Called(run)
+
+
+class _Called(nn.Module):
+    """A network of another runtime as `extract` takes it."""
+
+    def __init__(self, run: Runner):
+        super().__init__()
+        self.run = run
+        self.place = nn.Parameter(torch.zeros(0), requires_grad=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.run(images.cpu()).to(images.device)
+
+
+def _spread(loader: DataLoader, number: int) -> Tensor:
+    """Images evenly spaced over a data set, since folders hold one class after another."""
+    dataset: Any = loader.dataset
+    indices = torch.linspace(0, len(dataset) - 1, min(number, len(dataset))).long().tolist()
+    images, _ = loader.collate_fn([dataset[index] for index in indices])
+    return images
+
+
 def _contents(
     options: argparse.Namespace,
     encoder: Encoder,
@@ -208,8 +277,8 @@ def _contents(
     model = to_onnx(net, images)
     with torch.no_grad():
         expected = net(images)
-    found = run_onnx(model, images)
-    if found is not None:
+    with suppress(ImportError):
+        found = onnx_runner(model)(images)
         difference = (found - expected).abs().max() / expected.abs().max().clamp_min(1e-12)
         report["onnx_relative_difference"] = float(difference)
         report["onnx_checked_on"] = f"{len(images)} {'images' if real else 'random images'}"
@@ -240,6 +309,11 @@ def format_export(report: dict[str, Any]) -> str:
             f"ONNX Runtime and PyTorch differ by {report['onnx_relative_difference']:.1e} of the "
             f"largest feature, on {report['onnx_checked_on']}"
         )
+    if "feature_error" in report:
+        lines.append(
+            f"int8 by {report['quantised_by']}, calibrated on {report['calibration_images']} "
+            f"images: features are {report['feature_error']:.2%} off, on {report['feature_error_on']}"
+        )
     return "\n".join([*lines, *report["files"]])
 
 
@@ -254,6 +328,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--multiple", type=int, default=8)
     made.add_argument("--format", choices=FORMATS, default="torch")
     made.add_argument("--resolution", type=int, help="default: pre-training's crop size")
+    made.add_argument("--calibration-images", type=int, default=256, help="int8 only")
     made.add_argument("--output", type=user_path, required=True)
     made.add_argument("--evaluate", action="store_true")
     made.add_argument("overrides", nargs="*", metavar="key=value")

@@ -3,6 +3,7 @@
 import io
 import tempfile
 import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..files import write_bytes
+
+Runner = Callable[[Tensor], Tensor]
 
 
 def to_onnx(net: nn.Module, images: Tensor) -> bytes:
@@ -51,20 +54,28 @@ def to_onnx(net: nn.Module, images: Tensor) -> bytes:
     return content.getvalue()
 
 
-def run_onnx(model: bytes, images: Tensor) -> Tensor | None:
-    """Features of an ONNX model under ONNX Runtime, B × C; None if that is not installed.
+def onnx_runner(model: bytes) -> Runner:
+    """An ONNX model under ONNX Runtime: images B × 3 × H × W → features B × C.
 
     Args:
         model: from `to_onnx`.
-        images: B × 3 × H × W.
+
+    Raises:
+        ImportError: if onnxruntime is missing.
     """
-    try:
-        import onnxruntime
-    except ImportError:
-        return None
+    import onnxruntime
+
     session: Any = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
-    (features,) = session.run(None, {"images": np.ascontiguousarray(images.numpy())})
-    return torch.from_numpy(features)
+
+    def run(images: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(None, {"images": contiguous(images)})[0])
+
+    return run
+
+
+def contiguous(images: Tensor) -> np.ndarray:
+    """As other runtimes take them."""
+    return np.ascontiguousarray(images.numpy())
 
 
 def to_openvino(model: bytes) -> dict[str, bytes]:
@@ -87,3 +98,22 @@ def to_openvino(model: bytes) -> dict[str, bytes]:
         write_bytes(source, model)
         openvino.save_model(openvino.convert_model(source), target, compress_to_fp16=False)
         return {file.name: file.read_bytes() for file in (target, target.with_suffix(".bin"))}
+
+
+def openvino_runner(files: Mapping[str, bytes]) -> Runner:
+    """OpenVINO's files on the CPU: images B × 3 × H × W → features B × C.
+
+    Args:
+        files: `model.xml` and `model.bin`, from `to_openvino`.
+    """
+    import openvino
+
+    core: Any = openvino.Core()
+    network = core.read_model(files["model.xml"], files["model.bin"])
+    hint = {"INFERENCE_PRECISION_HINT": "f32"}  # for what is not int8
+    compiled = core.compile_model(network, "CPU", hint)
+
+    def run(images: Tensor) -> Tensor:
+        return torch.from_numpy(compiled(contiguous(images))[0].copy())
+
+    return run

@@ -1,780 +1,177 @@
-// A ResNet in which each image computes only the channels that its gates choose.
-//
-// Blocks are computed in one of two ways. BasicBlocks have activations of rows × columns ×
-// channels. Their first convolution computes the chosen channels only, with dot products over its
-// input channels, into planes of a hidden map that has no place for the others; the second one adds
-// up the outer products of these planes with the chosen rows of its weights. Bias, shortcut and
-// ReLU happen while sums are in registers. All other blocks, such as Bottlenecks, have a plane for
-// each channel (`planes.h`), because between their convolutions input and output channels are both
-// chosen.
+// The C interface (gated.h) of one engine: which one, the compiler's flags say.
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
+#include <cstring>
+#include <exception>
 #include <memory>
-#include <mutex>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
-#include "float32/layout.h"
-#include "float32/planes.h"
-#include "float32/tiles.h"
+#include "file.h"
+#include "gated.h"
 #include "gates.h"
 #include "network.h"
-#include "simd.h"
-#include "team.h"
+#include "runner.h"
+
+#if defined(GATED_INT8) || defined(GATED_NATIVE_BFLOAT16)
+#include "packed/engine.h"
+#else
+#include "float32/engine.h"
+#endif
 
 namespace gated {
 namespace {
 
-// What one thread needs for itself.
-struct Scratch {
-  Buffer rows;                 // the last three rows of the stem's convolution
-  std::vector<Buffer> planes;  // for each small map, hidden channels before they are copied
-  Buffer partial;              // sums of a band of dot products
-  // For each gate of a block, its logits, and the channels that it chooses.
-  Buffer logits[kMostConvolutions - 1];
-  std::vector<int32_t> chosen[kMostConvolutions - 1];
-  bool extreme = false;  // whether this thread's part of the image is
+#if defined(GATED_INT8)
+constexpr Type kType = Type::kInt8;
+#elif defined(GATED_BFLOAT16)
+constexpr Type kType = Type::kBfloat16;
+#else
+constexpr Type kType = Type::kFloat32;
+#endif
+
+constexpr const char* kNames[] = {"float32", "bfloat16", "int8"};
+
+const char* name(Type type) { return kNames[static_cast<int64_t>(type)]; }
+
+// A network's weights, packed, and what its dial's settings mean.
+struct Weights {
+  explicit Weights(const Network& net) : dial(net), engine(net) {}
+
+  Dial dial;
+  Engine engine;
 };
 
-// Tiles of dot products whose sums are kept until all input channels are in.
-constexpr int64_t kBandTiles = 32;
-
-// Rows times taps whose weights, for a group of output channels, share the innermost cache with
-// the rest.
-constexpr int64_t kMostTaps = 128;
-
-constexpr float kZeros[kOuterVectors * kLanes] = {};
-
-// Rows are copied with whole vectors, beyond a buffer's ends by less than two.
-constexpr int64_t kMargin = 2 * kLanes;
-
-inline Buffer with_margins(int64_t size) {
-  return size > 0 ? Buffer(size + 2 * kMargin) : Buffer();
+Network read(const void* bytes, int64_t size) {
+  const Network net = Reader(static_cast<const char*>(bytes), size).network();
+  if (net.type != kType) {
+    throw FileError(std::string("got weights in ") + name(net.type) + ", expected " + name(kType) +
+                    " for this library");
+  }
+  return net;
 }
 
-inline float* inside(const Buffer& buffer) { return buffer.data() + kMargin; }
-
-// What one image needs, for one thread or a team.
-struct Workspace {
-  std::shared_ptr<const Layout> layout;
-  Buffer image;
-  std::vector<Buffer> maps;
-  std::vector<Buffer> hidden;
-  Buffer shortcut;
-  Buffer planes[2];         // maps; a block that changes their shape writes the other one
-  Buffer hidden_planes[2];  // maps between a block's convolutions, in turn
-  Buffer copies;            // of the map that a convolution reads
-  Buffer pooled;
-  std::vector<Scratch> scratch;  // for each thread
-
-  Blocked map(int64_t i) const {
-    return {maps[i].data(), layout->maps[i].padded_pixels(), layout->maps[i].channels};
-  }
-
-  void prepare(const Network& net, std::shared_ptr<const Layout> wanted, int threads) {
-    if (layout != wanted) {
-      const Layout& l = *wanted;
-      image = Buffer(net.in_channels * l.stem.channel);
-      maps.clear();
-      hidden.clear();
-      for (const Hidden& h : l.hidden) {
-        maps.emplace_back(h.map.size());
-        hidden.emplace_back(h.plane * h.planes);
-      }
-      shortcut = Buffer(l.largest_shortcut);
-      for (Buffer& buffer : planes) buffer = with_margins(l.largest_map);
-      for (Buffer& buffer : hidden_planes) buffer = with_margins(l.largest_hidden);
-      copies = with_margins(l.largest_copies);
-      pooled = Buffer(l.largest_channels);
-      scratch.clear();
-      layout = std::move(wanted);
-    }
-    while (static_cast<int>(scratch.size()) < threads) {
-      const Layout& l = *layout;
-      Scratch fresh;
-      fresh.rows = Buffer(3 * l.stem.conv_width * padded_channels(net.width));
-      for (const Hidden& h : l.hidden) {
-        // Rows are read with whole vectors, beyond the end by less than one.
-        const int64_t size = h.map.padded_pixels() * kDotChannels + kLanes;
-        fresh.planes.emplace_back(h.copies ? size : 0);
-      }
-      fresh.partial = Buffer(kBandTiles * kDotChannels * kDotPixels * kLanes);
-      for (Buffer& logits : fresh.logits) logits = Buffer(l.largest_channels);
-      for (std::vector<int32_t>& chosen : fresh.chosen) chosen.resize(l.largest_channels);
-      scratch.push_back(std::move(fresh));
-    }
-  }
-};
-
-// Inputs beyond this take the careful way, on which NaN and infinity do what they do in PyTorch.
-constexpr float kExtreme = 1e18f;
-
-class Engine {
- public:
-  explicit Engine(const Network& net)
-      : net_(net), blocks_(net.blocks, net.blocks + net.num_blocks) {
-    net_.blocks = blocks_.data();
-    int64_t most = net.in_channels;
-    for (const Block& b : blocks_) {
-      for (int64_t k = 0; k < b.num_convolutions; ++k) {
-        const Convolution& conv = b.convolutions[k];
-        most = std::max({most, conv.in_channels, conv.out_channels});
-        if (k + 1 < b.num_convolutions) mask_size_ += conv.out_channels;
-      }
-    }
-    for (int64_t c = 0; c < most; ++c) all_.push_back(c);
-  }
-
-  void run(const float* images, int64_t number, int64_t height, int64_t width, Decisions decisions,
-           float* features, uint8_t* masks, int threads) {
-    const int64_t image_size = net_.in_channels * height * width;
-    // Each thread takes whole images; what is left over, all threads compute together.
-    const int64_t apart = threads == 1 ? number : number / threads * threads;
-    std::vector<std::unique_ptr<Workspace>> spaces;
-    for (int i = 0; i < (apart > 0 ? threads : 1); ++i) {
-      spaces.push_back(borrow(height, width, i == 0 && apart < number ? threads : 1));
-    }
-    const auto one = [&](Workspace& w, int64_t i, Team team) {
-      forward(w, images + i * image_size, decisions, features + i * net_.features,
-              masks == nullptr ? nullptr : masks + i * mask_size_, team);
-    };
-    // Without a parallel region, so that a process that was forked may call this.
-    if (threads == 1) {
-      for (int64_t i = 0; i < number; ++i) one(*spaces[0], i, {0, 1});
-    } else {
-#pragma omp parallel num_threads(threads)
-      {
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < apart; ++i) one(*spaces[team().rank], i, {0, 1});
-        for (int64_t i = apart; i < number; ++i) one(*spaces[0], i, team());
-      }
-    }
-    for (auto& space : spaces) give_back(std::move(space));
-  }
-
- private:
-  static Team team() {
-#ifdef _OPENMP
-    return {omp_get_thread_num(), omp_get_num_threads()};
-#else
-    return {0, 1};
-#endif
-  }
-
-  std::unique_ptr<Workspace> borrow(int64_t height, int64_t width, int threads) {
-    std::unique_ptr<Workspace> space;
-    std::shared_ptr<const Layout> layout;
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      if (!free_.empty()) {
-        space = std::move(free_.back());
-        free_.pop_back();
-      }
-      if (!layout_ || layout_->stem.height != height || layout_->stem.width != width) {
-        layout_ = std::make_shared<Layout>(net_, height, width);
-      }
-      layout = layout_;
-    }
-    if (!space) space = std::make_unique<Workspace>();
-    space->prepare(net_, layout, threads);
-    return space;
-  }
-
-  void give_back(std::unique_ptr<Workspace> space) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    free_.push_back(std::move(space));
-  }
-
-  void forward(Workspace& w, const float* image, Decisions decisions, float* features,
-               uint8_t* mask, Team team) const {
-    const bool extreme = read_image(w, image, team);
-    stem(w, extreme, team);
-    const float* last = nullptr;
-    if (net_.in_planes) {
-      last = planes(w, decisions, mask, extreme, team);
-    } else {
-      if (extreme) clear_padding(w, 0, net_.width, team);
-      for (int64_t i = 0; i < net_.num_blocks; ++i) block(w, i, decisions, mask, extreme, team);
-    }
-    head(w, last, features, team);
-    team.wait();
-  }
-
-  // Copies an image into the stem's planes; says whether it has extreme values.
-  bool read_image(Workspace& w, const float* image, Team team) const {
-    const Stem& s = w.layout->stem;
-    const int64_t lines = net_.in_channels * s.height;
-    int32_t extreme = 0;
-    for (int64_t line = team.begin(lines); line < team.end(lines); ++line) {
-      const float* from = image + line * s.width;
-      float* to = w.image.data() + line / s.height * s.channel +
-                  (line % s.height + net_.padding) * s.columns;
-      for (int64_t x = 0; x < s.width; ++x) extreme |= !(std::fabs(from[x]) <= kExtreme);
-      for (int64_t phase = 0; phase < net_.stride; ++phase, to += s.phase) {
-        // The first column of the image, without the padding, that belongs to this plane.
-        const int64_t skipped = ceil_div(std::max<int64_t>(net_.padding - phase, 0), net_.stride);
-        int64_t x = phase + skipped * net_.stride - net_.padding;
-        for (float* target = to + skipped; x < s.width; x += net_.stride) *target++ = from[x];
-      }
-    }
-    w.scratch[team.rank].extreme = extreme != 0;
-    team.wait();
-    return std::any_of(w.scratch.begin(), w.scratch.begin() + team.size,
-                       [](const Scratch& one) { return one.extreme; });
-  }
-
-  void stem(Workspace& w, bool extreme, Team team) const {
-    const Layout& l = *w.layout;
-    const Map& out = l.maps[0];
-    // Only the last three rows are kept; each is pixels × channels like a map.
-    float* data = w.scratch[team.rank].rows.data();
-    const int64_t size = l.stem.conv_width * out.channels;
-    const auto kept = [&](int64_t r) {
-      return Blocked{data + r % 3 * size, l.stem.conv_width, out.channels};
-    };
-    for (int64_t y = team.begin(out.height); y < team.end(out.height); ++y) {
-      const int64_t first_pixel = (y + 1) * (out.width + 2) + 1;
-      if (!net_.max_pool) {
-        stem_row(w, y, w.map(0), first_pixel);
-        continue;
-      }
-      const int64_t first = std::max<int64_t>(2 * y - 1, 0);
-      const int64_t last = std::min(2 * y + 1, l.stem.conv_height - 1);
-      const int64_t unknown = y == team.begin(out.height) ? first : 2 * y;
-      for (int64_t r = unknown; r <= last; ++r) stem_row(w, r, kept(r), 0);
-      Blocked rows[3];
-      for (int64_t r = first; r <= last; ++r) rows[r - first] = kept(r);
-      max_pool(rows, last - first + 1, extreme, w.map(0), first_pixel, out.width);
-    }
-    team.wait();
-  }
-
-  // One row of the stem's convolution.
-  void stem_row(const Workspace& w, int64_t y, const Blocked& to, int64_t first_pixel) const {
-    const Stem& s = w.layout->stem;
-    const int64_t cuts = ceil_div(s.conv_width, kOuterPixels);
-    OuterProduct product{};
-    product.plane = s.channel;
-    product.taps = s.taps.data();
-    product.num_taps = s.taps.size();
-    product.rows = all_.data();
-    product.num_rows = net_.in_channels;
-    product.rectify = true;
-    for (int64_t c = 0; c < to.channels; c += kOuterVectors * kLanes) {
-      product.weights = net_.stem + net_.in_channels * product.num_taps * c;
-      product.ahead = product.weights;
-      product.ahead_rows = product.rows;
-      product.bias = net_.stem_bias + c;
-      product.channels = to.step(c);
-      product.y = to.at(c) + first_pixel * product.channels;
-      const int64_t vectors = std::min<int64_t>(kOuterVectors, (to.channels - c) / kLanes);
-      for (int64_t cut = 0; cut < cuts; ++cut) {
-        const int64_t x = s.conv_width * cut / cuts;
-        product.x = w.image.data() + y * net_.stride * s.columns + x;
-        product.position = s.column.data() + x;
-        gated::run(product, vectors, s.conv_width * (cut + 1) / cuts - x);
-      }
-    }
-  }
-
-  // One row of the 3×3 max-pool of stride 2, from up to three rows.
-  static void max_pool(const Blocked* rows, int64_t num_rows, bool extreme, const Blocked& to,
-                       int64_t first_pixel, int64_t pooled_width) {
-    const int64_t width = rows[0].pixels;
-    for (int64_t c = 0; c < to.channels; c += kLanes) {
-      const int64_t step = to.step(c);
-      for (int64_t x = 0; x < pooled_width; ++x) {
-        const int64_t first = std::max<int64_t>(2 * x - 1, 0);
-        const int64_t last = std::min(2 * x + 1, width - 1);
-        Vec most = load(rows[0].at(c) + first * step);
-        for (int64_t r = 0; r < num_rows; ++r) {
-          for (int64_t i = first; i <= last; ++i) {
-            const Vec value = load(rows[r].at(c) + i * step);
-            most = extreme ? maximum_or_nan(most, value) : maximum(most, value);
-          }
-        }
-        store(to.at(c) + (first_pixel + x) * step, most);
-      }
-    }
-  }
-
-  // What the gates of a block choose, once there are the means of its input; moves on to the next
-  // block's decisions and masks.
-  void decide(Workspace& w, const Block& b, Decisions& decisions, uint8_t*& mask, bool extreme,
-              Team team, Choice* choices) const {
-    for (int64_t g = 0; g + 1 < b.num_convolutions; ++g) {
-      const int64_t channels = b.convolutions[g].out_channels;
-      choices[g] = all(channels);
-      if (decisions.thresholds != nullptr) {
-        float* logits = w.scratch[team.rank].logits[g].data();
-        int32_t* chosen = w.scratch[team.rank].chosen[g].data();
-        const int64_t number = choose(b.gates[g], b.convolutions[0].in_channels, channels,
-                                      w.pooled.data(), decisions, logits, chosen);
-        if (mask != nullptr && team.rank == 0) write_mask(chosen, number, channels, mask);
-        if (extreme) {
-          choices[g].scale = as_scale(chosen, number, channels, logits);
-        } else {
-          choices[g] = {chosen, number, nullptr};
-        }
-        decisions.thresholds += channels;
-        if (decisions.counts != nullptr) ++decisions.counts;
-      } else if (mask != nullptr && team.rank == 0) {
-        std::fill_n(mask, channels, 1);
-      }
-      if (mask != nullptr) mask += channels;
-    }
-  }
-
-  Choice all(int64_t channels) const { return {all_.data(), channels, nullptr}; }
-
-  // Whether a block's gates, if they choose, need the means of its input.
-  static bool needs_means(const Block& b, const Decisions& decisions) {
-    const auto has_weights = [](const Gate& gate) { return gate.channels > 0; };
-    return decisions.thresholds != nullptr &&
-           std::any_of(b.gates, b.gates + b.num_convolutions - 1, has_weights);
-  }
-
-  void block(Workspace& w, int64_t index, Decisions& decisions, uint8_t*& mask, bool extreme,
-             Team team) const {
-    const Block& b = blocks_[index];
-    const Layout& l = *w.layout;
-    const BlockLayout& at = l.blocks[index];
-    const Hidden& hidden = l.hidden[at.out_map];
-    const bool has_shortcut = b.shortcut.weight != nullptr;
-
-    if (needs_means(b, decisions)) {
-      pool(l.maps[at.in_map], w.map(at.in_map), w.pooled.data(), team);
-    }
-    if (has_shortcut) transpose_shortcut(w, at, team);
-    team.wait();
-
-    Choice choice[kMostConvolutions - 1];
-    decide(w, b, decisions, mask, extreme, team, choice);
-    first_convolution(w, b.convolutions[0], at, choice[0], team);
-    team.wait();
-
-    Outer sum[2];
-    int terms = 0;
-    if (has_shortcut) {
-      // One row whose taps are the input channels.
-      Outer& shortcut = sum[terms++];
-      shortcut.x = w.shortcut.data();
-      shortcut.tile_size = l.maps[at.in_map].channels * kTileStride;
-      shortcut.taps = l.shortcut_taps.data();
-      shortcut.num_taps = b.shortcut.in_channels;
-      shortcut.rows = all_.data();
-      shortcut.num_rows = shortcut.all_rows = 1;
-      shortcut.weights = b.shortcut.weight;
-      shortcut.bias = b.shortcut.bias;
-    }
-    Outer& second = sum[terms++];
-    second.x = w.hidden[at.out_map].data();
-    second.plane = hidden.plane;
-    second.taps = hidden.taps.data();
-    second.num_taps = 9;
-    second.rows = choice[0].channels;
-    second.num_rows = choice[0].number;
-    second.all_rows = b.last().in_channels;
-    second.weights = b.last().weight;
-    second.bias = b.last().bias;
-    outer(sum, terms, hidden, w.map(at.out_map), team);
-    team.wait();
-    if (extreme) clear_padding(w, at.out_map, b.last().out_channels, team);
-  }
-
-  // NaN or infinity times the zero weights of padded channels is not zero.
-  static void clear_padding(Workspace& w, int64_t index, int64_t channels, Team team) {
-    const Map& map = w.layout->maps[index];
-    const Blocked to = w.map(index);
-    const std::vector<int32_t>& position = w.layout->hidden[index].position;
-    for (int64_t p = team.begin(map.pixels()); p < team.end(map.pixels()); ++p) {
-      for (int64_t c = channels; c < map.channels; ++c) to.at(c)[position[p] * to.step(c)] = 0.0f;
-    }
-    team.wait();
-  }
-
-  // The mean of each channel over a map, row by row.
-  static void pool(const Map& map, const Blocked& x, float* mean, Team team) {
-    const int64_t vectors = map.channels / kLanes;
-    const Vec share = broadcast(1.0f / static_cast<float>(map.pixels()));
-    for (int64_t v = team.begin(vectors); v < team.end(vectors); ++v) {
-      const int64_t c = v * kLanes, step = x.step(c);
-      Vec total{};
-      for (int64_t y = 1; y <= map.height; ++y) {
-        const float* pixel = x.at(c) + (y * (map.width + 2) + 1) * step;
-        Vec row{};
-        for (int64_t i = 0; i < map.width; ++i, pixel += step) row += load(pixel);
-        total += row;
-      }
-      store(mean + c, total * share);
-    }
-  }
-
-  // Some channels (up to kLanes) of a tile's pixels, from pixels × channels to channels × pixels.
-  static void transpose_tile(const float* x, int64_t step, const int32_t* pixel, int64_t count,
-                             float* to, int64_t to_step, int64_t channels) {
-    for (int64_t p = 0; p < count; p += kLanes) {
-      Vec rows[kLanes];
-#pragma GCC unroll 16
-      for (int64_t i = 0; i < kLanes; ++i) {
-        // Beyond the tile, repeat its last pixel; nobody reads that.
-        const int64_t q = p + i < count ? p + i : count - 1;
-        rows[i] = load(x + pixel[q] * step);
-      }
-      transpose(rows);
-#pragma GCC unroll 16
-      for (int64_t i = 0; i < kLanes; ++i) {
-        if (i < channels) store(to + i * to_step + p, rows[i]);
-      }
-    }
-  }
-
-  // The pixels that a shortcut reads, as tiles × channels × pixels.
-  static void transpose_shortcut(Workspace& w, const BlockLayout& at, Team team) {
-    const Map& in = w.layout->maps[at.in_map];
-    const std::vector<PixelTile>& tiles = w.layout->hidden[at.out_map].tiles;
-    const Blocked x = w.map(at.in_map);
-    // The middle of the kernel is where a 1×1 convolution of the same stride reads.
-    const int64_t middle = in.width + 2 + 1;
-    for (int64_t t = team.begin(tiles.size()); t < team.end(tiles.size()); ++t) {
-      const int32_t* pixel = at.pixel.data() + tiles[t].first;
-      float* to = w.shortcut.data() + t * in.channels * kTileStride;
-      for (int64_t c = 0; c < in.channels; c += kLanes) {
-        const int64_t step = x.step(c);
-        transpose_tile(x.at(c) + middle * step, step, pixel, tiles[t].count, to + c * kTileStride,
-                       kTileStride, kLanes);
-      }
-    }
-  }
-
-  static void write_mask(const int32_t* chosen, int64_t number, int64_t channels, uint8_t* mask) {
-    std::fill_n(mask, channels, 0);
-    for (int64_t j = 0; j < number; ++j) mask[chosen[j]] = 1;
-  }
-
-  // The mask as numbers: in an extreme image the masked network computes NaN · 0 = NaN in channels
-  // that are not chosen, and so must we.
-  static const float* as_scale(const int32_t* chosen, int64_t number, int64_t channels,
-                               float* scale) {
-    std::fill_n(scale, channels, 0.0f);
-    for (int64_t j = 0; j < number; ++j) scale[chosen[j]] = 1.0f;
-    return scale;
-  }
-
-  // All blocks, on planes; returns those of the last map.
-  const float* planes(Workspace& w, Decisions decisions, uint8_t* mask, bool extreme,
-                      Team team) const {
-    const Layout& l = *w.layout;
-    int current = 0;
-    stem_planes(w, team);
-    for (int64_t i = 0; i < net_.num_blocks; ++i) {
-      const Block& b = blocks_[i];
-      const PlaneBlock& at = l.plane_blocks[i];
-      const float* x = inside(w.planes[current]);
-      if (needs_means(b, decisions)) {
-        const PlaneShape& first = at.convolutions[0];
-        pool_planes(x, first.in_height * first.in_width, b.convolutions[0].in_channels,
-                    w.pooled.data(), team);
-      }
-      team.wait();
-      Choice choice[kMostConvolutions];
-      decide(w, b, decisions, mask, extreme, team, choice);
-      choice[b.num_convolutions - 1] = all(b.last().out_channels);
-      if (b.shortcut.weight != nullptr) {
-        current = 1 - current;
-        float* y = inside(w.planes[current]);
-        plane_convolution(w, b.shortcut, true, at.shortcut[0], x, all(b.shortcut.in_channels), y,
-                          all(b.shortcut.out_channels), false, false, team);
-      }
-      Choice in = all(b.convolutions[0].in_channels);
-      for (int64_t k = 0; k < b.num_convolutions; ++k) {
-        // The last one adds to the shortcut, which is in its output's place.
-        const bool last = k + 1 == b.num_convolutions;
-        float* y = inside(last ? w.planes[current] : w.hidden_planes[k % 2]);
-        plane_convolution(w, b.convolutions[k], last, at.convolutions[k], x, in, y, choice[k], last,
-                          true, team);
-        x = y;
-        in = choice[k];
-      }
-    }
-    return inside(w.planes[current]);
-  }
-
-  // A convolution, when the planes that it reads are there.
-  static void plane_convolution(Workspace& w, const Convolution& conv, bool grouped,
-                                const PlaneShape& shape, const float* x, const Choice& in, float* y,
-                                const Choice& out, bool add, bool rectify, Team team) {
-    if (shape.copies()) {
-      const int64_t plane = plane_size(shape.in_height * shape.in_width);
-      float* copies = inside(w.copies);
-      for (int64_t j = team.begin(in.number); j < team.end(in.number); ++j) {
-        write_copies(shape, x + j * plane, copies + j * shape.in_plane());
-      }
-      team.wait();
-      x = copies;
-    }
-    convolve(conv, grouped, shape, x, in, y, out, add, rectify, team);
-    team.wait();
-  }
-
-  // The stem's output as planes.
-  void stem_planes(Workspace& w, Team team) const {
-    const Map& map = w.layout->maps[0];
-    const std::vector<int32_t>& position = w.layout->hidden[0].position;
-    const Blocked x = w.map(0);
-    const int64_t plane = plane_size(map.pixels()), vectors = plane / kLanes;
-    const int64_t first = team.begin(vectors) * kLanes;
-    const int64_t count = std::min(team.end(vectors) * kLanes, map.pixels()) - first;
-    float* to = inside(w.planes[0]) + first;
-    for (int64_t c = 0; c < net_.width; c += kLanes) {
-      transpose_tile(x.at(c), x.step(c), position.data() + first, count, to + c * plane, plane,
-                     net_.width - c);
-    }
-    team.wait();
-  }
-
-  // The chosen channels of a block's first convolution, into planes of the hidden map.
-  static void first_convolution(Workspace& w, const Convolution& conv, const BlockLayout& at,
-                                const Choice& choice, Team team) {
-    const int32_t* chosen = choice.channels;
-    const float* scale = choice.scale;
-    const int64_t number = choice.number;
-    const Map& in = w.layout->maps[at.in_map];
-    const Hidden& hidden = w.layout->hidden[at.out_map];
-    const int64_t pixel_tiles = hidden.dots.size();
-    const int64_t channel_tiles = ceil_div(number, kDotChannels);
-    const int64_t row_size = 9 * in.channels;
-    const Team alone{0, 1};
-    // A plane can be copied when all of its pixels are there.
-    const Team by_pixel = hidden.copies ? alone : team, by_channel = hidden.copies ? team : alone;
-    const int64_t first_band = by_pixel.begin(pixel_tiles), last_band = by_pixel.end(pixel_tiles);
-    const int64_t first_tile = by_channel.begin(channel_tiles),
-                  last_tile = by_channel.end(channel_tiles);
-    const Blocked x = w.map(at.in_map);
-    const auto tile_of = [&](int64_t m, int64_t band, int64_t band_end) {
-      const int64_t first = number * m / channel_tiles;
-      const int64_t channels = number * (m + 1) / channel_tiles - first;
-      // The last rows of the next tile, which are needed then, or again.
-      const int64_t next = number * std::min(m + 2, channel_tiles) / channel_tiles - channels;
-      DotProduct product{};
-      product.stride = in.width + 2;
-      float scales[kDotChannels];
-      product.scale = scale == nullptr ? nullptr : scales;
-      const Weight* rows[kDotChannels];
-      const Weight* next_rows[kDotChannels];
-      for (int64_t k = 0; k < channels; ++k) {
-        const int64_t c = chosen[first + k];
-        rows[k] = conv.weight + c * row_size;
-        next_rows[k] = conv.weight + chosen[next + k] * row_size;
-        product.bias[k] = conv.bias[c];
-        scales[k] = scale == nullptr ? 1.0f : scale[c];
-        product.y[k] = hidden.copies ? w.scratch[team.rank].planes[at.out_map].data() +
-                                           k * hidden.map.padded_pixels()
-                                     : w.hidden[at.out_map].data() + (first + k) * hidden.plane;
-      }
-      for (int64_t c = 0; c < in.channels; c += Blocked::kBlock) {
-        product.channels = x.step(c);
-        product.x = x.at(c);
-        product.first = c == 0;
-        product.last = c + product.channels == in.channels;
-        product.partial = w.scratch[team.rank].partial.data();
-        for (int64_t k = 0; k < channels; ++k) product.weights[k] = rows[k] + 9 * c;
-        int64_t fetched = 0;
-        for (int64_t t = band; t < band_end; ++t) {
-          const PixelTile& tile = hidden.dots[t];
-          product.pixel = at.pixel.data() + tile.first;
-          product.position = hidden.position.data() + tile.first;
-          // Each row that is needed next is prefetched by one tile, evenly spread.
-          product.ahead = nullptr;
-          if (fetched < channels && (t - band) * channels >= fetched * (band_end - band)) {
-            product.ahead =
-                product.last ? next_rows[fetched] : rows[fetched] + 9 * (c + product.channels);
-            ++fetched;
-          }
-          gated::run(product, channels, tile.count);
-          product.partial += kDotChannels * kDotPixels * kLanes;
-        }
-      }
-      if (!hidden.copies || band_end != last_band) return;
-      for (int64_t k = 0; k < channels; ++k) {
-        copy_shifted(hidden, product.y[k],
-                     w.hidden[at.out_map].data() + (first + k) * hidden.plane);
-      }
-    };
-    // The larger of map and weights is read once.
-    const bool band_outside = !hidden.copies && number * row_size < in.size();
-    const int64_t bands = ceil_div(last_band - first_band, kBandTiles);
-    const auto begin_of = [&](int64_t i) {
-      return first_band + (last_band - first_band) * i / bands;
-    };
-    if (band_outside) {
-      for (int64_t i = 0; i < bands; ++i)
-        for (int64_t m = first_tile; m < last_tile; ++m) tile_of(m, begin_of(i), begin_of(i + 1));
-    } else {
-      for (int64_t m = first_tile; m < last_tile; ++m)
-        for (int64_t i = 0; i < bands; ++i) tile_of(m, begin_of(i), begin_of(i + 1));
-    }
-  }
-
-  // One copy of a hidden channel for each column of the kernel, shifted accordingly.
-  static void copy_shifted(const Hidden& hidden, const float* plane, float* to) {
-    const int64_t width = hidden.map.width, stride = width + 2;
-    for (int64_t shift = 0; shift < 3; ++shift) {
-      for (int64_t y = 0; y < hidden.map.height + 2; ++y, to += width) {
-        const float* from = plane + y * stride + shift;
-        // Whole vectors: what is too much, the next row overwrites.
-        for (int64_t x = 0; x < width; x += kLanes) store(to + x, load(from + x));
-      }
-    }
-  }
-
-  // A convolution as outer products with the chosen rows of its weights.
-  struct Outer {
-    const float* x;         // of the hidden map, or ...
-    int64_t tile_size = 0;  // ... so many numbers for each tile
-    int64_t plane = 0;      // from one row's input to the next one's
-    const int32_t* taps;
-    int64_t num_taps;
-    const int32_t* rows;  // the chosen ones
-    int64_t num_rows;
-    int64_t all_rows;  // in the weights
-    const Weight* weights;
-    const float* bias;
-  };
-
-  // The sum of convolutions, rectified; with a single one, the shortcut is what is in the map.
-  //
-  // Rows come in pieces whose weights fit into the innermost cache, where all tiles find them;
-  // while a piece is computed, its tiles prefetch the next one's weights, each tile a share.
-  static void outer(const Outer* terms, int num_terms, const Hidden& hidden, const Blocked& to,
-                    Team team) {
-    const int64_t groups = ceil_div(to.channels, kOuterVectors * kLanes);
-    const int64_t number = hidden.tiles.size();
-    const Team alone{0, 1};
-    const bool many = number >= 4 * team.size;
-    const Team by_pixel = many ? team : alone, by_channel = many ? alone : team;
-    const int64_t first_tile = by_pixel.begin(number), last_tile = by_pixel.end(number);
-    const int64_t last_group = by_channel.end(groups);
-    for (int64_t g = by_channel.begin(groups); g < last_group; ++g) {
-      const int64_t c = g * kOuterVectors * kLanes;
-      const int64_t vectors = std::min<int64_t>(kOuterVectors, (to.channels - c) / kLanes);
-      OuterProduct product{};
-      product.channels = to.step(c);
-      product.y = to.at(c);
-      for (int i = 0; i < num_terms; ++i) {
-        const Outer& term = terms[i];
-        const int64_t row_size = term.num_taps * vectors * kLanes;
-        const int64_t share = row_size / std::max<int64_t>(1, last_tile - first_tile);
-        const int64_t pieces =
-            std::max<int64_t>(1, ceil_div(term.num_rows * term.num_taps, kMostTaps));
-        const auto begin_of = [&](int64_t piece) { return term.num_rows * piece / pieces; };
-        const Weight* weights = term.weights + term.all_rows * term.num_taps * c;
-        product.weights = weights;
-        product.plane = term.plane;
-        product.taps = term.taps;
-        product.num_taps = term.num_taps;
-        for (int64_t piece = 0; piece < pieces; ++piece) {
-          const bool last = piece + 1 == pieces;
-          const int64_t row = begin_of(piece);
-          product.rows = term.rows + row;
-          product.num_rows = begin_of(piece + 1) - row;
-          product.bias = piece == 0 ? term.bias + c : kZeros;
-          product.add = piece > 0 || i > 0 || num_terms == 1;
-          product.rectify = last && i + 1 == num_terms;
-          const Weight* ahead = weights;
-          const bool more = !last || g + 1 < last_group;
-          if (last && more) ahead += term.all_rows * row_size;
-          // The next piece may be longer by one row, which is not prefetched, but not shorter.
-          product.ahead_rows =
-              last ? term.rows
-                   : term.rows + std::min(begin_of(piece + 1), term.num_rows - product.num_rows);
-          product.ahead_step = more ? ceil_div(share, term.num_taps) : 0;
-          for (int64_t t = first_tile; t < last_tile; ++t) {
-            const int64_t offset = term.tile_size > 0 ? t * term.tile_size : hidden.tiles[t].offset;
-            product.x = term.x + offset + row * term.plane;
-            product.position = hidden.position.data() + hidden.tiles[t].first;
-            product.ahead = more ? ahead + share * (t - first_tile) : weights;
-            gated::run(product, vectors, hidden.tiles[t].count);
-          }
-        }
-      }
-    }
-  }
-
-  // The mean over the last map, and the classifier if there is one.
-  void head(Workspace& w, const float* planes, float* features, Team team) const {
-    const int64_t channels = blocks_.back().last().out_channels;
-    if (planes != nullptr) {
-      pool_planes(planes, w.layout->last_pixels, channels, w.pooled.data(), team);
-    } else {
-      pool(w.layout->maps.back(), w.map(w.maps.size() - 1), w.pooled.data(), team);
-    }
-    team.wait();
-    if (team.rank != 0) return;
-    if (net_.linear == nullptr) {
-      std::copy_n(w.pooled.data(), net_.features, features);
-      return;
-    }
-    for (int64_t k = 0; k < net_.features; ++k) {
-      Vec sum{};
-      const float* weight = net_.linear + k * padded_channels(channels);
-      for (int64_t c = 0; c < channels; c += kLanes) {
-        sum += load(w.pooled.data() + c) * load(weight + c);
-      }
-      features[k] = sums<1>(&sum)[0] + net_.linear_bias[k];
-    }
-  }
-
-  Network net_;
-  std::vector<Block> blocks_;
-  std::vector<int32_t> all_;
-  int64_t mask_size_ = 0;
-  std::mutex mutex_;
-  std::shared_ptr<const Layout> layout_;
-  std::vector<std::unique_ptr<Workspace>> free_;
-};
+void say(const char* message, char* to, int64_t size) {
+  if (to == nullptr || size <= 0) return;
+  const int64_t length = std::min<int64_t>(std::strlen(message), size - 1);
+  std::memcpy(to, message, length);
+  to[length] = '\0';
+}
 
 }  // namespace
 }  // namespace gated
 
-// Everything else is hidden (-fvisibility=hidden): libraries for several instruction sets may be
-// loaded at once, and must not share code.
-#define EXPORT __attribute__((visibility("default")))
+struct gated_engine {
+  explicit gated_engine(std::shared_ptr<const gated::Weights> given)
+      : weights(std::move(given)), runner({weights, &weights->engine}) {
+    set(shape().threshold, shape().budget);
+  }
 
-extern "C" {
+  const gated::Network& shape() const { return weights->engine.shape(); }
 
-EXPORT int64_t gated_lanes() { return gated::kLanes; }
+  void set(double threshold, double budget) {
+    thresholds.resize(shape().channels());
+    counts.resize(weights->dial.gates());
+    weights->dial.decide(threshold, budget, thresholds.data(), counts.data());
+  }
 
-EXPORT int64_t gated_group() { return gated::kLanes * gated::kOuterVectors; }
-
-EXPORT int64_t gated_plane_group() { return gated::kPlaneChannels; }
-
-EXPORT int64_t gated_block() { return gated::Blocked::kBlock; }
+  std::shared_ptr<const gated::Weights> weights;
+  gated::Runner<gated::Engine> runner;
+  std::vector<float> thresholds;
+  std::vector<int64_t> counts;
+};
 
 // No exception may leave these functions: their caller is not C++.
-EXPORT void* gated_open(const gated::Network* net) {
+extern "C" {
+
+gated_engine* gated_open(const void* bytes, int64_t size, char* message, int64_t message_size) {
   try {
-    return new gated::Engine(*net);
+    std::vector<uint64_t> aligned;
+    if (reinterpret_cast<uintptr_t>(bytes) % gated::kWord != 0) {
+      aligned.resize(gated::ceil_div(size, gated::kWord));
+      bytes = std::memcpy(aligned.data(), bytes, size);
+    }
+    return new gated_engine(std::make_shared<const gated::Weights>(gated::read(bytes, size)));
+  } catch (const std::bad_alloc&) {
+    gated::say("there is not enough memory for the network", message, message_size);
+  } catch (const std::exception& error) {
+    gated::say(error.what(), message, message_size);
+  }
+  return nullptr;
+}
+
+gated_engine* gated_share(const gated_engine* engine) {
+  try {
+    return new gated_engine(engine->weights);
   } catch (...) {
     return nullptr;
   }
 }
 
-EXPORT void gated_close(void* engine) { delete static_cast<gated::Engine*>(engine); }
+void gated_close(gated_engine* engine) { delete engine; }
 
-// Returns 0, or 1 if there is not enough memory, or 2 if images have too many pixels.
-EXPORT int gated_run(void* engine, const float* images, int64_t number, int64_t height,
-                     int64_t width, const float* thresholds, const int64_t* counts, float* features,
-                     uint8_t* masks, int64_t threads) {
+int64_t gated_bytes(const gated_engine* engine) { return engine->weights->engine.size(); }
+
+int64_t gated_image_channels(const gated_engine* engine) {
+  return engine->shape().stem.in_channels;
+}
+
+int64_t gated_smallest_image(const gated_engine* engine) {
+  return engine->shape().smallest_image();
+}
+
+int64_t gated_features(const gated_engine* engine) { return engine->shape().features; }
+
+int64_t gated_channels(const gated_engine* engine) { return engine->shape().channels(); }
+
+int64_t gated_gates(const gated_engine* engine) { return engine->weights->dial.gates(); }
+
+int64_t gated_stages(const gated_engine* engine) { return engine->shape().stages.size(); }
+
+void gated_map_shapes(const gated_engine* engine, int64_t height, int64_t width, int64_t* shapes) {
+  for (const gated::MapShape& map : engine->shape().maps(height, width)) {
+    *shapes++ = map.channels;
+    *shapes++ = map.height;
+    *shapes++ = map.width;
+  }
+}
+
+int gated_set(gated_engine* engine, double threshold, double budget) {
   try {
-    static_cast<gated::Engine*>(engine)->run(images, number, height, width, {thresholds, counts},
-                                             features, masks, static_cast<int>(threads));
+    engine->set(threshold, budget);
+    return 0;
+  } catch (...) {
+    return 1;
+  }
+}
+
+int gated_decide(const gated_engine* engine, double threshold, double budget, float* thresholds,
+                 int64_t* counts) {
+  try {
+    engine->weights->dial.decide(threshold, budget, thresholds, counts);
+    return 0;
+  } catch (...) {
+    return 1;
+  }
+}
+
+int gated_run(gated_engine* engine, const float* images, int64_t number, int64_t height,
+              int64_t width, const float* thresholds, const int64_t* counts, float* features,
+              uint8_t* masks, float* const* maps, int64_t threads) {
+  try {
+    gated::Decisions decisions{nullptr, nullptr};
+    if (engine->weights->dial.gates() > 0) {
+      decisions = {thresholds == nullptr ? engine->thresholds.data() : thresholds,
+                   counts == nullptr ? engine->counts.data() : counts};
+    }
+    gated::Results results;
+    results.features = features;
+    results.mask = masks;
+    if (maps != nullptr) std::copy_n(maps, engine->shape().stages.size(), results.maps);
+    engine->runner.run(images, number, height, width, decisions, results,
+                       static_cast<int>(threads));
     return 0;
   } catch (const std::length_error&) {
     return 2;

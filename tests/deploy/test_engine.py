@@ -21,8 +21,8 @@ from torchvision.tv_tensors import Image
 
 from solo_gating import InputError, deploy
 from solo_gating.backbones import BACKBONES, GatedResNet
-from solo_gating.deploy.engine.encoder import MOST_THREADS
 from solo_gating.deploy.static import Kept, slice_encoder
+from solo_gating_runtime.encoder import MOST_THREADS
 from solo_gating_runtime.library import supported_engines
 
 from ..support.encoders import digit_tensors, enliven, run_config, save_run
@@ -318,7 +318,9 @@ def test_bfloat16_rounds_the_weights_and_nothing_else(engine):
 def test_weights_are_held_once_and_in_half_the_memory_with_bfloat16():
     net = encoder(width=64, stem="imagenet")
     convolutions = sum(m.weight.numel() for m in net.modules() if isinstance(m, nn.Conv2d))
-    engines = [deploy.compile(net, dtype=dtype)._engine for dtype in ("float32", "bfloat16")]
+    engines = [
+        deploy.compile(net, dtype=dtype)._encoder.backend for dtype in ("float32", "bfloat16")
+    ]
     assert 4 * convolutions < engines[0].nbytes < 4.1 * convolutions
     assert 2 * convolutions < engines[1].nbytes < 2.2 * convolutions
 
@@ -496,8 +498,8 @@ def test_no_state_of_the_process_and_no_size_is_deadly():
             return str(error)
 
     def too_many_pixels():
-        engine = fast._engine
-        nothing = (None,) * 4
+        engine = fast._encoder.backend
+        nothing = (None,) * 5
         return engine._library.gated_run(engine._engine, None, 1, 2**16, 2**15, *nothing, 1)
 
     results = {

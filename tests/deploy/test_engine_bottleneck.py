@@ -1,5 +1,6 @@
 """Bottlenecks in the kernel, against the backbone in float64, and against the kernel itself."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -8,10 +9,10 @@ from torchvision.models.resnet import Bottleneck
 
 from solo_gating import InputError, deploy
 from solo_gating.backbones import SlicedResNet
-from solo_gating.deploy.engine.encoder import KernelEngine
-from solo_gating.deploy.engine.fold import Decisions, FoldedBlock, FoldedConvolution, FoldedNetwork
 from solo_gating.deploy.static import Kept, slice_encoder
-from solo_gating.gates import FoldedGate
+from solo_gating_runtime.encoder import Kernel
+from solo_gating_runtime.file import to_bytes
+from solo_gating_runtime.network import Block, Convolution, Gate, Network
 
 from ..support.helpers import randomise_norms
 from .test_engine_kinds import ANY, CASES, ISAS, assert_same, images, lively, settings
@@ -171,7 +172,9 @@ def test_bfloat16_rounds_the_weights_and_nothing_else(isa):
 def test_weights_are_held_once_and_in_half_the_memory_with_bfloat16():
     net = lively("resnet50_gated", width=32, stem="imagenet")
     convolutions = sum(m.weight.numel() for m in net.modules() if isinstance(m, nn.Conv2d))
-    engines = [deploy.compile(net, dtype=dtype)._engine for dtype in ("float32", "bfloat16")]
+    engines = [
+        deploy.compile(net, dtype=dtype)._encoder.backend for dtype in ("float32", "bfloat16")
+    ]
     assert 4 * convolutions < engines[0].nbytes < 4.1 * convolutions
     gates = sum(gate.flops for gate in net.gates)
     smaller = 4 * gates + 2 * (convolutions - gates)
@@ -196,7 +199,8 @@ def test_blocks_of_any_convolutions(isa, chain, size):
 
     def conv(inputs, out, kernel, stride):
         weight = torch.randn(out, inputs, kernel, kernel, generator=random) / (inputs * kernel)
-        return FoldedConvolution(weight, torch.randn(out, generator=random), stride, kernel // 2)
+        bias = torch.randn(out, generator=random)
+        return Convolution(weight.numpy(), bias.numpy(), stride, kernel // 2)
 
     widths = [7, 20, 9, 23]
     layers = [
@@ -208,19 +212,17 @@ def test_blocks_of_any_convolutions(isa, chain, size):
         total *= layer.stride
     shortcut = conv(7, widths[len(layers)], 1, total)
     masks = [torch.rand(n, generator=random) < 0.5 for n in widths[1 : len(layers)]]
+    none = np.zeros(0, np.float32)
     gates = tuple(
-        FoldedGate(torch.zeros(0, 7), torch.zeros(0), torch.zeros(len(mask), 0), torch.zeros)
-        for mask in masks
+        Gate(none, none, none, torch.where(mask, 1.0, -1.0).numpy(), None) for mask in masks
     )
-    block = FoldedBlock(tuple(layers), shortcut, gates)
-    net = FoldedNetwork(conv(3, 7, 3, 1), False, (block,), None)
-    logits = torch.cat([torch.where(mask, -1.0, 1.0) for mask in masks])
-    decisions = Decisions(logits, torch.full((len(masks),), -1), None)
+    block = Block(tuple(layers), shortcut, gates)
+    net = Network("gated", conv(3, 7, 3, 1), False, (block,), None)
     x = torch.randn(2, 3, *size, generator=random)
 
     def run(conv, x):
-        arguments = (conv.weight.double(), conv.bias.double(), conv.stride, conv.padding)
-        return nn.functional.conv2d(x, *arguments)
+        weight, bias = (torch.from_numpy(part).double() for part in (conv.weight, conv.bias))
+        return nn.functional.conv2d(x, weight, bias, conv.stride, conv.padding)
 
     stem = run(net.stem, x.double()).relu()
     out = stem
@@ -229,9 +231,10 @@ def test_blocks_of_any_convolutions(isa, chain, size):
         if mask is not None:
             out = out.relu() * mask[:, None, None]
     expected = (out + run(shortcut, stem)).relu().mean((2, 3))
-    features, found = KernelEngine(net, isa, torch.float32).run(x, decisions, 1)
-    assert torch.equal(found, torch.cat(masks).expand(2, -1))
-    assert (features - expected).abs().max() < 1e-5 * expected.abs().max()
+    kernel = Kernel(net, to_bytes(net), isa)
+    results = kernel.run(x.numpy(), kernel.decide(0.0, None), 1)
+    assert torch.equal(torch.from_numpy(results.masks), torch.cat(masks).expand(2, -1))
+    assert (torch.from_numpy(results.features) - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 class DoubledBottleneck(Bottleneck):

@@ -1,5 +1,6 @@
 """What main_export writes: the dense encoder, and smaller networks from a channel policy."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -9,17 +10,22 @@ import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
+from torch import nn
 from torchvision.models import resnet18
 
 from solo_gating import METHODS, InputError, main_export
 from solo_gating.backbones import BACKBONES, SlicedResNet
 from solo_gating.checkpoints.encoder import encoder_of
+from solo_gating.deploy import export
 from solo_gating.deploy.dense import dense_network, dense_state_dict
+from solo_gating.deploy.onnx import openvino_runner, to_onnx
+from solo_gating.deploy.others_int8 import gates_of, onnx_int8, openvino_int8
 from solo_gating.deploy.static import kept_channels, slice_encoder, static_flops
 from solo_gating.evaluate.extract import extract
 from solo_gating.evaluate.policy import policy_of
 from solo_gating.files import write_json
 from solo_gating.flops import count_flops
+from solo_gating.gates import ChannelGate
 from solo_gating.main_export import main
 
 from ..support.encoders import digit_tensors, enliven, run_config, save_run
@@ -229,6 +235,102 @@ def test_onnx_runs_without_torch(run, tmp_path, monkeypatch):
     np.testing.assert_allclose(np.load(tmp_path / "y.npy"), expected, rtol=1e-4, atol=1e-5)
 
 
+def quantisable(format):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    if format == "openvino-int8":
+        pytest.importorskip("openvino")
+
+
+@pytest.fixture(scope="module")
+def dense_onnx(run):
+    """The dense path, exported once: that takes longer than everything else here."""
+    pytest.importorskip("onnxscript")
+    return to_onnx(dense_network(encoder_of(run.checkpoint)), images())
+
+
+@pytest.mark.parametrize("format", ["onnx-int8", "openvino-int8"])
+def test_the_dense_path_in_int8_is_near_the_float_one(
+    run, tmp_path, monkeypatch, format, dense_onnx
+):
+    quantisable(format)
+    monkeypatch.setattr(export, "to_onnx", lambda *args: dense_onnx)
+    call(
+        monkeypatch,
+        *("--checkpoint", run.checkpoint, "--path", "dense", "--output", tmp_path),
+        *("--format", format, "--evaluate", "--calibration-images", 20),
+    )
+    report = json.loads((tmp_path / "export.json").read_text())
+    assert report["calibration_images"] == 20
+    assert 0 < report["feature_error"] < 0.1
+    assert report["knn_top1_after"] == pytest.approx(report["knn_top1_before"], abs=10)  # 31 images
+
+    # What a stranger gets out of the files, of images that were not calibrated on.
+    x = images(slice(1400, 1431))
+    if format == "onnx-int8":
+        session = importlib.import_module("onnxruntime").InferenceSession(tmp_path / "model.onnx")
+        (found,) = session.run(None, {"images": x.numpy()})
+    else:
+        core = importlib.import_module("openvino").Core()
+        found = core.compile_model(core.read_model(tmp_path / "model.xml"), "CPU")(x.numpy())[0]
+    with torch.no_grad():
+        expected = run.model.backbone(x).numpy()
+    assert 0 < np.linalg.norm(found - expected) < 0.1 * np.linalg.norm(expected)
+
+
+def test_without_nncf_onnx_runtime_quantises_for_openvino(run, monkeypatch, dense_onnx):
+    quantisable("openvino-int8")
+    monkeypatch.setitem(sys.modules, "nncf", None)
+    files, quantiser = openvino_int8(dense_onnx, images())
+    assert quantiser == "onnxruntime"
+    with torch.no_grad():
+        found, expected = openvino_runner(files)(images()), run.model.backbone(images())
+    assert 0 < (found - expected).norm() < 0.1 * expected.norm()
+
+
+class OneBlock(nn.Module):
+    """A convolution whose channels a gate chooses."""
+
+    def __init__(self):
+        super().__init__()
+        self.chooser = ChannelGate(3, 8)
+        self.conv = nn.Conv2d(3, 8, 3)
+
+    def forward(self, x):
+        return (self.conv(x).relu() * self.chooser(x)[:, :, None, None]).mean((2, 3))
+
+
+def test_gates_stay_in_float_when_the_rest_becomes_int8():
+    onnx = pytest.importorskip("onnx")
+    quantisable("onnx-int8")
+    net, x = OneBlock().eval(), images()
+    assert gates_of(net) == {"chooser"}
+    model = to_onnx(net, x)
+
+    def weights(quantised, kind):
+        return {
+            tensor.name.partition(".weight")[0]
+            for tensor in onnx.load_from_string(quantised).graph.initializer
+            if tensor.data_type == kind and ".weight" in tensor.name and len(tensor.dims) == 4
+        }
+
+    apart, all_of_it = onnx_int8(model, x, gates_of(net)), onnx_int8(model, x)
+    gate = {"chooser.reduce", "chooser.expand"}
+    assert weights(apart, onnx.TensorProto.INT8) == {"conv"}
+    assert weights(apart, onnx.TensorProto.FLOAT) == gate
+    assert weights(all_of_it, onnx.TensorProto.INT8) == {"conv"} | gate
+
+    core = pytest.importorskip("openvino").Core()
+
+    def roundings(files):
+        network = core.read_model(files["model.xml"], files["model.bin"])
+        return sum(node.get_type_name() == "FakeQuantize" for node in network.get_ops())
+
+    apart, all_of_it = (openvino_int8(model, x, names)[0] for names in (gates_of(net), frozenset()))
+    # The weights of two convolutions, and between them one map at least.
+    assert roundings(apart) <= roundings(all_of_it) - 3
+
+
 def test_solo_learn_reads_the_dense_export_of_a_gated_run(tmp_path, monkeypatch):
     cfg = run_config(tmp_path, backbone={"kwargs": {"width": 64, "stem": "imagenet"}})
     run = save_run(cfg, tmp_path)
@@ -253,6 +355,8 @@ def test_solo_learn_reads_the_dense_export_of_a_gated_run(tmp_path, monkeypatch)
         (("--path", "gated"), "policy: missing"),
         (("--format", "solo-learn"), "width 4"),
         (("--policy", "nowhere.json"), "policy: cannot read"),
+        (("--format", "onnx-int8"), "format: got onnx-int8, which is calibrated on images"),
+        (("--calibration-images", "0"), "calibration_images: got 0, expected an integer ≥ 1"),
     ],
 )
 def test_a_mistake_is_one_sentence(run, tmp_path, monkeypatch, capsys, arguments, words):

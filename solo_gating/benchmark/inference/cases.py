@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...backbones import BACKBONES, TwoPathResNet
 from ...deploy.onnx import to_onnx
+from ...deploy.others_int8 import gates_of, onnx_int8, openvino_int8
 from ...deploy.static import kept_channels, slice_encoder, static_flops
 from ...evaluate.calibrate import threshold_for
 from ...evaluate.extract import extract
@@ -27,28 +28,50 @@ LEAST_WIDTH = 8
 
 
 @dataclass(frozen=True)
-class Network:
-    """A network without gates of its own choosing, as any engine can run it.
+class Model:
+    """A network without gates of its own choosing, in the forms that engines take.
 
     Attributes:
         module: in evaluation mode.
-        images: B × 3 × H × W, what it is timed on.
+        calibration: N × 3 × H × W, N ≥ 2, to quantise on.
     """
 
     module: nn.Module
-    images: Tensor
+    calibration: Tensor
 
     @cached_property
     def onnx(self) -> bytes:
         """The ONNX model, for any batch size."""
-        example = self.images if len(self.images) > 1 else self.images.repeat(2, 1, 1, 1)
-        return to_onnx(self.module, example[:2])
+        return to_onnx(self.module, self.calibration[:2])
+
+    @cached_property
+    def onnx_int8(self) -> bytes:
+        """The same, quantised by ONNX Runtime."""
+        return onnx_int8(self.onnx, self.calibration, gates_of(self.module))
+
+    @cached_property
+    def openvino_int8(self) -> dict[str, bytes]:
+        """OpenVINO's files, quantised by NNCF if that is installed."""
+        return openvino_int8(self.onnx, self.calibration, gates_of(self.module))[0]
+
+
+@dataclass(frozen=True)
+class Network:
+    """A model and the batch that it is timed on.
+
+    Attributes:
+        model: in evaluation mode.
+        images: B × 3 × H × W.
+    """
+
+    model: Model
+    images: Tensor
 
     @cached_property
     @torch.no_grad()
     def features(self) -> Tensor:
         """What PyTorch computes, B × C."""
-        return self.module(self.images)
+        return self.model.module(self.images)
 
 
 @dataclass(frozen=True)
@@ -62,6 +85,7 @@ class GatedCase:
         features: what PyTorch computes on the gated path, B × C.
         masks: for each gate B × channels, zeros and ones.
         flops: of the backbone.
+        calibration: N × 3 × H × W, to quantise on.
         static: the physically smaller network of the channels that any calibration image selects,
             with gates, which give the gated path's features.
         static_without_gates: the same, which computes all of them for every image.
@@ -73,28 +97,51 @@ class GatedCase:
     features: Tensor
     masks: tuple[Tensor, ...]
     flops: BackboneFlops
+    calibration: Tensor
     static: Network
     static_without_gates: Network
 
     @property
-    def density(self) -> float:
-        """Share of the channels that the gates choose from which are computed, over the batch."""
-        return _share(self.masks)
+    def dial(self) -> str | None:
+        """What turns the gates, as `Gate.dial`."""
+        return self.backbone.gates[0].dial
+
+    @torch.no_grad()
+    def features_with(self, masks: tuple[Tensor, ...]) -> Tensor:
+        """What PyTorch computes if the gates have decided so, B × C.
+
+        Args:
+            masks: for each gate B × channels.
+        """
+        hooks = [
+            gate.register_forward_hook(lambda m, x, mask, own=own: own.to(mask.dtype))
+            for gate, own in zip(self.backbone.gates, masks, strict=True)
+        ]
+        try:
+            with self.backbone.path("gated"):
+                return self.backbone(self.images)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def share(self, masks: tuple[Tensor, ...]) -> float:
+        """F^R / F^O with these masks, mean over the batch, gates included."""
+        return float(self.flops.share(selected_channels(masks).double()).mean())
 
     @property
-    def share(self) -> float:
-        """F^R / F^O, mean over the batch, gates included."""
-        return float(self.flops.share(selected_channels(self.masks).double()).mean())
+    def number_of_decisions(self) -> int:
+        """One for each channel that gates choose from, and image."""
+        return sum(mask.numel() for mask in self.masks)
 
     def static_density(self, network: Network) -> float:
         """Share of the channels that a static network keeps."""
-        hidden = network.module.architecture["hidden"]  # type: ignore[union-attr,index]
+        hidden = network.model.module.architecture["hidden"]  # type: ignore[union-attr,index]
         return sum(hidden) / int(self.flops.all_channels.sum())  # type: ignore[arg-type]
 
     def static_share(self, network: Network) -> float:
         """A static network's FLOPs, gates included, divided by the dense encoder's."""
         size = (self.images.shape[-2], self.images.shape[-1])
-        return static_flops(network.module, size) / self.flops.dense  # type: ignore[arg-type]
+        return static_flops(network.model.module, size) / self.flops.dense  # type: ignore[arg-type]
 
 
 def gated_case(
@@ -104,7 +151,8 @@ def gated_case(
 
     Args:
         backbone: with its gates and threshold as they are to be.
-        images: N × 3 × H × W to calibrate the static networks on; the first of them are the batch.
+        images: N × 3 × H × W, N ≥ 2, to choose the static networks' channels on, and to quantise on; the
+            first of them are the batch.
         batch: B ≤ N.
         asked: as in `GatedCase`.
     """
@@ -117,8 +165,11 @@ def gated_case(
     labels = torch.zeros(len(images), dtype=torch.long)
     found = extract(backbone, list(zip(images.split(64), labels.split(64), strict=True)), "gated")
     kept = kept_channels(policy_of(backbone, found, "", {}, None), flops, "dynamic")
-    static, without = (Network(slice_encoder(backbone, kept, g), first) for g in (True, False))
-    return GatedCase(asked, backbone, first, features, masks, flops, static, without)
+    static, without = (
+        Network(Model(slice_encoder(backbone, kept, gates), images), first)
+        for gates in (True, False)
+    )
+    return GatedCase(asked, backbone, first, features, masks, flops, images, static, without)
 
 
 def random_images(number: int, size: int, seed: int) -> Tensor:
@@ -259,7 +310,7 @@ def with_threshold(backbone: TwoPathResNet, images: Tensor, density: float | Non
     def share() -> float:
         with backbone.path("gated") as passes:
             backbone(images)
-        return _share(passes[-1].masks)
+        return density_of(passes[-1].masks)
 
     if density is not None:
         backbone.threshold = threshold_for(backbone, share, density, tolerance=1e-3).threshold
@@ -279,8 +330,9 @@ def with_threshold(backbone: TwoPathResNet, images: Tensor, density: float | Non
     return backbone
 
 
-def _share(masks: tuple[Tensor, ...]) -> float:
-    return float(torch.cat(masks, dim=1).mean())
+def density_of(masks: tuple[Tensor, ...]) -> float:
+    """The share of the channels, of those that gates choose from, that masks compute."""
+    return float(torch.cat(masks, dim=1).double().mean())
 
 
 def _norms(module: nn.Module) -> list[Any]:

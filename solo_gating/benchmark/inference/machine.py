@@ -1,7 +1,9 @@
-"""How engines are kept to an instruction set."""
+"""What the CPU can, and how engines are kept to an instruction set."""
 
 import os
+import re
 import sys
+from pathlib import Path
 
 from solo_gating_runtime.library import ISA_VARIABLE, chosen_engine
 
@@ -15,6 +17,24 @@ ISA_VARIABLES = {
     "portable": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"},
 }
 NOT_RESTRICTED = ("onnxruntime",)
+
+
+# As Linux lists them.
+_BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16"}
+
+
+def computes_bfloat16() -> bool:
+    """Whether this CPU has instructions for bfloat16, and engines are not kept from them."""
+    if "ONEDNN_MAX_CPU_ISA" in os.environ:
+        return False
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return any(
+        _BFLOAT16 & set(flags.split())
+        for flags in re.findall(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
+    )
 
 
 def restart_restricted_to(isa: str) -> None:

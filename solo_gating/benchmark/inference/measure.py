@@ -1,8 +1,10 @@
 """One case of the benchmark: which engines take part, checks of their features, rows of figures."""
 
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -11,21 +13,23 @@ from torch import Tensor
 from ...deploy import CompiledEncoder
 from ...deploy import compile as compile_encoder
 from ...errors import InputError
+from ...evaluate.calibrate import threshold_for
 from ..machine import torch_threads
 from ..timing import Call, interleaved, is_noisy, paired_ratio, quickest
-from .cases import GatedCase, Network
-from .engines import (
-    DENSE,
-    OURS,
-    STATIC,
-    UnavailableError,
-    openvino_bfloat16,
-)
+from .cases import GatedCase, Network, density_of
+from .engines import DENSE, OURS, STATIC, Conditions, UnavailableError
 
 # Of the largest feature, in float32.
 TOLERANCE = 1e-3
+# Of the features' norm, where the same channels are computed: several times what rounding does to
+# random networks, and less than what any mistake would.
+ROUNDED = {"bfloat16": 0.1, "int8": 0.3}
 # One image in so many may have a gate's logit within rounding of its threshold.
 _RARE = 50
+# How near the channels computed come to the share that was asked for.
+_NEAR = 2e-4
+# Engines of ours that compute in bfloat16; the others only hold weights in it.
+_NATIVE_BFLOAT16 = ("avx512_bf16", "neon_bf16")
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class Contender:
 
     Attributes:
         engine: its name in the rows.
-        dtype: "float32" or "bfloat16".
+        dtype: one of `engines.DTYPES`.
         runtime: what it runs on: a package's name, or the instruction set of our kernel.
         call: computes the features of the batch.
         share: its FLOPs divided by the dense encoder's.
@@ -62,28 +66,27 @@ class Case:
     Attributes:
         dense: the dense encoder and the batch.
         gated: the gated encoder on this batch, at each density.
-        threads: for every engine.
     """
 
     dense: Network
     gated: tuple[GatedCase, ...]
-    threads: int
-
-    @property
-    def key(self) -> dict[str, int]:
-        """What distinguishes its rows from those of other cases."""
-        images = self.dense.images
-        return {"batch": len(images), "resolution": images.shape[-1], "threads": self.threads}
 
 
 def measure(
-    case: Case, engines: tuple[str, ...], seconds: float, say: Callable[[str], None]
+    case: Case,
+    engines: tuple[str, ...],
+    dtypes: tuple[str, ...],
+    conditions: Conditions,
+    seconds: float,
+    say: Callable[[str], None],
 ) -> list[dict[str, Any]]:
     """Time all engines on a case.
 
     Args:
         case: the encoders and the batch.
         engines: of `engines.ENGINES`.
+        dtypes: of `engines.DTYPES`, float32 among them.
+        conditions: threads and clock.
         seconds: for all engines together.
         say: gets a sentence for every engine that is left out.
 
@@ -93,39 +96,48 @@ def measure(
     Raises:
         InputError: if an engine's features are wrong, or there is no baseline.
     """
-    with torch_threads(case.threads):
-        contenders = [*_dense(case, engines, say)]
-        if not contenders:
+    with torch_threads(conditions.threads):
+        contenders = [*_dense(case, engines, dtypes, conditions, say)]
+        if not any(contender.dtype == "float32" for contender in contenders):
+            names = ", ".join(dict.fromkeys(name for name, _ in DENSE))
             raise InputError(
-                f"engines: none of {', '.join(DENSE)} can be run, expected at least one to "
+                f"engines: none of {names} can be run in float32, expected at least one to "
                 "compare with"
             )
         if OURS in engines:
-            contenders += _ours(case, contenders)
+            contenders += _ours(case, dtypes, conditions, contenders, say)
         calls = {str(number): c.call for number, c in enumerate(contenders)}
-        times = interleaved(calls, seconds)
-    return [case.key | row for row in rows(contenders, list(times.values()))]
+        times = interleaved(calls, seconds, clock=conditions.clock)
+    images = case.dense.images
+    key = {
+        "batch": len(images),
+        "resolution": images.shape[-1],
+        "threads": conditions.threads,
+    }
+    return [key | row for row in rows(contenders, list(times.values()))]
 
 
 def rows(contenders: list[Contender], times: list[list[float]]) -> list[dict[str, Any]]:
     """The figures of each engine.
 
-    The baseline of a float32 row is the dense engine in float32 with the lowest median; of a
-    bfloat16 row, the one of any precision.
+    The baseline of a row is the dense engine of its precision with the lowest median, or, where there
+    is none, that in float32.
 
     Args:
         contenders: the engines.
         times: seconds per call in each round, for each engine.
     """
     medians = [float(np.median(seconds)) for seconds in times]
+
+    def fastest(dtype: str) -> int | None:
+        dense = [i for i, c in enumerate(contenders) if c.baseline and c.dtype == dtype]
+        return min(dense, key=lambda index: medians[index], default=None)
+
+    plain = cast(int, fastest("float32"))
     result = []
     for contender, own, median in zip(contenders, times, medians, strict=True):
-        candidates = [
-            index
-            for index, other in enumerate(contenders)
-            if other.baseline and other.dtype in ("float32", contender.dtype)
-        ]
-        best = min(candidates, key=lambda index: medians[index])
+        same = fastest(contender.dtype)
+        best = plain if same is None else same
         speedup, ceiling = paired_ratio(times[best], own), 1 / contender.share
         result.append(
             {
@@ -139,6 +151,7 @@ def rows(contenders: list[Contender], times: list[list[float]]) -> list[dict[str
                 "baseline_dtype": contenders[best].dtype,
                 "baseline_milliseconds": 1000 * medians[best],
                 "speedup": speedup,
+                "speedup_over_float32": paired_ratio(times[plain], own),
                 "flops_cut": 1 - contender.share,
                 "ceiling": ceiling,
                 "efficiency": speedup / ceiling,
@@ -150,87 +163,164 @@ def rows(contenders: list[Contender], times: list[list[float]]) -> list[dict[str
     return result
 
 
-def _dense(case: Case, engines: tuple[str, ...], say: Callable[[str], None]) -> Iterator[Contender]:
+def _dense(
+    case: Case,
+    engines: tuple[str, ...],
+    dtypes: tuple[str, ...],
+    conditions: Conditions,
+    say: Callable[[str], None],
+) -> Iterator[Contender]:
     """The others' engines on the dense encoder, as far as they can be had."""
-    for name in engines:
-        if name == OURS:
+    for (name, dtype), make in DENSE.items():
+        if name not in engines or dtype not in dtypes:
             continue
         try:
-            call = DENSE[name](case.dense, case.threads)
+            call = make(case.dense, conditions)
         except UnavailableError as error:
-            say(f"{name} is left out: {error}")
+            say(f"{name} in {dtype} is left out: {error}")
             continue
-        check(name, call(), case.dense.features)
-        yield Contender(name, "float32", name, call, baseline=True)
-    if "openvino" in engines:
+        more = _checked(name, dtype, call(), case.dense.features)
+        yield Contender(name, dtype, name, call, baseline=True, more=more)
+
+
+def _ours(
+    case: Case,
+    dtypes: tuple[str, ...],
+    conditions: Conditions,
+    others: list[Contender],
+    say: Callable[[str], None],
+) -> Iterator[Contender]:
+    images, threads = case.dense.images, conditions.threads
+    calibration = case.dense.model.calibration
+    static_on = {}
+    for dtype in ("float32", "int8"):
+        runtimes = {c.engine: c.call for c in others if c.engine in STATIC and c.dtype == dtype}
+        if runtimes:
+            static_on[dtype] = quickest(runtimes, conditions.clock)
+    possible = []
+    for dtype in dtypes:
         try:
-            call = openvino_bfloat16(case.dense, case.threads)
-        except UnavailableError:
-            return  # said above, or the CPU has none
-        more = {"feature_difference": difference(call(), case.dense.features)}
-        yield Contender("openvino", "bfloat16", "openvino", call, baseline=True, more=more)
-
-
-def _ours(case: Case, others: list[Contender]) -> Iterator[Contender]:
-    images, threads = case.dense.images, case.threads
-    runtimes = {c.engine: c.call for c in others if c.engine in STATIC and c.dtype == "float32"}
-    fastest = quickest(runtimes) if runtimes else None
-    dense = _compiled(case.gated[0].backbone, "dense", "float32", threads)
-    check("dense", dense(images), case.dense.features)
-    yield Contender("dense", "float32", dense.engine, lambda: dense(images))
-    for gated in case.gated:
-        for dtype in ("float32", "bfloat16"):
-            yield _dynamic(gated, dtype, threads)
-        sliced = _compiled(gated.static.module, "gated", "float32", threads)
-        check("dynamic on static", sliced(images), gated.features, rare=True)
-        yield Contender(
-            "dynamic on static",
-            "float32",
-            sliced.engine,
-            lambda sliced=sliced: sliced(images),  # type: ignore[misc]
-            gated.share,
-            gated.asked,
-            gated.density,
-        )
-        if fastest is None:
+            dense = _compiled(case.gated[0].backbone, "dense", dtype, threads, calibration)
+        except UnavailableError as error:
+            say(f"{OURS} in {dtype} is left out: {error}")
             continue
-        for name, network in (
-            ("static", gated.static),
-            ("static without gates", gated.static_without_gates),
-        ):
-            call = DENSE[fastest](network, threads)
-            exact = network is gated.static
-            check(name, call(), gated.features if exact else network.features, rare=exact)
-            share, density = gated.static_share(network), gated.static_density(network)
-            yield Contender(name, "float32", fastest, call, share, gated.asked, density)
+        possible.append(dtype)
+        if dtype == "bfloat16" and dense.engine not in _NATIVE_BFLOAT16:
+            continue
+        more = _checked("dense", dtype, dense(images), case.dense.features)
+        call = partial(dense, images)
+        yield Contender("dense", dtype, dense.engine, call, more=more)
+    for gated in case.gated:
+        for dtype in possible:
+            yield _dynamic(gated, dtype, threads)
+        yield from _on_static(gated, static_on, conditions)
 
 
 def _dynamic(gated: GatedCase, dtype: str, threads: int) -> Contender:
-    engine = _compiled(gated.backbone, "gated", dtype, threads)
+    engine = _compiled(gated.backbone, "gated", dtype, threads, gated.calibration)
     features, masks = engine.features_and_masks(gated.images)
     more: dict[str, Any] = {}
     if dtype == "float32":
         check("dynamic", features, gated.features, rare=True)
     else:
         flipped = torch.cat(masks, dim=1) != torch.cat(gated.masks, dim=1).bool()
-        more["feature_difference"] = difference(features, gated.features)
         more["flipped_masks"] = float(flipped.float().mean())
+        if gated.asked is not None and gated.dial == "threshold":
+            more["threshold"] = _turn(engine, gated.images, gated.asked)
+            features, masks = engine.features_and_masks(gated.images)
+        more |= _checked("dynamic", dtype, features, gated.features_with(masks))
     return Contender(
         "dynamic",
         dtype,
         engine.engine,
-        lambda: engine(gated.images),
-        gated.share,
+        partial(engine, gated.images),
+        gated.share(masks),
         gated.asked,
-        gated.density,
+        density_of(masks),
         more=more,
     )
 
 
-def _compiled(backbone: Any, path: str, dtype: str, threads: int) -> CompiledEncoder:
-    engine = compile_encoder(backbone, path, dtype=dtype)
+def _turn(engine: CompiledEncoder, images: Tensor, density: float) -> float:
+    """Set the threshold at which an engine's own masks compute a share of the channels.
+
+    Rounding flips decisions, of random gates, which decide on noise, many: those would compute
+    another share than was asked for.
+    """
+
+    def share() -> float:
+        return density_of(engine.features_and_masks(images)[1])
+
+    setting = threshold_for(cast(Any, engine), share, density, _NEAR)
+    engine.threshold = setting.threshold
+    return setting.threshold
+
+
+def _on_static(
+    gated: GatedCase, runtimes: dict[str, str], conditions: Conditions
+) -> Iterator[Contender]:
+    """The smaller networks: on our engine, and on the fastest of the others."""
+    module = gated.static.model.module
+    sliced = _compiled(module, "gated", "float32", conditions.threads, gated.calibration)
+    features, masks = sliced.features_and_masks(gated.images)
+    check("dynamic on static", features, gated.features, rare=True)
+    yield Contender(
+        "dynamic on static",
+        "float32",
+        sliced.engine,
+        partial(sliced, gated.images),
+        gated.share(masks),
+        gated.asked,
+        sum(int(mask.sum()) for mask in masks) / gated.number_of_decisions,
+    )
+    for name, dtype, network in (
+        ("static", "float32", gated.static),
+        ("static without gates", "float32", gated.static_without_gates),
+        ("static without gates", "int8", gated.static_without_gates),
+    ):
+        if dtype not in runtimes:
+            continue
+        call = DENSE[runtimes[dtype], dtype](network, conditions)
+        if name == "static":
+            check(name, call(), gated.features, rare=True)
+            more = {}
+        else:
+            more = _checked(name, dtype, call(), network.features)
+        yield Contender(
+            name,
+            dtype,
+            runtimes[dtype],
+            call,
+            gated.static_share(network),
+            gated.asked,
+            gated.static_density(network),
+            more=more,
+        )
+
+
+def _compiled(
+    backbone: Any, path: str, dtype: str, threads: int, calibration: Tensor
+) -> CompiledEncoder:
+    more: dict[str, Any] = {}
+    if dtype == "int8":
+        if "calibration" not in inspect.signature(compile_encoder).parameters:
+            raise UnavailableError("it cannot compute in int8 yet")
+        more["calibration"] = calibration
+    engine = compile_encoder(backbone, path, dtype=dtype, **more)
     engine.threads = threads
     return engine
+
+
+def _checked(name: str, dtype: str, found: Any, expected: Tensor) -> dict[str, float]:
+    """What a row says of an engine's features, once they are near enough to PyTorch's in float32."""
+    if dtype == "float32":
+        check(name, found, expected)
+        return {}
+    floats = _floats(found)
+    relative = float((floats - expected).norm() / expected.norm().clamp_min(1e-12))
+    if not relative <= ROUNDED[dtype]:
+        raise _wrong(f"{name} in {dtype}", f"by {relative:.1%} of their norm")
+    return {"feature_difference": relative}
 
 
 def difference(found: Any, expected: Tensor) -> float:
@@ -252,14 +342,20 @@ def check(name: str, found: Any, expected: Tensor, rare: bool = False) -> None:
     """
     wrong = ~(_differences(found, expected) <= TOLERANCE)
     if int(wrong.sum()) > (len(expected) // _RARE if rare else 0):
-        raise InputError(
-            f"engines: {name} gives other features than PyTorch (by "
-            f"{difference(found, expected):.1e} of the largest), so its time says nothing; "
-            "--engines leaves it out"
-        )
+        raise _wrong(name, f"by {difference(found, expected):.1e} of the largest")
+
+
+def _wrong(name: str, how_far: str) -> InputError:
+    return InputError(
+        f"engines: {name} gives other features than PyTorch ({how_far}), so its time says nothing; "
+        "--engines leaves it out"
+    )
+
+
+def _floats(found: Any) -> Tensor:
+    return found.float() if isinstance(found, Tensor) else torch.as_tensor(np.array(found))
 
 
 def _differences(found: Any, expected: Tensor) -> Tensor:
     """For each image, divided by the largest feature of all."""
-    found = torch.as_tensor(np.array(found))
-    return (found - expected).abs().amax(1) / expected.abs().max().clamp_min(1e-12)
+    return (_floats(found) - expected).abs().amax(1) / expected.abs().max().clamp_min(1e-12)

@@ -52,8 +52,10 @@ from ...files import make_folder, write_json
 from ...plots.benchmark import draw_chart
 from ...terminal import say
 from ..machine import check_effort, cores, cpu_name, versions
+from ..timing import CLOCKS
+from .advice import advice
 from .cases import LEAST_WIDTH
-from .engines import ENGINES, OURS
+from .engines import DTYPES, ENGINES, OURS, Conditions
 from .machine import NOT_RESTRICTED
 from .measure import Case, measure
 from .sources import CheckpointSource, RandomSource
@@ -87,24 +89,31 @@ def benchmark(options: argparse.Namespace) -> dict[str, Any]:
         "cpu": cpu_name(),
         "isa": chosen_engine(options.isa),
         "cores": cores(),
-        "versions": versions(("torch", "onnxruntime", "openvino")),
+        "versions": versions(("torch", "onnxruntime", "openvino", "nncf")),
         "network": source.description,
         "images": source.images,
         "seconds": options.seconds,
+        "clock": options.clock,
         "rows": [],
+        "advice": [],
     }
     say(_heading(report))
     engines, say_once = _engines(options), _Once()
+    dtypes = tuple(dtype for dtype in DTYPES if dtype in options.dtypes)
     for name in set(options.engines) - set(engines):
         say_once(f"{name} is left out: it cannot be kept to {options.isa}")
     for resolution in options.resolution or source.resolutions:
         for dense, gated in source.batches(resolution, options.batch):
             for threads in options.threads:
-                rows = measure(Case(dense, gated, threads), engines, options.seconds, say_once)
+                conditions = Conditions(threads, CLOCKS[options.clock])
+                rows = measure(
+                    Case(dense, gated), engines, dtypes, conditions, options.seconds, say_once
+                )
                 report["rows"] += rows
+                report["advice"].append(advice(rows))
                 write_json(options.output / "benchmark.json", report)
                 draw_chart(report["rows"], options.output / "benchmark.png", report["cpu"])
-                say("\n" + format_case(rows))
+                say("\n" + format_case(rows) + "\n" + report["advice"][-1])
     return report
 
 
@@ -146,6 +155,18 @@ def _check(options: argparse.Namespace) -> None:
         raise InputError(
             "engines: got none to compare with, expected at least one besides ours"
             + (f", and not {', '.join(NOT_RESTRICTED)} with isa" if options.isa else "")
+        )
+    for dtype in options.dtypes:
+        one_of("dtypes", dtype, DTYPES)
+    if "float32" not in options.dtypes:
+        raise InputError(
+            f"dtypes: got {', '.join(options.dtypes)}, expected float32, too: all are compared with it"
+        )
+    one_of("clock", options.clock, CLOCKS)
+    if options.clock == "cpu" and max(options.threads) > 1:
+        raise InputError(
+            f"clock: got cpu with {max(options.threads)} threads, whose times it would add up; "
+            "expected threads=[1]"
         )
     for density in options.densities or []:
         require("densities", density, is_share, "a number in (0, 1]")
@@ -196,6 +217,8 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--threads", type=int, nargs="+", default=[1])
     made.add_argument("--engines", nargs="+", default=list(ENGINES))
+    made.add_argument("--dtypes", nargs="+", default=list(DTYPES))
+    made.add_argument("--clock", default="wall", help="wall or cpu")
     made.add_argument("--seconds", type=float, default=20.0, help="for each case; default 20")
     made.add_argument("--isa")
     made.add_argument("--backbone", help="default resnet18_gated")

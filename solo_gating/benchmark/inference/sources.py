@@ -12,6 +12,7 @@ from ...errors import InputError
 from ...evaluate.evaluation import evaluation_of
 from .cases import (
     GatedCase,
+    Model,
     Network,
     gated_case,
     random_encoder,
@@ -64,13 +65,14 @@ class RandomSource:
         backbone = random_encoder(
             self._backbone, self._width, stem, images[:_CALIBRATION], self._seed
         )
+        dense = Model(dense_resnet(backbone), images[:_CALIBRATION])
         for size in sizes:
             some = images[: max(_CALIBRATION, size)]
             gated = []
             for density in self._densities:
                 net = with_random_gates(backbone, some, size, density, self._seed)
                 gated.append(gated_case(net, some, size, density))
-            yield Network(dense_resnet(backbone), images[:size]), tuple(gated)
+            yield Network(dense, images[:size]), tuple(gated)
 
 
 class CheckpointSource:
@@ -113,7 +115,7 @@ class CheckpointSource:
             InputError: for data that cannot be used, or too few images.
         """
         images = self._images(resolution, max(sizes))
-        dense = dense_resnet(self._backbone)
+        dense = Model(dense_resnet(self._backbone), images[:_CALIBRATION])
         wanted: list[float | None] = [*self._densities] or [None]
         for size in sizes:
             some, first = images[: max(_CALIBRATION, size)], images[:size]

@@ -2,13 +2,14 @@
 
 | file | what it does |
 |---|---|
-| `encoder.py` | `compile`, and the module that it gives |
-| `fold.py` | a backbone's weights with BatchNorms folded into the convolutions |
-| `library.py` | builds the kernel once, and keeps it in a cache folder |
-| `pack.py` | folded weights in the order in which the kernel reads them |
-| `fallback.py` | the same computation in PyTorch, where there is no compiler |
+| `encoder.py` | `compile` and `load`, and the module that they give |
+| `fold.py` | a backbone's weights with BatchNorms folded into the convolutions, as the runtime's network |
+| `known.py` | what `fold` takes for granted is checked here |
+| `fallback.py` | the kernel's computation in PyTorch, where there is no compiler |
+
+The kernel, and what runs it without PyTorch, is the package `solo_gating_runtime`.
 """
 
-from .encoder import CompiledEncoder, compile
+from .encoder import CompiledEncoder, compile, load
 
-__all__ = ["CompiledEncoder", "compile"]
+__all__ = ["CompiledEncoder", "compile", "load"]

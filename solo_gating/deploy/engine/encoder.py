@@ -1,35 +1,27 @@
 """`compile`: from a backbone or a checkpoint to a module that runs fast on a CPU."""
 
-import ctypes
-import os
 import warnings
-import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from solo_gating_runtime.forks import is_forked
-from solo_gating_runtime.library import TOO_LARGE, BuildError, chosen_engine, load_library
-from solo_gating_runtime.network import MOST_CONVOLUTIONS, Floats, Network
+from solo_gating_runtime.encoder import MOST_THREADS, Encoder, Kernel
+from solo_gating_runtime.file import from_bytes, read_file, to_bytes
+from solo_gating_runtime.library import BuildError, chosen_engine
+from solo_gating_runtime.network import MOST_CONVOLUTIONS, Floats
 
-from ...budgets import checked_budget
-from ...checks import checked_threshold, is_int, one_of, require
+from ...checks import one_of, require
 from ...errors import InputError
-from .fallback import Decisions, TorchEngine, decide
+from .fallback import TorchEngine
 from .fold import Folded, fold
 from .forks import one_thread_if_forked
-from .pack import PackedNetwork, Shapes
 
 PYTORCH = "pytorch"  # instead of a kernel
 DTYPES = ("float32", "bfloat16")
-
-# OpenMP ends the process when it cannot start so many threads as it is told.
-MOST_THREADS = max(256, os.cpu_count() or 1)
 
 _UNKNOWN = (
     f"the kernel knows blocks of 2 to {MOST_CONVOLUTIONS} convolutions, 1×1 or 3×3, with gates that "
@@ -39,98 +31,6 @@ _UNKNOWN = (
 Images = TypeVar("Images", Tensor, np.ndarray)
 
 
-class KernelEngine:
-    """The C++ kernel with one network's weights.
-
-    Args:
-        net: the network.
-        engine: one of `library.supported_engines`.
-
-    Attributes:
-        nbytes: size of the weights.
-
-    Raises:
-        BuildError: if the kernel cannot be had.
-    """
-
-    def __init__(self, net: Network, engine: str):
-        self._net = net
-        self._library = load_library(engine, net.dtype)
-        library = self._library
-        shapes = Shapes(
-            lanes=library.gated_lanes(),
-            group=library.gated_group(),
-            block=library.gated_block(),
-            plane_group=library.gated_plane_group(),
-        )
-        self._weights = PackedNetwork(net, shapes)
-        self._features, self._channels = net.features, sum(net.hidden)
-        self._gates = len(net.hidden)
-        self._open()
-        self.nbytes = self._weights.nbytes
-
-    def _open(self) -> None:
-        self._engine = self._library.gated_open(ctypes.byref(self._weights.structure))
-        if not self._engine:
-            raise MemoryError("there is not enough memory for the network")
-        weakref.finalize(self, self._library.gated_close, self._engine)
-        self._process = os.getpid()
-
-    def decide(self, threshold: float, budget: float | None) -> Decisions | None:
-        """What the gates go by; None on the dense path."""
-        return decide(self._net, threshold, budget)
-
-    def run(
-        self, images: Floats, decisions: Decisions | None, threads: int
-    ) -> tuple[Floats, NDArray[np.bool_]]:
-        """Features and masks of some images.
-
-        Args:
-            images: B × C × H × W, float32, contiguous.
-            decisions: what the gates go by; None to compute all channels.
-            threads: to use at most.
-
-        Returns:
-            Features, B × F float32, and masks, B × channels of all blocks, bool.
-
-        Raises:
-            MemoryError: if there is not enough.
-            InputError: for images of more pixels than the kernel can number.
-        """
-        number, _, height, width = images.shape
-        features = np.empty((number, self._features), np.float32)
-        masks = np.empty((number, self._channels), np.bool_)
-        if number == 0:
-            return features, masks
-        if os.getpid() != self._process:
-            self._open()  # another thread may have been using it when this process was forked
-        thresholds = counts = None
-        if decisions is not None:
-            thresholds = _address(decisions.thresholds, np.float32, self._channels)
-            counts = _address(decisions.counts, np.int64, self._gates)
-        failed = self._library.gated_run(
-            self._engine,
-            _address(images, np.float32, images.size),
-            *(number, height, width),
-            *(thresholds, counts),
-            _address(features, np.float32, number * self._features),
-            _address(masks, np.bool_, number * self._channels),
-            1 if is_forked() else threads,
-        )
-        if failed == TOO_LARGE:
-            raise InputError(f"images: got {height} × {width} pixels, expected fewer")
-        if failed:
-            raise MemoryError(f"there is not enough memory for images of {height} × {width} pixels")
-        return features, masks
-
-
-def _address(numbers: NDArray[Any], dtype: Any, size: int) -> int:
-    """Where an array begins, for C++ that relies on its dtype and size."""
-    if numbers.dtype != dtype or numbers.size != size or not numbers.flags.carray:
-        raise ValueError(f"got {numbers!r}, expected {size} numbers, {dtype}, in memory")
-    return numbers.ctypes.data
-
-
 class CompiledEncoder(nn.Module):
     """One path of an encoder, as `compile` gives it.
 
@@ -138,60 +38,51 @@ class CompiledEncoder(nn.Module):
 
     Tensors give tensors, NumPy arrays give arrays. It may be called from several Python threads at
     once. It has no parameters, runs on the CPU in evaluation mode whatever `train()` and `to()` say,
-    gives no gradient, and cannot be copied or pickled.
+    gives no gradient, and cannot be copied or pickled (`save` writes a file).
+
+    Args:
+        encoder: the same for NumPy arrays, which does the work.
 
     Attributes:
         path: "gated" or "dense".
-        dtype: "float32" or "bfloat16", of the convolutions' weights.
-        engine: what it runs on: "avx512", "avx2", "portable" or "pytorch".
+        dtype: "float32", "bfloat16" or "int8", of the convolutions' weights.
+        engine: what it runs on, such as "avx512" or "pytorch".
         features: F, length of the features.
         channels: for each gate, how many it chooses from.
-        threads: used at most; may be set. In a forked process it is one.
     """
 
-    def __init__(self, folded: Folded, engine: str):
+    def __init__(self, encoder: Encoder):
         super().__init__()
-        net = folded.network
-        self.path, self.dtype = net.path, net.dtype
-        self.engine, self._engine = _engine(folded, engine)
-        self.features, self.channels = net.features, net.hidden
-        self._in_channels = net.stem.weight.shape[1]
-        self._smallest = net.smallest_image
-        self.threads = min(torch.get_num_threads(), MOST_THREADS)
-        self._net = net
-        self._budget = None if net.budget is None else self._checked_budget(net.budget)
-        self.threshold = net.threshold
+        self._encoder = encoder
+        self.path, self.dtype, self.engine = encoder.path, encoder.dtype, encoder.engine
+        self.features, self.channels = encoder.features, encoder.channels
+
+    @property
+    def threads(self) -> int:
+        """Used at most; may be set. In a forked process it is one."""
+        return self._encoder.threads
+
+    @threads.setter
+    def threads(self, value: int) -> None:
+        self._encoder.threads = value
 
     @property
     def threshold(self) -> float:
         """Of the gates' logits, as `TwoPathResNet.threshold`; it may be set at no cost."""
-        return self._threshold
+        return self._encoder.threshold
 
     @threshold.setter
     def threshold(self, value: float) -> None:
-        threshold = checked_threshold(value)
-        if threshold and self._net.dial != "threshold":
-            raise InputError(f"threshold: got {value}, these gates decide without one; expected 0")
-        self._threshold = threshold
-        self._turn()
+        self._encoder.threshold = value
 
     @property
     def budget(self) -> float | None:
         """That the gates are told, as `TwoPathResNet.budget`; it may be set at no cost."""
-        return self._budget
+        return self._encoder.budget
 
     @budget.setter
     def budget(self, value: float) -> None:
-        self._budget = self._checked_budget(value)
-        self._turn()
-
-    def _checked_budget(self, value: float) -> float:
-        return checked_budget(value, self._net.budget_range)
-
-    def _turn(self) -> None:
-        with one_thread_if_forked():
-            # New ones: a call in another thread goes on with those that it has.
-            self._decisions = self._engine.decide(self.threshold, self.budget)
+        self._encoder.budget = value
 
     def forward(self, images: Images) -> Images:
         """B × C × H × W float32 → features B × F.
@@ -214,14 +105,35 @@ class CompiledEncoder(nn.Module):
         Raises:
             InputError: for images of another kind.
         """
-        require("threads", self.threads, _is_threads, f"an integer from 1 to {MOST_THREADS}")
-        batch = self._checked(images)
-        features, masks = self._engine.run(batch, self._decisions, int(self.threads))
-        parts: Any = np.split(masks, np.cumsum(self.channels)[:-1], axis=1)
-        if isinstance(images, np.ndarray):
-            return features, tuple(parts)
-        result: Any = torch.from_numpy(features), tuple(map(torch.from_numpy, parts))
-        return result
+        features, masks = self._encoder.features_and_masks(self._checked(images))
+        return _like(images, features)[0], _like(images, *masks)
+
+    def feature_maps(self, images: Images) -> tuple[Images, ...]:
+        """The outputs of the four stages, C2 to C5, for detection and segmentation.
+
+        Args:
+            images: B × C × H × W, float32.
+
+        Returns:
+            For each stage B × C × H × W, float32.
+
+        Raises:
+            InputError: for images of another kind.
+        """
+        return _like(images, *self._encoder.feature_maps(self._checked(images)))
+
+    def save(self, file: str | Path) -> None:
+        """Write an .sgx file for `deploy.load`, or for `solo_gating_runtime.load` without PyTorch.
+
+        It holds weights, gates, threshold and budget as they are now; docs/guide/sgx.md describes it.
+
+        Raises:
+            InputError: if it cannot be written, or for an encoder that only PyTorch can run.
+        """
+        engine = self._encoder.backend
+        if isinstance(engine, TorchEngine) and not engine.is_compilable:
+            raise InputError(f"save: got an encoder that only PyTorch can run, {_UNKNOWN}")
+        self._encoder.save(file)
 
     def __reduce__(self) -> Any:
         raise TypeError(
@@ -230,29 +142,24 @@ class CompiledEncoder(nn.Module):
 
     def extra_repr(self) -> str:
         """What `print` says."""
-        return (
-            f"path={self.path}, dtype={self.dtype}, engine={self.engine}, threads={self.threads}, "
-            f"threshold={self.threshold}" + (f", budget={self.budget}" if self.budget else "")
-        )
+        return self._encoder.description()
 
     def _checked(self, images: Any) -> Floats:
         if not isinstance(images, (Tensor, np.ndarray)):
             raise InputError(
                 f"images: got {type(images).__name__}, expected tensors and NumPy arrays"
             )
-        if isinstance(images, Tensor) and (images.is_nested or images.layout is not torch.strided):
+        if isinstance(images, np.ndarray):
+            return images
+        if images.is_nested or images.layout is not torch.strided:
             raise InputError("images: got a sparse or nested tensor, expected dense ones")
-        shape, dtype = tuple(images.shape), str(images.dtype).removeprefix("torch.")
-        if len(shape) != 4 or shape[1] != self._in_channels or min(shape[2:]) < self._smallest:
-            least = f" of at least {self._smallest} pixels" if self._smallest > 1 else ""
-            raise InputError(
-                f"images: got the shape {shape}, expected B × {self._in_channels} × H × W{least}"
-            )
-        if dtype != "float32":
-            raise InputError(f"images: got {dtype}, expected float32, normalised as in training")
-        if isinstance(images, Tensor):
-            return _plain(images).numpy()
-        return np.require(images, requirements=["C", "ALIGNED", "WRITEABLE"])
+        self._encoder.check_images(tuple(images.shape), str(images.dtype).removeprefix("torch."))
+        return _plain(images).numpy()
+
+
+def _like(images: Any, *arrays: Any) -> Any:
+    """Arrays as tensors if images are."""
+    return arrays if isinstance(images, np.ndarray) else tuple(map(torch.from_numpy, arrays))
 
 
 def _plain(images: Tensor) -> Tensor:
@@ -276,10 +183,6 @@ def _plain(images: Tensor) -> Tensor:
             f"({str(error).splitlines()[0]}), expected plain tensors"
         ) from error
     return plain
-
-
-def _is_threads(value: Any) -> bool:
-    return is_int(value, 1) and value <= MOST_THREADS
 
 
 def compile(
@@ -314,8 +217,8 @@ def compile(
         budget: that the gates are told, of a network trained for a range; None for the backbone's own.
         dtype: "float32", or "bfloat16" to hold the convolutions' weights in half of the memory.
             Sums and activations stay float32, but results change (docs/results/inference_speed.md says how much).
-        engine: "avx512", "avx2", "portable" or "pytorch"; None for what the environment's
-            SOLO_GATING_ISA says, or the best that this CPU has.
+        engine: an instruction set ("avx512", "avx2" or "portable") or "pytorch"; None for what the
+            environment's SOLO_GATING_ISA says, or the best that this CPU has.
 
     Raises:
         InputError: for a source without that path or of another kind, or values not accepted.
@@ -326,7 +229,28 @@ def compile(
     with one_thread_if_forked():
         folded = fold(backbone, path, threshold, budget)
         network = replace(folded.network, bfloat16=dtype == "bfloat16")
-        return CompiledEncoder(replace(folded, network=network), engine)
+        return _compiled(replace(folded, network=network), engine)
+
+
+def load(file: str | Path, engine: str | None = None) -> CompiledEncoder:
+    """Read an encoder that `CompiledEncoder.save` wrote.
+
+    `solo_gating_runtime.load` does the same without PyTorch.
+
+    Args:
+        file: an .sgx file.
+        engine: as in `compile`.
+
+    Raises:
+        InputError: if the file cannot be read, or is damaged, of another kind or of another version,
+            or for an engine that this CPU does not have.
+    """
+    content = read_file(file)
+    net = from_bytes(content, str(file))
+    also = (PYTORCH,) if net.dtype in DTYPES else ()
+    name = chosen_engine(engine, net.dtype, also)
+    with one_thread_if_forked():
+        return _compiled(Folded(net, (None,) * len(net.gates)), name, content, str(file))
 
 
 def _backbone(checkpoint: str | Path) -> nn.Module:
@@ -343,16 +267,33 @@ def _backbone(checkpoint: str | Path) -> nn.Module:
         torch.set_default_dtype(dtype)
 
 
-def _engine(folded: Folded, name: str) -> tuple[str, KernelEngine | TorchEngine]:
+def _compiled(
+    folded: Folded, name: str, content: bytes | None = None, file: str = "network"
+) -> CompiledEncoder:
+    """The module that runs a network on an engine, or on PyTorch where the kernel cannot be had.
+
+    Args:
+        folded: the network.
+        name: of the engine.
+        content: the network as a file's bytes, if they are there.
+        file: where it comes from, for messages.
+    """
+    net = folded.network
+    threads = min(torch.get_num_threads(), MOST_THREADS)
     if name != PYTORCH:
         try:
             if not folded.is_compilable:
                 raise BuildError(_UNKNOWN)
-            return name, KernelEngine(folded.network, name)
+            kernel = Kernel(net, content or to_bytes(net), name, file)
+            return CompiledEncoder(Encoder(net, kernel, name, threads))
         except BuildError as error:
+            if net.dtype not in DTYPES:
+                raise
             warnings.warn(
                 f"solo-gating runs on PyTorch instead of its own kernel, more slowly: {error}",
                 RuntimeWarning,
-                stacklevel=4,
+                stacklevel=3,
             )
-    return PYTORCH, TorchEngine(folded)
+    if content is not None:  # PyTorch wants arrays that may be written to
+        folded = replace(folded, network=from_bytes(bytearray(content), file))
+    return CompiledEncoder(Encoder(net, TorchEngine(folded), PYTORCH, threads))

@@ -1,6 +1,7 @@
 """What the kernel computes, in PyTorch."""
 
-from dataclasses import dataclass, replace
+import itertools
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -8,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from solo_gating_runtime.encoder import Decisions, Results
 from solo_gating_runtime.network import (
     BUDGET,
     Block,
@@ -24,22 +26,6 @@ from .fold import Folded
 from .forks import one_thread_if_forked
 
 
-@dataclass(frozen=True)
-class Decisions:
-    """What gates go by at a setting of the dial, for all channels, one gate after another.
-
-    Attributes:
-        thresholds: of each channel's logit before it is shifted.
-        counts: int64, for each gate how many channels it chooses; -1 for those that reach the
-            threshold.
-        budget: what gates that are not folded are told.
-    """
-
-    thresholds: Floats
-    counts: NDArray[np.int64]
-    budget: float | None
-
-
 class TorchEngine:
     """Runs a folded network with PyTorch's convolutions on the chosen channels of each image.
 
@@ -50,10 +36,14 @@ class TorchEngine:
     Args:
         folded: the network; its dtype is what the convolutions' weights are rounded to; sums and
             activations are float32.
+
+    Attributes:
+        is_compilable: whether the kernel could run it, too.
     """
 
     def __init__(self, folded: Folded):
         self._net, self._modules = _rounded(folded.network), folded.modules
+        self.is_compilable = folded.is_compilable
 
     def decide(self, threshold: float, budget: float | None) -> Decisions | None:
         """What the gates go by; None on the dense path.
@@ -62,24 +52,42 @@ class TorchEngine:
             threshold: of the logits, for gates that have one.
             budget: in the range; None without one.
         """
-        return decide(self._net, threshold, budget)
+        if not self._net.gates:
+            return None
+        thresholds, counts = [], []
+        for gate, channels in zip(self._net.gates, self._net.hidden, strict=True):
+            count = -1 if gate.count is None else gate.count
+            if count == BUDGET:
+                count = number_of_channels(1.0 if budget is None else budget, channels)
+            shift = gate.shift.astype(np.float64)
+            if gate.embedding is not None and budget is not None:
+                shift = shift + _embedded(gate.embedding, budget)
+            counts.append(count)
+            # With a count logits are compared with each other: shifts are no thresholds.
+            thresholds.append(-shift if count >= 0 else threshold - shift)
+        return Decisions(np.concatenate(thresholds).astype(np.float32), np.array(counts), budget)
 
     @torch.no_grad()
     def run(
-        self, images: Floats, decisions: Decisions | None, threads: int
-    ) -> tuple[Floats, NDArray[np.bool_]]:
+        self, images: Floats, decisions: Decisions | None, threads: int, maps: bool = False
+    ) -> Results:
         """As `Kernel.run`; the number of threads is PyTorch's own."""
-        net = self._net
-        features = torch.empty(len(images), net.features, dtype=torch.float32, device="cpu")
-        masks = torch.empty(len(images), sum(net.hidden), dtype=torch.bool, device="cpu")
+        results = Results.empty(self._net, images, maps)
         with torch.autocast("cpu", enabled=False), one_thread_if_forked():
             for index, image in enumerate(images):
                 # Copies, because PyTorch's sums depend on how an image lies in memory.
-                one = self._one(torch.from_numpy(image[None].copy()), decisions)
-                features[index : index + 1], masks[index] = one
-        return features.numpy(), masks.numpy()
+                one = torch.from_numpy(image[None].copy())
+                features, masks, stages = self._one(one, decisions)
+                results.features[index : index + 1] = features.numpy()
+                results.masks[index] = masks.numpy()
+                for to, stage in zip(results.maps, stages, strict=False):
+                    to[index : index + 1] = stage.numpy()
+        return results
 
-    def _one(self, image: Tensor, decisions: Decisions | None) -> tuple[Tensor, Tensor]:
+    def _one(
+        self, image: Tensor, decisions: Decisions | None
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Features, masks and the stages' outputs."""
         net = self._net
         x = _convolved(net.stem, image).relu_()
         if net.max_pool:
@@ -87,20 +95,22 @@ class TorchEngine:
         # In an image with NaN or infinity channels that are not chosen count: NaN · 0 = NaN.
         extreme = not bool(image.isfinite().all())
         gates = iter(self._with_thresholds(decisions))
-        masks = []
-        for block in net.blocks:
-            own = [
-                torch.ones(channels, dtype=torch.bool, device="cpu")
-                if decisions is None
-                else _mask(*next(gates), x, decisions.budget)
-                for channels in block.hidden
-            ]
-            masks += own
-            x = _masked_block(block, x, own) if extreme else _gathered_block(block, x, own)
+        masks, stages, blocks = [], [], iter(net.blocks)
+        for number in net.stages:
+            for block in itertools.islice(blocks, number):
+                own = [
+                    torch.ones(channels, dtype=torch.bool, device="cpu")
+                    if decisions is None
+                    else _mask(*next(gates), x, decisions.budget)
+                    for channels in block.hidden
+                ]
+                masks += own
+                x = _masked_block(block, x, own) if extreme else _gathered_block(block, x, own)
+            stages.append(x)
         features = x.mean((2, 3))
         if net.linear is not None:
             features = functional.linear(features, *map(torch.from_numpy, net.linear))
-        return features, torch.cat(masks)
+        return features, torch.cat(masks), stages
 
     def _with_thresholds(
         self, decisions: Decisions | None
@@ -133,29 +143,6 @@ def _rounded(net: Network) -> Network:
         for block in net.blocks
     )
     return replace(net, stem=rounded(net.stem), blocks=blocks)
-
-
-def decide(net: Network, threshold: float, budget: float | None) -> Decisions | None:
-    """What the gates go by; None on the dense path.
-
-    Args:
-        threshold: of the logits, for gates that have one.
-        budget: in the range; None without one.
-    """
-    if not net.gates:
-        return None
-    thresholds, counts = [], []
-    for gate, channels in zip(net.gates, net.hidden, strict=True):
-        count = -1 if gate.count is None else gate.count
-        if count == BUDGET:
-            count = number_of_channels(1.0 if budget is None else budget, channels)
-        shift = gate.shift.astype(np.float64)
-        if gate.embedding is not None and budget is not None:
-            shift = shift + _embedded(gate.embedding, budget)
-        counts.append(count)
-        # With a count logits are compared with each other: shifts are no thresholds.
-        thresholds.append(-shift if count >= 0 else threshold - shift)
-    return Decisions(np.concatenate(thresholds).astype(np.float32), np.array(counts), budget)
 
 
 def _embedded(embedding: Embedding, budget: float) -> NDArray[np.float64]:

@@ -4,46 +4,17 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#include <new>
-#include <stdexcept>
+#include <utility>
 #include <vector>
 
+#include "../memory.h"
 #include "../network.h"
+#include "../runner.h"
 #include "tiles.h"
 
 namespace gated {
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Places are kept in 32 bits.
-inline void check_places(int64_t number) {
-  if (number > INT32_MAX) throw std::length_error("too many pixels");
-}
-
 inline int64_t padded_channels(int64_t channels) { return ceil_div(channels, kLanes) * kLanes; }
-
-// Floats on a cache line's boundary, zero at first.
-class Buffer {
- public:
-  Buffer() = default;
-  explicit Buffer(int64_t size)
-      : data_(static_cast<float*>(::operator new (size * sizeof(float), std::align_val_t{64}))) {
-    std::memset(data_, 0, size * sizeof(float));
-  }
-  Buffer(Buffer&& other) noexcept : data_(other.data_) { other.data_ = nullptr; }
-  Buffer& operator=(Buffer&& other) noexcept {
-    std::swap(data_, other.data_);
-    return *this;
-  }
-  ~Buffer() { ::operator delete (data_, std::align_val_t{64}); }
-
-  float* data() const { return data_; }
-
- private:
-  float* data_ = nullptr;
-};
 
 // Pixels × channels in blocks of channels, one block after another: what a tile of dot products
 // reads of one block fits into the innermost cache, and at no stride that is a power of two.
@@ -189,7 +160,6 @@ struct PlaneBlock {
 // The stem's input: for each channel, one plane for each column modulo the stride, so that
 // neighbouring outputs read neighbouring numbers.
 struct Stem {
-  int64_t height, width;            // of the image
   int64_t rows, columns;            // of a plane
   int64_t phase;                    // from one plane of a channel to the next
   int64_t channel;                  // from one channel to the next
@@ -200,6 +170,7 @@ struct Stem {
 };
 
 struct Layout {
+  int64_t height, width;  // of the image
   Stem stem;
   std::vector<Map> maps;
   std::vector<Hidden> hidden;  // for each map
@@ -213,22 +184,24 @@ struct Layout {
   int64_t largest_map = 0, largest_hidden = 0, largest_copies = 0;
   int64_t last_pixels = 0;  // of the last map
 
-  Layout(const Network& net, int64_t height, int64_t width) {
-    plan_stem(net, height, width);
-    maps.push_back({stem.pooled_height, stem.pooled_width, padded_channels(net.width)});
+  // Of a network whose blocks are computed in planes, or not.
+  Layout(const Network& net, bool in_planes, int64_t height, int64_t width)
+      : height(height), width(width) {
+    plan_stem(net);
+    maps.push_back({stem.pooled_height, stem.pooled_width, padded_channels(net.stem.out_channels)});
     // The largest plane, and three copies of the largest map.
     check_places(std::max(stem.channel, 3 * maps[0].padded_pixels()));
-    if (net.in_planes) {
+    if (in_planes) {
       plan_planes(net);
       return;
     }
-    for (int64_t i = 0; i < net.num_blocks; ++i) plan_block(net.blocks[i]);
+    for (const Block& block : net.blocks) plan_block(block);
     for (const Map& map : maps) {
       hidden.emplace_back(map);
       largest_channels = std::max(largest_channels, map.channels);
     }
     for (int64_t c = 0; c < largest_channels; ++c) shortcut_taps.push_back(c * kTileStride);
-    for (int64_t i = 0; i < net.num_blocks; ++i) {
+    for (size_t i = 0; i < net.blocks.size(); ++i) {
       const int64_t channels = net.blocks[i].convolutions[0].out_channels;
       int64_t& planes = hidden[blocks[i].out_map].planes;
       planes = std::max(planes, channels);
@@ -241,21 +214,20 @@ struct Layout {
   }
 
  private:
-  void plan_stem(const Network& net, int64_t height, int64_t width) {
+  void plan_stem(const Network& net) {
     Stem& s = stem;
-    s.height = height;
-    s.width = width;
-    s.rows = height + 2 * net.padding;
-    s.columns = ceil_div(width + 2 * net.padding, net.stride);
+    const int64_t kernel = net.stem.kernel, stride = net.stem.stride, padding = net.stem.padding;
+    s.rows = height + 2 * padding;
+    s.columns = ceil_div(width + 2 * padding, stride);
     s.phase = s.rows * s.columns;
-    s.channel = net.stride * s.phase;
-    s.conv_height = (s.rows - net.kernel) / net.stride + 1;
-    s.conv_width = (width + 2 * net.padding - net.kernel) / net.stride + 1;
-    s.pooled_height = net.max_pool ? (s.conv_height - 1) / 2 + 1 : s.conv_height;
-    s.pooled_width = net.max_pool ? (s.conv_width - 1) / 2 + 1 : s.conv_width;
-    for (int64_t y = 0; y < net.kernel; ++y) {
-      for (int64_t x = 0; x < net.kernel; ++x) {
-        s.taps.push_back(x % net.stride * s.phase + y * s.columns + x / net.stride);
+    s.channel = stride * s.phase;
+    s.conv_height = net.stem.out_size(height);
+    s.conv_width = net.stem.out_size(width);
+    s.pooled_height = net.stem_size(height);
+    s.pooled_width = net.stem_size(width);
+    for (int64_t y = 0; y < kernel; ++y) {
+      for (int64_t x = 0; x < kernel; ++x) {
+        s.taps.push_back(x % stride * s.phase + y * s.columns + x / stride);
       }
     }
     for (int64_t x = 0; x < s.conv_width; ++x) s.column.push_back(x);
@@ -266,7 +238,7 @@ struct Layout {
     layout.in_map = maps.size() - 1;
     const Map in = maps.back();
     const int64_t stride = block.convolutions[0].stride;
-    if (block.shortcut.weight != nullptr) {
+    if (block.shortcut.exists()) {
       maps.push_back({(in.height - 1) / stride + 1, (in.width - 1) / stride + 1,
                       padded_channels(block.last().out_channels)});
     }
@@ -282,33 +254,32 @@ struct Layout {
 
   void plan_planes(const Network& net) {
     hidden.emplace_back(maps[0]);
-    int64_t height = maps[0].height, width = maps[0].width;
+    int64_t rows = maps[0].height, columns = maps[0].width;
     largest_channels = maps[0].channels;
-    largest_map = net.width * plane_size(height * width);
+    largest_map = net.stem.out_channels * plane_size(rows * columns);
     const auto shape = [&](int64_t in_height, int64_t in_width, const Convolution& conv) {
       PlaneShape s(in_height, in_width, conv);
       if (s.copies()) largest_copies = std::max(largest_copies, conv.in_channels * s.in_plane());
       largest_channels = std::max(largest_channels, padded_channels(conv.out_channels));
       return s;
     };
-    for (int64_t i = 0; i < net.num_blocks; ++i) {
-      const Block& block = net.blocks[i];
+    for (const Block& block : net.blocks) {
       PlaneBlock planes;
-      if (block.shortcut.weight != nullptr) {
-        planes.shortcut.push_back(shape(height, width, block.shortcut));
+      if (block.shortcut.exists()) {
+        planes.shortcut.push_back(shape(rows, columns, block.shortcut));
       }
       for (int64_t k = 0; k < block.num_convolutions; ++k) {
         const Convolution& conv = block.convolutions[k];
-        planes.convolutions.push_back(shape(height, width, conv));
+        planes.convolutions.push_back(shape(rows, columns, conv));
         const PlaneShape& s = planes.convolutions.back();
         int64_t& largest = k + 1 < block.num_convolutions ? largest_hidden : largest_map;
         largest = std::max(largest, conv.out_channels * s.out_plane());
-        height = s.height;
-        width = s.width;
+        rows = s.height;
+        columns = s.width;
       }
       plane_blocks.push_back(std::move(planes));
     }
-    last_pixels = height * width;
+    last_pixels = rows * columns;
   }
 };
 

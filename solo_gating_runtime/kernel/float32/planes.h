@@ -11,9 +11,9 @@
 #include <vector>
 
 #include "../gates.h"
-#include "../network.h"
 #include "../team.h"
 #include "layout.h"
+#include "packing.h"
 #include "tiles.h"
 
 namespace gated {
@@ -62,15 +62,15 @@ inline void pool_planes(const float* x, int64_t pixels, int64_t channels, float*
     for (int64_t p = whole; p < pixels; ++p) sum += from[p];
     mean[c] = sum * share;
   }
-  if (team.rank == 0) std::fill(mean + channels, mean + padded_channels(channels), 0.0f);
+  if (team.rank == 0) std::fill(mean + channels, mean + padded_to_partials(channels), 0.0f);
 }
 
 // A convolution of the chosen planes of x into the chosen planes of y.
 //
 // For each tile of pixels, whose part of the planes fits an inner cache, weights pass by.
-inline void convolve(const Convolution& conv, bool grouped, const PlaneShape& shape, const float* x,
-                     const Choice& in, float* y, const Choice& out, bool add, bool rectify,
-                     Team team) {
+inline void convolve(const PackedConvolution& conv, bool grouped, const PlaneShape& shape,
+                     const float* x, const Choice& in, float* y, const Choice& out, bool add,
+                     bool rectify, Team team) {
   const int64_t num_taps = shape.taps.size();
   const int64_t groups = ceil_div(out.number, kPlaneChannels), tiles = shape.tiles.size();
   const Team alone{0, 1};
