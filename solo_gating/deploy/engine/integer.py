@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from solo_gating_runtime.encoder import Decisions, Results
 from solo_gating_runtime.network import Block, Convolution, Floats, Gate, Network
 
-from .fallback import Decisions, decide
+from .fallback import decide
 from .forks import one_thread_if_forked
 
 # The number of a black pixel, and of all pixels outside of an image.
@@ -89,21 +90,11 @@ class IntegerEngine:
 
     @torch.no_grad()
     def run(
-        self, images: Floats, decisions: Decisions | None, threads: int
-    ) -> tuple[Floats, NDArray[np.bool_]]:
-        """Features and masks of some images.
-
-        Args:
-            images: B × C × H × W, float32.
-            decisions: what the gates go by; None to compute all channels.
-            threads: not used; PyTorch's own number is.
-
-        Returns:
-            Features, B × F float32, and masks, B × channels of all blocks, bool.
-        """
+        self, images: Floats, decisions: Decisions | None, threads: int, maps: bool = False
+    ) -> Results:
+        """As `Kernel.run`; the number of threads is PyTorch's own."""
         net = self._net
-        features = np.full((len(images), net.features), np.nan, np.float32)
-        masks = np.full((len(images), sum(net.hidden)), decisions is None)
+        results = Results.empty(net, images, maps)
         rules: list[_Rule] = []
         if decisions is not None:
             thresholds = np.split(decisions.thresholds, np.cumsum(net.hidden)[:-1])
@@ -111,22 +102,27 @@ class IntegerEngine:
         with torch.autocast("cpu", enabled=False), one_thread_if_forked():
             for index, image in enumerate(images):
                 if np.isfinite(image).all():
-                    one = torch.from_numpy(image.copy())
-                    features[index], masks[index] = self._one(one, rules)
-        return features, masks
+                    self._one(torch.from_numpy(image.copy()), rules, results, index)
+                    continue
+                results.masks[index] = decisions is None
+                for filled in (results.features, *results.maps):
+                    filled[index] = np.nan
+        return results
 
-    def _one(self, image: Tensor, rules: Sequence[_Rule]) -> tuple[Floats, NDArray[np.bool_]]:
+    def _one(self, image: Tensor, rules: Sequence[_Rule], results: Results, index: int) -> None:
+        """Results of one image, written to its place."""
         net = self._net
         x = self._first_map(image)
         if net.max_pool:
             x = F.max_pool2d(x[None], 3, 2, 1)[0]
         masks: list[Tensor] = []
+        outputs: list[Tensor] = []
         for block, parts, scale, out_scale in zip(
             net.blocks, self._blocks, self._scales, self._scales[1:], strict=False
         ):
-            means = _means(x, scale)
             own = [torch.ones(channels, dtype=torch.bool) for channels in block.hidden]
             if rules:
+                means = _means(x, scale)
                 own = [_mask(*rule, means) for rule in rules[len(masks) : len(masks) + len(own)]]
             masks += own
             *firsts, last, shortcut = parts
@@ -136,11 +132,14 @@ class IntegerEngine:
                 out, columns = _rounded(conv(out, rows, columns)), rows
             added = x * _float(scale, out_scale) if shortcut is None else shortcut(x, None, None)
             x = _rounded(last(out, None, columns) + added)
+            outputs.append(x * _float(out_scale, 1.0))
         features = _means(x, self._scales[-1])
         if net.linear is not None:
             weight, bias = net.linear
             features = _dots(weight, features) + bias
-        return features, torch.cat(masks).numpy()
+        results.features[index], results.masks[index] = features, torch.cat(masks).numpy()
+        for to, end in zip(results.maps, np.cumsum(net.stages or [len(outputs)]), strict=False):
+            to[index] = outputs[end - 1].numpy()
 
     def _first_map(self, image: Tensor) -> Tensor:
         net = self._net
