@@ -95,6 +95,9 @@ class IntegerEngine:
         """As `Kernel.run`; the number of threads is PyTorch's own."""
         net = self._net
         results = Results.empty(net, images, maps)
+        for array in (results.features, *results.maps):
+            array.fill(np.nan)
+        results.masks.fill(decisions is None)
         rules: list[_Rule] = []
         if decisions is not None:
             thresholds = np.split(decisions.thresholds, np.cumsum(net.hidden)[:-1])
@@ -102,27 +105,29 @@ class IntegerEngine:
         with torch.autocast("cpu", enabled=False), one_thread_if_forked():
             for index, image in enumerate(images):
                 if np.isfinite(image).all():
-                    self._one(torch.from_numpy(image.copy()), rules, results, index)
-                    continue
-                results.masks[index] = decisions is None
-                for filled in (results.features, *results.maps):
-                    filled[index] = np.nan
+                    one = torch.from_numpy(image.copy())
+                    results.features[index], results.masks[index], outputs = self._one(one, rules)
+                    ends = np.cumsum(net.stages)
+                    for to, end in zip(results.maps, ends, strict=False):
+                        to[index] = outputs[end - 1]
         return results
 
-    def _one(self, image: Tensor, rules: Sequence[_Rule], results: Results, index: int) -> None:
-        """Results of one image, written to its place."""
+    def _one(
+        self, image: Tensor, rules: Sequence[_Rule]
+    ) -> tuple[Floats, NDArray[np.bool_], list[Floats]]:
+        """Features, masks and the blocks' outputs."""
         net = self._net
         x = self._first_map(image)
         if net.max_pool:
             x = F.max_pool2d(x[None], 3, 2, 1)[0]
         masks: list[Tensor] = []
-        outputs: list[Tensor] = []
+        outputs: list[Floats] = []
         for block, parts, scale, out_scale in zip(
             net.blocks, self._blocks, self._scales, self._scales[1:], strict=False
         ):
+            means = _means(x, scale)
             own = [torch.ones(channels, dtype=torch.bool) for channels in block.hidden]
             if rules:
-                means = _means(x, scale)
                 own = [_mask(*rule, means) for rule in rules[len(masks) : len(masks) + len(own)]]
             masks += own
             *firsts, last, shortcut = parts
@@ -132,14 +137,12 @@ class IntegerEngine:
                 out, columns = _rounded(conv(out, rows, columns)), rows
             added = x * _float(scale, out_scale) if shortcut is None else shortcut(x, None, None)
             x = _rounded(last(out, None, columns) + added)
-            outputs.append(x * _float(out_scale, 1.0))
+            outputs.append(x.numpy() * np.float32(out_scale))
         features = _means(x, self._scales[-1])
         if net.linear is not None:
             weight, bias = net.linear
             features = _dots(weight, features) + bias
-        results.features[index], results.masks[index] = features, torch.cat(masks).numpy()
-        for to, end in zip(results.maps, np.cumsum(net.stages or [len(outputs)]), strict=False):
-            to[index] = outputs[end - 1].numpy()
+        return features, torch.cat(masks).numpy(), outputs
 
     def _first_map(self, image: Tensor) -> Tensor:
         net = self._net
