@@ -21,8 +21,12 @@ from .cases import (
     with_threshold,
 )
 
+# On so many images static networks' channels are chosen, and networks are quantised.
 _CALIBRATION = 64
 _LARGEST_CIFAR = 64
+# Of random encoders, whose gates are also balanced on them, that many where images are larger: enough
+# for random channels, and ResNet-50 at 224 pixels is ready in minutes.
+_LARGE_BALANCED, _LARGE_QUANTISED = 16, 32
 
 Batch = tuple[Network, tuple[GatedCase, ...]]
 
@@ -60,18 +64,20 @@ class RandomSource:
 
     def batches(self, resolution: int, sizes: list[int]) -> Iterator[Batch]:
         """The dense encoder and the gated ones, for each number of images."""
-        stem = self._stem or ("cifar" if resolution <= _LARGEST_CIFAR else "imagenet")
-        images = random_images(max(_CALIBRATION, *sizes), resolution, self._seed)
-        backbone = random_encoder(
-            self._backbone, self._width, stem, images[:_CALIBRATION], self._seed
-        )
-        dense = Model(dense_resnet(backbone), images[:_CALIBRATION])
+        small = resolution <= _LARGEST_CIFAR
+        stem = self._stem or ("cifar" if small else "imagenet")
+        balanced = _CALIBRATION if small else _LARGE_BALANCED
+        quantised = _CALIBRATION if small else _LARGE_QUANTISED
+        images = random_images(max(quantised, *sizes), resolution, self._seed)
+        calibration = images[:quantised]
+        backbone = random_encoder(self._backbone, self._width, stem, images[:balanced], self._seed)
+        dense = Model(dense_resnet(backbone), calibration)
         for size in sizes:
-            some = images[: max(_CALIBRATION, size)]
+            some = images[: max(balanced, size)]
             gated = []
             for density in self._densities:
                 net = with_random_gates(backbone, some, size, density, self._seed)
-                gated.append(gated_case(net, some, size, density))
+                gated.append(gated_case(net, some, size, density, calibration))
             yield Network(dense, images[:size]), tuple(gated)
 
 
@@ -120,7 +126,13 @@ class CheckpointSource:
         for size in sizes:
             some, first = images[: max(_CALIBRATION, size)], images[:size]
             gated = tuple(
-                gated_case(with_threshold(self._backbone, first, density), some, size, density)
+                gated_case(
+                    with_threshold(self._backbone, first, density),
+                    some,
+                    size,
+                    density,
+                    images[:_CALIBRATION],
+                )
                 for density in wanted
             )
             yield Network(dense, first), gated
