@@ -66,10 +66,13 @@ class Case:
     Attributes:
         dense: the dense encoder and the batch.
         gated: the gated encoder on this batch, at each density.
+        trained: whether it is an encoder on images of its kind, of which it says something what rounding
+            does to decisions.
     """
 
     dense: Network
     gated: tuple[GatedCase, ...]
+    trained: bool = False
 
 
 def measure(
@@ -210,10 +213,12 @@ def _ours(
         yield Contender("dense", dtype, dense.engine, call, more=more)
     for gated in case.gated:
         for dtype in possible:
-            yield _dynamic(gated, dtype, threads)
+            yield _dynamic(gated, dtype, threads, say if case.trained else None)
 
 
-def _dynamic(gated: GatedCase, dtype: str, threads: int) -> Contender:
+def _dynamic(
+    gated: GatedCase, dtype: str, threads: int, say: Callable[[str], None] | None
+) -> Contender:
     engine = _compiled(gated.backbone, "gated", dtype, threads, gated.calibration)
     features, masks = engine.features_and_masks(gated.images)
     more: dict[str, Any] = {}
@@ -222,6 +227,8 @@ def _dynamic(gated: GatedCase, dtype: str, threads: int) -> Contender:
     else:
         flipped = torch.cat(masks, dim=1) != torch.cat(gated.masks, dim=1).bool()
         more["flipped_masks"] = float(flipped.float().mean())
+        if dtype == "int8" and say is not None:
+            say(str(engine.report(gated.calibration)))
         if gated.asked is not None and gated.dial == "threshold":
             more["threshold"] = _turn(engine, gated.images, gated.asked)
             features, masks = engine.features_and_masks(gated.images)

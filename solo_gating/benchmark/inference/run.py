@@ -112,7 +112,12 @@ def benchmark(options: argparse.Namespace) -> dict[str, Any]:
             for threads in options.threads:
                 conditions = Conditions(threads, CLOCKS[options.clock])
                 rows = measure(
-                    Case(dense, gated), engines, dtypes, conditions, options.seconds, say_once
+                    Case(dense, gated, source.trained),
+                    engines,
+                    dtypes,
+                    conditions,
+                    options.seconds,
+                    say_once,
                 )
                 report["rows"] += rows
                 report["advice"].append(advice(rows))

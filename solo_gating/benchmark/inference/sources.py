@@ -45,10 +45,12 @@ class RandomSource:
         description: of the network, for the report.
         images: which ones, in a word.
         resolutions: those used by default.
+        trained: as in `measure.Case`.
     """
 
     images = "random"
     resolutions = (32,)
+    trained = False
 
     def __init__(
         self, backbone: str, width: int, stem: str | None, densities: list[float], seed: int
@@ -94,6 +96,7 @@ class CheckpointSource:
         description: of the network, for the report.
         images: which ones, in a word.
         resolutions: those used by default: pre-training's crop size.
+        trained: as in `measure.Case`: on validation images.
 
     Raises:
         InputError: for a checkpoint that cannot be read or has no gates.
@@ -112,6 +115,7 @@ class CheckpointSource:
             "threshold": self._backbone.threshold,
         }
         self.images = "validation" if overrides else "random"
+        self.trained = bool(overrides)
         self.resolutions = (encoder.crop_size,)
 
     def batches(self, resolution: int, sizes: list[int]) -> Iterator[Batch]:
