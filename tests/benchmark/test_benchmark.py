@@ -371,7 +371,7 @@ def test_a_random_encoder_end_to_end(tmp_path, monkeypatch, capsys):
     call(
         monkeypatch,
         *("random=true", "width=8", "densities=0.3", "batch=[1,3]", "--resolution", 16),
-        *("--seconds", 0.2, "--engines", "torch", "ours", f"output={tmp_path}"),
+        *("--seconds", 0.2, "--engines", "torch", "ours", "static", f"output={tmp_path}"),
         *("clock=cpu", "dtypes=[float32,bfloat16]"),
     )
     report = json.loads((tmp_path / "benchmark.json").read_text())

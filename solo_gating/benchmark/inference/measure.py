@@ -17,7 +17,7 @@ from ...evaluate.calibrate import threshold_for
 from ..machine import torch_threads
 from ..timing import Call, interleaved, is_noisy, paired_ratio, quickest
 from .cases import GatedCase, Network, density_of
-from .engines import DENSE, OURS, STATIC, Conditions, UnavailableError
+from .engines import DENSE, OURS, RUNTIMES, STATIC, Conditions, UnavailableError
 
 # Of the largest feature, in float32.
 TOLERANCE = 1e-3
@@ -66,10 +66,13 @@ class Case:
     Attributes:
         dense: the dense encoder and the batch.
         gated: the gated encoder on this batch, at each density.
+        trained: whether it is an encoder on images of its kind, of which it says something what rounding
+            does to decisions.
     """
 
     dense: Network
     gated: tuple[GatedCase, ...]
+    trained: bool = False
 
 
 def measure(
@@ -104,8 +107,11 @@ def measure(
                 f"engines: none of {names} can be run in float32, expected at least one to "
                 "compare with"
             )
+        others = list(contenders)
         if OURS in engines:
-            contenders += _ours(case, dtypes, conditions, contenders, say)
+            contenders += _ours(case, dtypes, conditions, say)
+        if STATIC in engines:
+            contenders += _static(case, conditions, others)
         calls = {str(number): c.call for number, c in enumerate(contenders)}
         times = interleaved(calls, seconds, clock=conditions.clock)
     images = case.dense.images
@@ -187,16 +193,11 @@ def _ours(
     case: Case,
     dtypes: tuple[str, ...],
     conditions: Conditions,
-    others: list[Contender],
     say: Callable[[str], None],
 ) -> Iterator[Contender]:
+    """Our engine: all channels, and at each density each image's own."""
     images, threads = case.dense.images, conditions.threads
     calibration = case.dense.model.calibration
-    static_on = {}
-    for dtype in ("float32", "int8"):
-        runtimes = {c.engine: c.call for c in others if c.engine in STATIC and c.dtype == dtype}
-        if runtimes:
-            static_on[dtype] = quickest(runtimes, conditions.clock)
     possible = []
     for dtype in dtypes:
         try:
@@ -212,11 +213,12 @@ def _ours(
         yield Contender("dense", dtype, dense.engine, call, more=more)
     for gated in case.gated:
         for dtype in possible:
-            yield _dynamic(gated, dtype, threads)
-        yield from _on_static(gated, static_on, conditions)
+            yield _dynamic(gated, dtype, threads, say if case.trained else None)
 
 
-def _dynamic(gated: GatedCase, dtype: str, threads: int) -> Contender:
+def _dynamic(
+    gated: GatedCase, dtype: str, threads: int, say: Callable[[str], None] | None
+) -> Contender:
     engine = _compiled(gated.backbone, "gated", dtype, threads, gated.calibration)
     features, masks = engine.features_and_masks(gated.images)
     more: dict[str, Any] = {}
@@ -225,6 +227,8 @@ def _dynamic(gated: GatedCase, dtype: str, threads: int) -> Contender:
     else:
         flipped = torch.cat(masks, dim=1) != torch.cat(gated.masks, dim=1).bool()
         more["flipped_masks"] = float(flipped.float().mean())
+        if dtype == "int8" and say is not None:
+            say(str(engine.report(gated.calibration)))
         if gated.asked is not None and gated.dial == "threshold":
             more["threshold"] = _turn(engine, gated.images, gated.asked)
             features, masks = engine.features_and_masks(gated.images)
@@ -256,10 +260,20 @@ def _turn(engine: CompiledEncoder, images: Tensor, density: float) -> float:
     return setting.threshold
 
 
+def _static(case: Case, conditions: Conditions, others: list[Contender]) -> Iterator[Contender]:
+    """The smaller networks, on our engine and on the fastest of the others."""
+    fastest = {}
+    for dtype in ("float32", "int8"):
+        runtimes = {c.engine: c.call for c in others if c.engine in RUNTIMES and c.dtype == dtype}
+        if runtimes:
+            fastest[dtype] = quickest(runtimes, conditions.clock)
+    for gated in case.gated:
+        yield from _on_static(gated, fastest, conditions)
+
+
 def _on_static(
     gated: GatedCase, runtimes: dict[str, str], conditions: Conditions
 ) -> Iterator[Contender]:
-    """The smaller networks: on our engine, and on the fastest of the others."""
     module = gated.static.model.module
     sliced = _compiled(module, "gated", "float32", conditions.threads, gated.calibration)
     features, masks = sliced.features_and_masks(gated.images)

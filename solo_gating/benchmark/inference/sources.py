@@ -21,8 +21,12 @@ from .cases import (
     with_threshold,
 )
 
+# On so many images static networks' channels are chosen, and networks are quantised.
 _CALIBRATION = 64
 _LARGEST_CIFAR = 64
+# Of random encoders, whose gates are also balanced on them, that many where images are larger: enough
+# for random channels, and ResNet-50 at 224 pixels is ready in minutes.
+_LARGE_BALANCED, _LARGE_QUANTISED = 16, 32
 
 Batch = tuple[Network, tuple[GatedCase, ...]]
 
@@ -41,10 +45,12 @@ class RandomSource:
         description: of the network, for the report.
         images: which ones, in a word.
         resolutions: those used by default.
+        trained: as in `measure.Case`.
     """
 
     images = "random"
     resolutions = (32,)
+    trained = False
 
     def __init__(
         self, backbone: str, width: int, stem: str | None, densities: list[float], seed: int
@@ -60,18 +66,20 @@ class RandomSource:
 
     def batches(self, resolution: int, sizes: list[int]) -> Iterator[Batch]:
         """The dense encoder and the gated ones, for each number of images."""
-        stem = self._stem or ("cifar" if resolution <= _LARGEST_CIFAR else "imagenet")
-        images = random_images(max(_CALIBRATION, *sizes), resolution, self._seed)
-        backbone = random_encoder(
-            self._backbone, self._width, stem, images[:_CALIBRATION], self._seed
-        )
-        dense = Model(dense_resnet(backbone), images[:_CALIBRATION])
+        small = resolution <= _LARGEST_CIFAR
+        stem = self._stem or ("cifar" if small else "imagenet")
+        balanced = _CALIBRATION if small else _LARGE_BALANCED
+        quantised = _CALIBRATION if small else _LARGE_QUANTISED
+        images = random_images(max(quantised, *sizes), resolution, self._seed)
+        calibration = images[:quantised]
+        backbone = random_encoder(self._backbone, self._width, stem, images[:balanced], self._seed)
+        dense = Model(dense_resnet(backbone), calibration)
         for size in sizes:
-            some = images[: max(_CALIBRATION, size)]
+            some = images[: max(balanced, size)]
             gated = []
             for density in self._densities:
                 net = with_random_gates(backbone, some, size, density, self._seed)
-                gated.append(gated_case(net, some, size, density))
+                gated.append(gated_case(net, some, size, density, calibration))
             yield Network(dense, images[:size]), tuple(gated)
 
 
@@ -88,6 +96,7 @@ class CheckpointSource:
         description: of the network, for the report.
         images: which ones, in a word.
         resolutions: those used by default: pre-training's crop size.
+        trained: as in `measure.Case`: on validation images.
 
     Raises:
         InputError: for a checkpoint that cannot be read or has no gates.
@@ -106,6 +115,7 @@ class CheckpointSource:
             "threshold": self._backbone.threshold,
         }
         self.images = "validation" if overrides else "random"
+        self.trained = bool(overrides)
         self.resolutions = (encoder.crop_size,)
 
     def batches(self, resolution: int, sizes: list[int]) -> Iterator[Batch]:
@@ -120,7 +130,13 @@ class CheckpointSource:
         for size in sizes:
             some, first = images[: max(_CALIBRATION, size)], images[:size]
             gated = tuple(
-                gated_case(with_threshold(self._backbone, first, density), some, size, density)
+                gated_case(
+                    with_threshold(self._backbone, first, density),
+                    some,
+                    size,
+                    density,
+                    images[:_CALIBRATION],
+                )
                 for density in wanted
             )
             yield Network(dense, first), gated
