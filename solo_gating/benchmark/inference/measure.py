@@ -228,7 +228,7 @@ def _dynamic(
         flipped = torch.cat(masks, dim=1) != torch.cat(gated.masks, dim=1).bool()
         more["flipped_masks"] = float(flipped.float().mean())
         if dtype == "int8" and say is not None:
-            say(str(engine.report(gated.calibration)))
+            say(str(cast(Any, engine).report(gated.calibration)))
         if gated.asked is not None and gated.dial == "threshold":
             more["threshold"] = _turn(engine, gated.images, gated.asked)
             features, masks = engine.features_and_masks(gated.images)
