@@ -31,7 +31,11 @@ typedef int32_t Mask __attribute__((vector_size(kLanes * sizeof(float))));
 
 using Lanes = std::make_index_sequence<kLanes>;
 
-inline Vec load(const float* from) {
+// For what inner loops consist of: compilers inline less in larger sources, and sums would leave
+// their registers.
+#define GATED_INLINE __attribute__((always_inline))
+
+GATED_INLINE inline Vec load(const float* from) {
   Vec value;
   std::memcpy(&value, from, sizeof value);
   return value;
@@ -42,7 +46,7 @@ struct Bfloat16 {
   uint16_t upper;
 };
 
-inline Vec load(const Bfloat16* from) {
+GATED_INLINE inline Vec load(const Bfloat16* from) {
   typedef uint16_t Half __attribute__((vector_size(kLanes * sizeof(uint16_t))));
   typedef uint32_t Whole __attribute__((vector_size(kLanes * sizeof(uint32_t))));
   Half upper;
@@ -53,9 +57,9 @@ inline Vec load(const Bfloat16* from) {
   return value;
 }
 
-inline float number(const float* from) { return *from; }
+GATED_INLINE inline float number(const float* from) { return *from; }
 
-inline float number(const Bfloat16* from) {
+GATED_INLINE inline float number(const Bfloat16* from) {
   const uint32_t bits = static_cast<uint32_t>(from->upper) << 16;
   float value;
   std::memcpy(&value, &bits, sizeof value);
@@ -69,18 +73,18 @@ using Weight = Bfloat16;
 using Weight = float;
 #endif
 
-inline void store(float* to, Vec value) { std::memcpy(to, &value, sizeof value); }
+GATED_INLINE inline void store(float* to, Vec value) { std::memcpy(to, &value, sizeof value); }
 
 template <size_t... I>
-inline Vec broadcast(float value, std::index_sequence<I...>) {
+GATED_INLINE inline Vec broadcast(float value, std::index_sequence<I...>) {
   return Vec{(static_cast<void>(I), value)...};
 }
 
-inline Vec broadcast(float value) { return broadcast(value, Lanes{}); }
+GATED_INLINE inline Vec broadcast(float value) { return broadcast(value, Lanes{}); }
 
 // Keeps a value in a register: otherwise compilers fold its load into each multiplication that uses
 // it, and the load ports become the bottleneck.
-inline void keep(Vec& value) {
+GATED_INLINE inline void keep(Vec& value) {
 #if defined(__aarch64__)
   __asm__("" : "+w"(value));
 #elif defined(__x86_64__) || defined(__i386__)
@@ -91,19 +95,19 @@ inline void keep(Vec& value) {
 }
 
 // max(0, x) with NaN staying NaN, as PyTorch's; a plain maximum could swallow it.
-inline Vec relu(Vec x) {
+GATED_INLINE inline Vec relu(Vec x) {
   const Vec zero{};
   return zero > x ? zero : x;
 }
 
 // The larger of two, neither of them NaN.
-inline Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
+GATED_INLINE inline Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
 
 // The larger of two; NaN if one of them is.
-inline Vec maximum_or_nan(Vec a, Vec b) { return ((a > b) | (a != a)) ? a : b; }
+GATED_INLINE inline Vec maximum_or_nan(Vec a, Vec b) { return ((a > b) | (a != a)) ? a : b; }
 
 template <size_t... Index>
-inline Vec shuffle(Vec a, Vec b) {
+GATED_INLINE inline Vec shuffle(Vec a, Vec b) {
 #if defined(__clang__)
   return __builtin_shufflevector(a, b, static_cast<int>(Index)...);
 #else
@@ -114,20 +118,20 @@ inline Vec shuffle(Vec a, Vec b) {
 // One step of a transposing sum: lane i becomes the sum of the lanes i and i ^ Bit of `a`, or of
 // `b` where i has the bit. (The first of the two is a blend, which is cheaper than a shuffle.)
 template <size_t Bit, size_t... I>
-inline Vec merge(Vec a, Vec b, std::index_sequence<I...>) {
+GATED_INLINE inline Vec merge(Vec a, Vec b, std::index_sequence<I...>) {
   return shuffle<((I & Bit ? kLanes : 0) + I)...>(a, b) +
          shuffle<((I & Bit ? kLanes : 0) + (I ^ Bit))...>(a, b);
 }
 
 template <size_t Bit, size_t... I>
-inline Vec fold(Vec a, std::index_sequence<I...>) {
+GATED_INLINE inline Vec fold(Vec a, std::index_sequence<I...>) {
   return a + shuffle<(I ^ Bit)...>(a, a);
 }
 
 // Lane i of the result is the sum of the i-th vector's lanes i, i + End, i + 2 · End, ..., for
 // i < Count ≤ End.
 template <int Count, size_t End = kLanes, size_t Bit = 1>
-inline Vec sums(const Vec* vectors) {
+GATED_INLINE inline Vec sums(const Vec* vectors) {
   if constexpr (Bit == End) {
     return vectors[0];
   } else {
@@ -143,12 +147,12 @@ inline Vec sums(const Vec* vectors) {
 
 // Lanes below kLanes / 2 of one, the others of another.
 template <size_t... I>
-inline Vec halves(Vec low, Vec high, std::index_sequence<I...>) {
+GATED_INLINE inline Vec halves(Vec low, Vec high, std::index_sequence<I...>) {
   return shuffle<(I < kLanes / 2 ? I : kLanes + I)...>(low, high);
 }
 
 template <size_t Bit, size_t... I>
-inline void exchange(Vec& a, Vec& b, std::index_sequence<I...>) {
+GATED_INLINE inline void exchange(Vec& a, Vec& b, std::index_sequence<I...>) {
   const Vec low = shuffle<(I & Bit ? kLanes + (I ^ Bit) : I)...>(a, b);
   b = shuffle<(I & Bit ? kLanes + I : (I ^ Bit))...>(a, b);
   a = low;
@@ -156,7 +160,7 @@ inline void exchange(Vec& a, Vec& b, std::index_sequence<I...>) {
 
 // Rows become columns.
 template <size_t Bit = 1>
-inline void transpose(Vec* rows) {
+GATED_INLINE inline void transpose(Vec* rows) {
   if constexpr (Bit < kLanes) {
 #pragma GCC unroll 16
     for (size_t i = 0; i < kLanes; ++i) {

@@ -743,7 +743,7 @@ def test_a_compiled_encoder_changes_its_budget_at_no_cost(name):
     backbone.threshold = 0.2
     fast = compile_encoder(backbone, budget=0.9, engine="pytorch")
     assert compile_encoder(backbone, engine="pytorch").budget == pytest.approx(0.475)
-    engine, weights = fast._engine, fast._engine._net
+    engine, weights = fast._encoder.backend, fast._encoder.backend._net
     shares = []
     for told in (0.05, 0.3, 0.9):
         fast.budget = backbone.budget = told
@@ -755,8 +755,8 @@ def test_a_compiled_encoder_changes_its_budget_at_no_cost(name):
             torch.testing.assert_close(features, backbone(images), rtol=1e-4, atol=1e-4)
         shares.append(torch.cat(masks, dim=1).float().mean().item())
     assert shares == sorted(set(shares))
-    assert fast._engine is engine
-    assert fast._engine._net is weights
+    assert fast._encoder.backend is engine
+    assert fast._encoder.backend._net is weights
     fast.threshold = backbone.threshold = -0.4  # at the budget that it has
     for mask, wanted in zip(
         fast.features_and_masks(images)[1], gated_masks(backbone, images), strict=True

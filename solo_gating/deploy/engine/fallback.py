@@ -52,20 +52,7 @@ class TorchEngine:
             threshold: of the logits, for gates that have one.
             budget: in the range; None without one.
         """
-        if not self._net.gates:
-            return None
-        thresholds, counts = [], []
-        for gate, channels in zip(self._net.gates, self._net.hidden, strict=True):
-            count = -1 if gate.count is None else gate.count
-            if count == BUDGET:
-                count = number_of_channels(1.0 if budget is None else budget, channels)
-            shift = gate.shift.astype(np.float64)
-            if gate.embedding is not None and budget is not None:
-                shift = shift + _embedded(gate.embedding, budget)
-            counts.append(count)
-            # With a count logits are compared with each other: shifts are no thresholds.
-            thresholds.append(-shift if count >= 0 else threshold - shift)
-        return Decisions(np.concatenate(thresholds).astype(np.float32), np.array(counts), budget)
+        return decide(self._net, threshold, budget)
 
     @torch.no_grad()
     def run(
@@ -125,6 +112,30 @@ class TorchEngine:
         return list(zip(gates, thresholds, decisions.counts.tolist(), strict=True))
 
 
+def decide(net: Network, threshold: float, budget: float | None) -> Decisions | None:
+    """What the gates go by, as the kernel computes it; None on the dense path.
+
+    Args:
+        net: the network.
+        threshold: of the logits, for gates that have one.
+        budget: in the range; None without one.
+    """
+    if not net.gates:
+        return None
+    thresholds, counts = [], []
+    for gate, channels in zip(net.gates, net.hidden, strict=True):
+        count = -1 if gate.count is None else gate.count
+        if count == BUDGET:
+            count = number_of_channels(1.0 if budget is None else budget, channels)
+        shift = gate.shift.astype(np.float64)
+        if gate.embedding is not None and budget is not None:
+            shift = shift + _embedded(gate.embedding, budget)
+        counts.append(count)
+        # With a count logits are compared with each other: shifts are no thresholds.
+        thresholds.append(-shift if count >= 0 else threshold - shift)
+    return Decisions(np.concatenate(thresholds).astype(np.float32), np.array(counts), budget)
+
+
 def _rounded(net: Network) -> Network:
     """The network with the convolutions' weights rounded to its dtype, in float32 as before."""
     if net.dtype == "float32":
@@ -143,6 +154,30 @@ def _rounded(net: Network) -> Network:
         for block in net.blocks
     )
     return replace(net, stem=rounded(net.stem), blocks=blocks)
+
+
+def decide(net: Network, threshold: float, budget: float | None) -> Decisions | None:
+    """What a network's gates go by; None on the dense path.
+
+    Args:
+        net: any network.
+        threshold: of the logits, for gates that have one.
+        budget: in the range; None without one.
+    """
+    if not net.gates:
+        return None
+    thresholds, counts = [], []
+    for gate, channels in zip(net.gates, net.hidden, strict=True):
+        count = -1 if gate.count is None else gate.count
+        if count == BUDGET:
+            count = number_of_channels(1.0 if budget is None else budget, channels)
+        shift = gate.shift.astype(np.float64)
+        if gate.embedding is not None and budget is not None:
+            shift = shift + _embedded(gate.embedding, budget)
+        counts.append(count)
+        # With a count logits are compared with each other: shifts are no thresholds.
+        thresholds.append(-shift if count >= 0 else threshold - shift)
+    return Decisions(np.concatenate(thresholds).astype(np.float32), np.array(counts), budget)
 
 
 def _embedded(embedding: Embedding, budget: float) -> NDArray[np.float64]:

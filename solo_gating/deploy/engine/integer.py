@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from solo_gating_runtime.encoder import Decisions, Results
 from solo_gating_runtime.network import Block, Convolution, Floats, Gate, Network
 
-from .fallback import Decisions, decide
+from .fallback import decide
 from .forks import one_thread_if_forked
 
 # The number of a black pixel, and of all pixels outside of an image.
@@ -89,21 +90,14 @@ class IntegerEngine:
 
     @torch.no_grad()
     def run(
-        self, images: Floats, decisions: Decisions | None, threads: int
-    ) -> tuple[Floats, NDArray[np.bool_]]:
-        """Features and masks of some images.
-
-        Args:
-            images: B × C × H × W, float32.
-            decisions: what the gates go by; None to compute all channels.
-            threads: not used; PyTorch's own number is.
-
-        Returns:
-            Features, B × F float32, and masks, B × channels of all blocks, bool.
-        """
+        self, images: Floats, decisions: Decisions | None, threads: int, maps: bool = False
+    ) -> Results:
+        """As `Kernel.run`; the number of threads is PyTorch's own."""
         net = self._net
-        features = np.full((len(images), net.features), np.nan, np.float32)
-        masks = np.full((len(images), sum(net.hidden)), decisions is None)
+        results = Results.empty(net, images, maps)
+        for array in (results.features, *results.maps):
+            array.fill(np.nan)
+        results.masks.fill(decisions is None)
         rules: list[_Rule] = []
         if decisions is not None:
             thresholds = np.split(decisions.thresholds, np.cumsum(net.hidden)[:-1])
@@ -112,15 +106,22 @@ class IntegerEngine:
             for index, image in enumerate(images):
                 if np.isfinite(image).all():
                     one = torch.from_numpy(image.copy())
-                    features[index], masks[index] = self._one(one, rules)
-        return features, masks
+                    results.features[index], results.masks[index], outputs = self._one(one, rules)
+                    ends = np.cumsum(net.stages)
+                    for to, end in zip(results.maps, ends, strict=False):
+                        to[index] = outputs[end - 1]
+        return results
 
-    def _one(self, image: Tensor, rules: Sequence[_Rule]) -> tuple[Floats, NDArray[np.bool_]]:
+    def _one(
+        self, image: Tensor, rules: Sequence[_Rule]
+    ) -> tuple[Floats, NDArray[np.bool_], list[Floats]]:
+        """Features, masks and the blocks' outputs."""
         net = self._net
         x = self._first_map(image)
         if net.max_pool:
             x = F.max_pool2d(x[None], 3, 2, 1)[0]
         masks: list[Tensor] = []
+        outputs: list[Floats] = []
         for block, parts, scale, out_scale in zip(
             net.blocks, self._blocks, self._scales, self._scales[1:], strict=False
         ):
@@ -136,11 +137,12 @@ class IntegerEngine:
                 out, columns = _rounded(conv(out, rows, columns)), rows
             added = x * _float(scale, out_scale) if shortcut is None else shortcut(x, None, None)
             x = _rounded(last(out, None, columns) + added)
+            outputs.append(x.numpy() * np.float32(out_scale))
         features = _means(x, self._scales[-1])
         if net.linear is not None:
             weight, bias = net.linear
             features = _dots(weight, features) + bias
-        return features, torch.cat(masks).numpy()
+        return features, torch.cat(masks).numpy(), outputs
 
     def _first_map(self, image: Tensor) -> Tensor:
         net = self._net

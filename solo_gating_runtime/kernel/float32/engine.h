@@ -29,6 +29,7 @@
 #include "tiles.h"
 
 namespace gated {
+namespace {
 
 // What one thread needs for itself.
 struct Scratch {
@@ -738,4 +739,5 @@ class Engine {
   std::vector<int32_t> all_;
 };
 
+}  // namespace
 }  // namespace gated

@@ -118,7 +118,7 @@ struct DotProduct {
 
 // Adds up the lanes of a tile's sums, two channels at once where both fit one vector.
 template <int Channels, int Pixels>
-inline void finish(const DotProduct& a, const Vec (&sum)[Channels][Pixels]) {
+GATED_INLINE inline void finish(const DotProduct& a, const Vec (&sum)[Channels][Pixels]) {
   constexpr int kSlot = Pixels > kLanes / 2 ? kLanes : kLanes / 2;
   constexpr int kTogether = kLanes / kSlot;
   const bool in_a_row = a.position[Pixels - 1] - a.position[0] == Pixels - 1;
