@@ -357,7 +357,7 @@ def test_our_int8_engine_is_calibrated_turned_and_reported(encoder, images, dens
     row = found["dynamic", "int8"]
     assert row["realised_density"] == pytest.approx(0.3, abs=1e-3)
     assert row["threshold"] == pytest.approx(0.2, abs=0.1)
-    assert 0.01 < row["flipped_masks"] < 0.1
+    assert 0.01 < row["flipped_masks"] < 0.3
     assert row["feature_difference"] < 1e-5  # with its own masks
     assert found["dense", "int8"]["baseline_dtype"] == "float32"
 
