@@ -156,30 +156,6 @@ def _rounded(net: Network) -> Network:
     return replace(net, stem=rounded(net.stem), blocks=blocks)
 
 
-def decide(net: Network, threshold: float, budget: float | None) -> Decisions | None:
-    """What a network's gates go by; None on the dense path.
-
-    Args:
-        net: any network.
-        threshold: of the logits, for gates that have one.
-        budget: in the range; None without one.
-    """
-    if not net.gates:
-        return None
-    thresholds, counts = [], []
-    for gate, channels in zip(net.gates, net.hidden, strict=True):
-        count = -1 if gate.count is None else gate.count
-        if count == BUDGET:
-            count = number_of_channels(1.0 if budget is None else budget, channels)
-        shift = gate.shift.astype(np.float64)
-        if gate.embedding is not None and budget is not None:
-            shift = shift + _embedded(gate.embedding, budget)
-        counts.append(count)
-        # With a count logits are compared with each other: shifts are no thresholds.
-        thresholds.append(-shift if count >= 0 else threshold - shift)
-    return Decisions(np.concatenate(thresholds).astype(np.float32), np.array(counts), budget)
-
-
 def _embedded(embedding: Embedding, budget: float) -> NDArray[np.float64]:
     kept = min(max(budget, 0.01), 0.99)
     log_odds = np.log(kept / (1 - kept))
