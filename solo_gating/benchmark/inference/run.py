@@ -112,7 +112,7 @@ def benchmark(options: argparse.Namespace) -> dict[str, Any]:
             for threads in options.threads:
                 conditions = Conditions(threads, CLOCKS[options.clock])
                 rows = measure(
-                    Case(dense, gated, source.trained),
+                    Case(dense, gated, source.others(resolution)),
                     engines,
                     dtypes,
                     conditions,

@@ -4,12 +4,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from ...checkpoints.encoder import encoder_of
 from ...deploy.dense import dense_resnet
 from ...errors import InputError
-from ...evaluate.evaluation import evaluation_of
+from ...evaluate.evaluation import images_of
 from .cases import (
     GatedCase,
     Model,
@@ -24,6 +25,8 @@ from .cases import (
 # On so many images static networks' channels are chosen, and networks are quantised.
 _CALIBRATION = 64
 _LARGEST_CIFAR = 64
+# On so many others what rounding does to a trained encoder.
+_REPORTED = 128
 # Of random encoders, whose gates are also balanced on them, that many where images are larger: enough
 # for random channels, and ResNet-50 at 224 pixels is ready in minutes.
 _LARGE_BALANCED, _LARGE_QUANTISED = 16, 32
@@ -45,12 +48,10 @@ class RandomSource:
         description: of the network, for the report.
         images: which ones, in a word.
         resolutions: those used by default.
-        trained: as in `measure.Case`.
     """
 
     images = "random"
     resolutions = (32,)
-    trained = False
 
     def __init__(
         self, backbone: str, width: int, stem: str | None, densities: list[float], seed: int
@@ -82,6 +83,9 @@ class RandomSource:
                 gated.append(gated_case(net, some, size, density, calibration))
             yield Network(dense, images[:size]), tuple(gated)
 
+    def others(self, resolution: int) -> None:
+        """As in `measure.Case`."""
+
 
 class CheckpointSource:
     """A trained encoder, its threshold set to the densities.
@@ -96,7 +100,6 @@ class CheckpointSource:
         description: of the network, for the report.
         images: which ones, in a word.
         resolutions: those used by default: pre-training's crop size.
-        trained: as in `measure.Case`: on validation images.
 
     Raises:
         InputError: for a checkpoint that cannot be read or has no gates.
@@ -115,7 +118,6 @@ class CheckpointSource:
             "threshold": self._backbone.threshold,
         }
         self.images = "validation" if overrides else "random"
-        self.trained = bool(overrides)
         self.resolutions = (encoder.crop_size,)
 
     def batches(self, resolution: int, sizes: list[int]) -> Iterator[Batch]:
@@ -141,16 +143,24 @@ class CheckpointSource:
             )
             yield Network(dense, first), gated
 
+    def others(self, resolution: int) -> Tensor | None:
+        """As in `measure.Case`: validation images that nothing is calibrated on, if there are any."""
+        if not self._overrides:
+            return None
+        images = self._validation(resolution, 0, _CALIBRATION + _REPORTED)[_CALIBRATION:]
+        return images if len(images) else None
+
     def _images(self, resolution: int, least: int) -> Tensor:
         number = max(_CALIBRATION, least)
         if not self._overrides:
             return random_images(number, resolution, self._seed)
-        overrides = [
-            *(f"crop_size={resolution}", f"batch_size={number}"),
-            *("accelerator=cpu", "devices=1", *self._overrides),
-        ]
-        evaluation = evaluation_of(self._checkpoint, overrides, ("val",))
-        images, _ = next(iter(evaluation.loaders["val"]))
-        if len(images) < least:
-            raise InputError(f"batch: got {least}, there are {len(images)} validation images")
-        return images
+        return self._validation(resolution, least, number)
+
+    def _validation(self, resolution: int, least: int, number: int) -> Tensor:
+        """Validation images in an order that mixes their classes, always the same one."""
+        overrides = [f"crop_size={resolution}", *self._overrides]
+        dataset: Any = images_of(self._checkpoint, overrides, "val")
+        if len(dataset) < least:
+            raise InputError(f"batch: got {least}, there are {len(dataset)} validation images")
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
+        return torch.stack([dataset[index][0] for index in order[:number].tolist()])
