@@ -130,6 +130,15 @@ class Engine {
 
   const Network& shape() const { return shape_; }
 
+  // Of the weights, in bytes.
+  int64_t size() const { return arena_.used(); }
+
+  Layout layout(int64_t height, int64_t width) const { return Layout(*this, height, width); }
+
+  void prepare(Workspace& w, std::shared_ptr<const Layout> wanted, int threads) const {
+    w.prepare(*this, std::move(wanted), threads);
+  }
+
   void forward(Workspace& w, const float* image, Decisions decisions, const Results& results,
                Team team) const {
     if (!read_image(w, image, team)) {
