@@ -42,8 +42,9 @@ setup(
     package_data={
         "": ["*.yaml"],
         "solo_gating": ["py.typed"],
+        "solo_gating.deploy": ["cpp_files/*"],
         "solo_gating.report": ["published.json"],
-        "solo_gating_runtime": ["kernel/*.*", "kernel/*/*.h"],
+        "solo_gating_runtime": ["py.typed", "kernel/*.*", "kernel/*/*.h"],
     },
     python_requires=">=3.10,<3.14",
     install_requires=[

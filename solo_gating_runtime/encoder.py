@@ -289,8 +289,11 @@ class Encoder:
         Raises:
             InputError: if it cannot be written.
         """
-        net = replace(self._net, threshold=self.threshold, budget=self.budget)
-        write_file(file, to_bytes(net))
+        write_file(file, self.to_bytes())
+
+    def to_bytes(self) -> bytes:
+        """What `save` writes."""
+        return to_bytes(replace(self._net, threshold=self.threshold, budget=self.budget))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.description()})"

@@ -86,6 +86,13 @@ _DTYPE_FLAGS = {
     # Every CPU gives the same numbers: what is rounded is said by the source alone.
     "int8": ["-ffp-contract=off", "-DGATED_INT8"],
 }
+
+
+def compiler_flags(dtype: str) -> list[str]:
+    """Of all engines with a dtype, one of `ENGINES`."""
+    return [*_FLAGS, *_DTYPE_FLAGS[dtype]]
+
+
 _COMPILERS = ("c++", "g++", "clang++")
 _MOST_SECONDS = 300
 _LEFT_OVER_AFTER = 3600  # seconds; longer than all compilers together may take
@@ -237,7 +244,7 @@ if hasattr(os, "register_at_fork"):
 @functools.cache
 def _load(engine: str, dtype: str, *folders: Path) -> ctypes.CDLL | _CompilerError:
     # Compilers' failures are kept as well, so that they cost their time once.
-    flags = [*_FLAGS, *ENGINES[dtype][engine].flags, *_DTYPE_FLAGS[dtype]]
+    flags = [*compiler_flags(dtype), *ENGINES[dtype][engine].flags]
     digest = hashlib.sha256(repr((flags, os.environ.get("CXX"))).encode())
     for source in sorted(SOURCES.rglob("*.*")):
         digest.update(str(source.relative_to(SOURCES)).encode() + source.read_bytes())

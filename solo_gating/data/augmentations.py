@@ -115,6 +115,12 @@ def classification_transform(dataset: str, views: ListConfig) -> transforms.Comp
     )
 
 
+def normalisation(dataset: str, views: ListConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation that images are normalised with, of each colour."""
+    step = _normalisation(dataset, views)
+    return tuple(step.mean), tuple(step.std)
+
+
 def _normalisation(dataset: str, views: ListConfig) -> transforms.Normalize:
     steps = view_transform(dataset, views[0]).transforms
     return next(step for step in steps if isinstance(step, transforms.Normalize))

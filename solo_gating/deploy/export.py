@@ -28,6 +28,9 @@ Formats:
     onnx-int8           model.onnx, quantised by ONNX Runtime: for each output channel a scale of its
                         weights, one for each map; gates stay in float32
     openvino-int8       model.xml and model.bin, quantised by NNCF (without it, by ONNX Runtime)
+    cpp                 a folder that a C++17 compiler builds, without this package: the kernel's sources,
+                        encoder.sgx, a C interface (kernel/gated.h), CMakeLists.txt and an example; of
+                        the gated path without a policy the whole encoder, for which gates choose
     solo-learn          dense: args.json and last.ckpt of the method without gates (vicreg for
                         vicreg_dual), which solo-learn's scripts read without this plugin
 
@@ -52,6 +55,7 @@ from ..checks import at_least
 from ..config.arguments import command_parser
 from ..config.compose import check_overrides, user_path
 from ..config.schema import CROP
+from ..data.augmentations import normalisation
 from ..errors import InputError
 from ..evaluate.calibrate import Setting
 from ..evaluate.evaluation import Evaluation, evaluation_of
@@ -63,6 +67,7 @@ from ..files import make_folder, write_bytes, write_json
 from ..flops import count_flops
 from ..process_state import process_state_kept
 from .calibration import calibration_images
+from .cpp import cpp_files
 from .dense import dense_network, dense_state_dict, solo_learn_args, solo_learn_checkpoint
 from .onnx import Runner, onnx_runner, openvino_runner, to_onnx, to_openvino
 from .others_int8 import gates_of, onnx_int8, openvino_int8
@@ -75,7 +80,8 @@ _DECIDED_BY = {
     "crop_size": "resolution alone",
 }
 INT8 = ("onnx-int8", "openvino-int8")
-FORMATS = ("torch", "onnx", "openvino-via-onnx", *INT8, "solo-learn")
+CPP = "cpp"
+FORMATS = ("torch", "onnx", "openvino-via-onnx", *INT8, CPP, "solo-learn")
 
 
 @process_state_kept()
@@ -107,6 +113,10 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
         dense = dense_network(encoder)
         net: nn.Module = dense
         report: dict[str, Any] = {"path": "dense", "flops": count_flops(dense, (size, size)).dense}
+    elif options.policy is None:  # of C++ the gated path as it is
+        backbone: Any = encoder.backbone
+        net = backbone
+        report = {"path": "gated", "flops": count_flops(backbone, (size, size)).dense}
     else:
         net, report = _static(options, encoder, size)
     report |= {"checkpoint": str(options.checkpoint), "resolution": [size, size]}
@@ -118,7 +128,7 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
         calibration = calibration_images(given, encoder.checkpoint, 3)
         files, after = _quantised(options, net, calibration, images if real else None, report)
     if evaluation is not None:
-        if options.path == "gated":
+        if options.policy is not None:
             _turn(evaluation.encoder.backbone, read_policy(options.policy))
         report |= _accuracies(evaluation, options.path, after)
     files = files or _contents(options, encoder, net, images, real, report)
@@ -137,7 +147,7 @@ def _check(options: argparse.Namespace, encoder: Encoder) -> None:
     encoder.paths(options.path)
     if options.path == "dense" and options.policy is not None:
         raise InputError("policy: got one for the dense path, expected path=gated")
-    if options.path == "gated" and options.policy is None:
+    if options.path == "gated" and options.policy is None and options.format != CPP:
         raise InputError("policy: missing, the gated path needs main_policy's policy.json")
     if options.format not in INT8:
         if options.calibration is not None:
@@ -280,6 +290,10 @@ def _contents(
         torch.export.save(program, buffer)
         weights = {"architecture": net.architecture, "state_dict": net.state_dict()}
         return {"model.pt2": buffer.getvalue(), "model.pt": _saved(weights)}
+    if options.format == CPP:
+        path = options.path if options.gates == "keep" or options.policy is None else "dense"
+        mean, std = normalisation(encoder.args.data.dataset, encoder.args.augmentations)
+        return cpp_files(net, path, mean, std)
     model = to_onnx(net, images)
     with torch.no_grad():
         expected = net(images)

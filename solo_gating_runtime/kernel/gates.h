@@ -184,12 +184,14 @@ inline int64_t choose_largest(const float* logits, int64_t channels, int64_t cou
 inline int64_t choose(const GateWeights& gate, int64_t channels, const float* means,
                       const Decisions& decisions, float* logits, int32_t* chosen) {
   constexpr int kTogether = kLanes == 4 ? 2 : 4;  // as registers allow
+  // Longer rows come from memory, which is quickest one number after another.
+  constexpr int64_t kLongRow = 1024;
   std::fill_n(logits, gate.out, 0.0f);
   for (int64_t k = 0; k < gate.hidden; k += kTogether) {
     float sum[kTogether];
     const int64_t number = std::min<int64_t>(kTogether, gate.hidden - k);
     const float* rows = gate.reduce + k * gate.in;
-    if (number == kTogether) {
+    if (number == kTogether && gate.in < kLongRow) {
       dots<kTogether>(means, rows, gate.in, sum);
     } else {
       for (int64_t i = 0; i < number; ++i) sum[i] = dot(means, rows + i * gate.in, gate.in);

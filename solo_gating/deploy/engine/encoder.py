@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from solo_gating_runtime.encoder import MOST_THREADS, Encoder, Kernel
-from solo_gating_runtime.file import from_bytes, read_file, to_bytes
+from solo_gating_runtime.file import from_bytes, read_file, to_bytes, write_file
 from solo_gating_runtime.library import BuildError, chosen_engine
 from solo_gating_runtime.network import MOST_CONVOLUTIONS, Floats, Network
 
@@ -175,10 +175,18 @@ class CompiledEncoder(nn.Module):
         Raises:
             InputError: if it cannot be written, or for an encoder that only PyTorch can run.
         """
+        write_file(file, self.to_bytes())
+
+    def to_bytes(self) -> bytes:
+        """What `save` writes.
+
+        Raises:
+            InputError: for an encoder that only PyTorch can run.
+        """
         engine = self._encoder.backend
         if isinstance(engine, TorchEngine) and not engine.is_compilable:
-            raise InputError(f"save: got an encoder that only PyTorch can run, {_UNKNOWN}")
-        self._encoder.save(file)
+            raise InputError(f"encoder: got one that only PyTorch can run, {_UNKNOWN}")
+        return self._encoder.to_bytes()
 
     def __reduce__(self) -> Any:
         raise TypeError(

@@ -1,0 +1,206 @@
+"""The .sgx format: what is written is read, and whatever else there is, is refused in one sentence."""
+
+import dataclasses
+import struct
+
+import numpy as np
+import pytest
+
+from solo_gating_runtime import InputError
+from solo_gating_runtime.encoder import Kernel, load
+from solo_gating_runtime.file import from_bytes, to_bytes, write_file
+from solo_gating_runtime.network import Block, Convolution, Embedding, Gate, Network
+
+RANDOM = np.random.default_rng(0)
+
+
+def floats(*shape):
+    return RANDOM.standard_normal(shape, np.float32)
+
+
+def convolution(out, channels, kernel, stride=1, int8=False):
+    weight = floats(out, channels, kernel, kernel)
+    if int8:
+        weight = np.clip(weight * 50, -127, 127).astype(np.int8)
+    scale = np.abs(floats(out)) + 0.1 if int8 else None
+    return Convolution(weight, floats(out), stride, kernel // 2, scale)
+
+
+def gate(channels, out, **kwargs):
+    return Gate(floats(3, channels), floats(3), floats(out, 3), floats(out), **kwargs)
+
+
+def network(int8=False, **changes):
+    embedding = Embedding(floats(4), floats(4), floats(6, 4))
+    scales = (0.1, 0.2, 0.3) if int8 else ()
+    kinds = {"int8": int8}
+    blocks = (
+        Block(
+            (convolution(6, 5, 3, 2, **kinds), convolution(7, 6, 3, **kinds)),
+            convolution(7, 5, 1, 2, **kinds),
+            (gate(5, 6, embedding=embedding),),
+            scales[:2],
+        ),
+        Block(
+            (
+                convolution(6, 7, 1, **kinds),
+                convolution(4, 6, 3, **kinds),
+                convolution(7, 4, 1, **kinds),
+            ),
+            None,
+            (gate(7, 6, count=3), gate(7, 4, count="budget")),
+            scales,
+        ),
+    )
+    linear = (floats(9, 7), floats(9))
+    net = Network("gated", convolution(5, 3, 3, **kinds), True, blocks, linear, (0.1, 0.9))
+    net = dataclasses.replace(net, stages=(1, 1), budget=0.3, threshold=0.25)
+    if int8:
+        net = dataclasses.replace(net, image_scale=0.02, stem_scale=0.03)
+    return dataclasses.replace(net, **changes)
+
+
+def same(a, b):
+    if dataclasses.is_dataclass(a):
+        names = [field.name for field in dataclasses.fields(a)]
+        return type(a) is type(b) and all(same(getattr(a, n), getattr(b, n)) for n in names)
+    if isinstance(a, tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, np.ndarray):
+        return a.dtype == b.dtype and a.shape == b.shape and (a == b).all()
+    return a == b
+
+
+CASES = {
+    "float32": network(),
+    "bfloat16": network(bfloat16=True),
+    "int8": network(int8=True),
+    "a float32 stem": network(int8=True, stem=convolution(5, 3, 3)),
+    "no classifier": network(linear=None, max_pool=False, dial="budget"),
+    "one stage": network(stages=(2,)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_written_is_read(case):
+    content = to_bytes(CASES[case])
+    assert same(from_bytes(content), CASES[case])
+    assert len(content) % 64 == 0
+
+
+def test_arrays_begin_at_multiples_of_64_bytes():
+    net = from_bytes(to_bytes(network()))
+    whole = np.frombuffer(to_bytes(network()), np.uint8)
+    assert whole.ctypes.data % 8 == 0
+    places = [net.stem.weight, net.stem.bias, net.blocks[1].gates[0].expand, net.linear[0]]
+    distances = [place.ctypes.data - net.stem.weight.ctypes.data for place in places]
+    assert all(distance % 64 == 0 for distance in distances)
+
+
+def with_checksum(content):
+    """The file of one who knows the format."""
+    size = len(content)
+    body = np.frombuffer(content[32:], "<u8")
+    total = sum((2 * i + 1) * int(word) for i, word in enumerate(body)) % 2**64
+    return content[:16] + struct.pack("<qQ", size, total) + content[32:]
+
+
+WHOLE = to_bytes(network())
+
+
+def test_the_checksum_is_as_documented():
+    assert with_checksum(WHOLE) == WHOLE
+
+
+DAMAGED = {
+    "nothing": (b"", "another kind of file"),
+    "another kind": (b"PK\x03\x04" + WHOLE[4:], "another kind of file"),
+    "a text file's line ends": (WHOLE.replace(b"\r\n", b"\n"), "another kind of file"),
+    "the first bytes": (WHOLE[:20], "only a part of a file"),
+    "half": (WHOLE[: len(WHOLE) // 2], "only a part of a file"),
+    "all but one byte": (WHOLE[:-1], "only a part of a file"),
+    "more": (WHOLE + bytes(64), "a damaged file"),
+    "a weight": (WHOLE[:2000] + bytes([WHOLE[2000] ^ 1]) + WHOLE[2001:], "a damaged file"),
+    "a newer version": (WHOLE[:8] + struct.pack("<q", 2) + WHOLE[16:], "a file of version 2"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_anything_else_is_refused_in_one_sentence(case, tmp_path):
+    content, message = DAMAGED[case]
+    with pytest.raises(InputError, match=f"^file: got [^\n]*{message}, expected [^\n]*$"):
+        from_bytes(content)
+    file = tmp_path / "encoder.sgx"
+    file.write_bytes(content)
+    with pytest.raises(InputError, match=f"encoder.sgx: got [^\n]*{message}, expected "):
+        load(file)
+    with pytest.raises(InputError, match=f"encoder.sgx: got [^\n]*{message}, expected "):
+        Kernel(network(), content, "portable", "encoder.sgx")
+
+
+@pytest.mark.parametrize("what", ["a folder", "nothing", None, 3])
+def test_what_is_no_file(what, tmp_path):
+    path = {"a folder": tmp_path, "nothing": tmp_path / "missing.sgx"}.get(what, what)
+    with pytest.raises(InputError, match="got no file that can be read"):
+        load(path)
+
+
+def test_whatever_bytes_are_changed_it_is_the_network_or_refused():
+    """With a checksum that fits, so that every check behind it is reached."""
+    words = 40 + 8 * struct.unpack_from("<q", WHOLE, 32)[0]
+    wrong = 0
+    values = (0, 1, -1, 2, 3, 7, 64, 2**31, 2**62, -(2**63))
+    for place in range(32, words, 8):
+        for value in values:
+            content = WHOLE[:place] + struct.pack("<q", value) + WHOLE[place + 8 :]
+            try:
+                Kernel(network(), with_checksum(content), "portable")
+            except InputError:
+                wrong += 1
+    assert wrong > 0.7 * (words - 32) / 8 * len(values)
+
+
+def altered(**changes):
+    """The second block with other convolutions."""
+    net = network()
+    return dataclasses.replace(
+        net, blocks=(net.blocks[0], dataclasses.replace(net.blocks[1], **changes))
+    )
+
+
+UNKNOWN = {
+    "kernels of 5": altered(
+        convolutions=(convolution(6, 7, 5), convolution(4, 6, 3), convolution(7, 4, 1))
+    ),
+    "a shortcut that is too narrow": altered(shortcut=convolution(6, 7, 1)),
+    "other channels": altered(
+        convolutions=(convolution(6, 8, 1), convolution(4, 6, 3), convolution(7, 4, 1))
+    ),
+    "a stride without a shortcut": altered(
+        convolutions=(convolution(6, 7, 1, 2), convolution(4, 6, 3), convolution(7, 4, 1))
+    ),
+    "no budget": network(budget=None),
+}
+
+
+@pytest.mark.parametrize("case", UNKNOWN)
+def test_a_network_that_the_kernel_does_not_run_is_refused(case):
+    with pytest.raises(InputError, match=r"file: got a .*, expected "):
+        Kernel(UNKNOWN[case], to_bytes(UNKNOWN[case]), "portable")
+
+
+def test_a_library_of_another_dtype_refuses_it():
+    with pytest.raises(InputError, match="got weights in bfloat16, expected float32"):
+        Kernel(network(), to_bytes(network(bfloat16=True)), "portable")
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    file = tmp_path / "encoder.sgx"
+    write_file(file, b"before")
+    write_file(file, WHOLE)
+    assert file.read_bytes() == WHOLE
+    with pytest.raises(InputError, match=r"cannot write .*no/encoder\.sgx"):
+        write_file(tmp_path / "no" / "encoder.sgx", WHOLE)
+    with pytest.raises(InputError, match="cannot write"):
+        write_file(tmp_path, WHOLE)
+    assert list(tmp_path.iterdir()) == [file]
