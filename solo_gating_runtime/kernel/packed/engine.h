@@ -193,17 +193,22 @@ class Engine {
     const Layout& l = *w.layout;
     const StemWeights& stem = net_->stem;
     const int64_t channels = stem.in_channels, plane = l.height * l.width;
-    bool finite = true;
+    Words odd{};  // not zero where a pixel is not finite
     for (int64_t y = team.begin(l.height); y < team.end(l.height); ++y) {
       const float* from = image + y * l.width;
       const int64_t place = (y + stem.padding) * l.stem.row + stem.padding * channels;
       for (int64_t x = 0; x < l.width; x += kLanes) {
         const int64_t count = std::min<int64_t>(kLanes, l.width - x);
+        Words pixels[3];
         for (int64_t c = 0; c < channels; ++c) {
+          const float* row = from + c * plane + x;
           Vec value{};
-          std::memcpy(&value, from + c * plane + x, count * sizeof(float));
-          const Words bad = value - value != Vec{};
-          for (int i = 0; i < kLanes; ++i) finite &= bad[i] == 0;
+          if (count == kLanes) {
+            value = load(row);
+          } else {
+            std::memcpy(&value, row, count * sizeof(float));
+          }
+          odd |= value - value != Vec{};
           if (stem.floats) {
             for (int64_t i = 0; i < count; ++i) {
               w.float_image.data()[place + (x + i) * channels + c] = value[i];
@@ -211,12 +216,21 @@ class Engine {
             continue;
           }
           const Words pixel = quantised_pixel(value * broadcast(stem.scale));
+          if (channels == 3) {
+            pixels[c] = pixel;
+            continue;
+          }
           for (int64_t i = 0; i < count; ++i) {
             w.image.data()[place + (x + i) * channels + c] = pixel[i];
           }
         }
+        if (channels == 3 && !stem.floats) {
+          store_pixels(pixels, count, w.image.data() + place + x * channels);
+        }
       }
     }
+    bool finite = true;
+    for (int i = 0; i < kLanes; ++i) finite &= odd[i] == 0;
     w.scratch[team.rank].finite = finite;
     team.wait();
     return std::all_of(w.scratch.begin(), w.scratch.begin() + team.size,
@@ -372,17 +386,30 @@ class Engine {
   // One row of the 3×3 max-pool of stride 2, from rows `first` to `last` of the last three.
   static void max_pool(Number* rows, int64_t size, int64_t first, int64_t last, int64_t width,
                        int64_t channels, int64_t pooled_width, Number* to) {
+    const int64_t row = first % 3 * size;
+    const int64_t more[2] = {std::min(first + 1, last) % 3 * size, last % 3 * size};
     Number* most = rows + 3 * size;
-    std::memcpy(most, rows + first % 3 * size, size * sizeof(Number));
-    for (int64_t r = first + 1; r <= last; ++r) {
-      const Number* row = rows + r % 3 * size;
-      for (int64_t i = 0; i < size; ++i) most[i] = std::max(most[i], row[i]);
+    int64_t i = 0;
+    for (; i + kRow <= size; i += kRow) {
+      const NumberRow value = largest(
+          load_as<NumberRow>(rows + row + i),
+          largest(load_as<NumberRow>(rows + more[0] + i), load_as<NumberRow>(rows + more[1] + i)));
+      std::memcpy(most + i, &value, sizeof value);
+    }
+    for (; i < size; ++i) {
+      most[i] = std::max(rows[row + i], std::max(rows[more[0] + i], rows[more[1] + i]));
     }
     for (int64_t x = 0; x < pooled_width; ++x, to += channels) {
       const Number* a = most + std::max<int64_t>(2 * x - 1, 0) * channels;
       const Number* b = most + 2 * x * channels;
       const Number* c = most + std::min(2 * x + 1, width - 1) * channels;
-      for (int64_t i = 0; i < channels; ++i) to[i] = std::max(std::max(a[i], b[i]), c[i]);
+      for (i = 0; i + kRow <= channels; i += kRow) {
+        const NumberRow value =
+            largest(load_as<NumberRow>(a + i),
+                    largest(load_as<NumberRow>(b + i), load_as<NumberRow>(c + i)));
+        std::memcpy(to + i, &value, sizeof value);
+      }
+      for (; i < channels; ++i) to[i] = std::max(a[i], std::max(b[i], c[i]));
     }
   }
 
@@ -460,16 +487,28 @@ class Engine {
   static void means(const MapLayout& map, const Number* x, float scale, float* means, Team team) {
     const float share =
         static_cast<float>(static_cast<double>(scale) / static_cast<double>(map.grid.pixels()));
-    const int64_t vectors = map.channels / kLanes;
-    for (int64_t v = team.begin(vectors); v < team.end(vectors); ++v) {
-      Sums sum{};
+    // Channels are added up in whole rows of numbers, those of the next pixel, too.
+    const int64_t pieces = ceil_div(map.channels, kRow);
+    for (int64_t i = team.begin(pieces); i < team.end(pieces); ++i) {
+      int32_t sums[kRow] = {};
+      HalfSums halves;
+      int64_t room = kMostHalves;
       for (int64_t y = 1; y <= map.grid.height; ++y) {
-        const Number* pixel = x + (y * (map.grid.width + 2) + 1) * map.channels + v * kLanes;
-        for (int64_t i = 0; i < map.grid.width; ++i, pixel += map.channels) {
-          sum += __builtin_convertvector(load_as<Numbers>(pixel), Sums);
+        const Number* pixel = x + (y * (map.grid.width + 2) + 1) * map.channels + i * kRow;
+        for (int64_t left = map.grid.width; left > 0;) {
+          const int64_t count = std::min(left, room);
+          for (int64_t p = 0; p < count; ++p, pixel += map.channels) halves.add(pixel);
+          left -= count;
+          room -= count;
+          if (room > 0) continue;
+          halves.flush(sums);
+          room = kMostHalves;
         }
       }
-      store(means + v * kLanes, to_floats(sum) * broadcast(share));
+      halves.flush(sums);
+      for (int64_t c = i * kRow; c < std::min((i + 1) * kRow, map.channels); ++c) {
+        means[c] = static_cast<float>(sums[c - i * kRow]) * share;
+      }
     }
   }
 

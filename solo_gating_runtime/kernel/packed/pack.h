@@ -59,10 +59,10 @@ inline const float* in_order(const std::vector<float>& numbers, Arena& arena) {
 // The column of a unit's rows that word `lane` of the q-th interleaved vector holds.
 inline std::vector<int64_t> columns_of_words() {
   Row rows[kGroup] = {};
-  Weight8 numbers[kRow], words[kGroup * kRow];
+  Weight8 numbers[kRow], words[4 * kRow];
   for (int64_t i = 0; i < kRow; ++i) numbers[i] = static_cast<Weight8>(i);
   for (Row& row : rows) std::memcpy(&row, numbers, sizeof row);
-  interleave(rows, words);
+  interleave(rows, words, words + 2 * kRow);
   std::vector<int64_t> columns;
   for (int64_t i = 0; i < kGroup * kLanes; ++i) columns.push_back(words[i * kGroup]);
   return columns;
@@ -205,41 +205,31 @@ struct OuterWeights {
     const int64_t group = cut.steps(kernel) * kPair * kRow;
     const Weight8* from = rows + unit * in_channels * row_size();
     const auto row = [&](int64_t j) { return from + chosen[j] * row_size(); };
+    // Steps of a group are a unit's first or only half.
     const auto put = [&](const Row* four, int64_t step) {
-      if constexpr (kUnitGroups == 1) {
-        interleave(four, to + step * kPair * kRow);
-      } else {
-        Weight8 all[kGroup * kRow];
-        interleave(four, all);
-        for (int64_t g = 0; g < kUnitGroups; ++g) {
-          std::memcpy(to + g * group + step * kPair * kRow, all + g * kPair * kRow,
-                      kPair * kRow * sizeof(Weight8));
-        }
-      }
+      interleave(four, to + step * kPair * kRow, to + group + step * kPair * kRow);
+    };
+    const auto fetch = [&](int64_t j) {
+      const char* soon = reinterpret_cast<const char*>(row(j));
+      const int64_t bytes = row_size() * sizeof(Weight8);
+      for (int64_t e = 0; e < bytes; e += kCacheLine) __builtin_prefetch(soon + e);
     };
     constexpr int64_t kWords = kQuad / kGroup;
+    const int64_t whole = number - cut.tails;
     for (int64_t q = begin; q < std::min(end, cut.quads); ++q) {
-      for (int64_t i = 0; i < kWords && q * kWords + i < cut.words; ++i) {
-        const int64_t first = q * kQuad + i * kGroup;
+      for (int64_t j = (q + 2) * kQuad; j < std::min((q + 3) * kQuad, number); ++j) fetch(j);
+      for (int64_t word = q * kWords; word < std::min((q + 1) * kWords, cut.words); ++word) {
         const Weight8* from_row[kGroup];
-        bool there[kGroup];
-        for (int64_t k = 0; k < kGroup; ++k) {
-          there[k] = first + k < number - cut.tails;
-          from_row[k] = row(there[k] ? first + k : first);
-          // Rows that come soon.
-          if (first + k + 2 * kQuad < number) {
-            const Weight8* soon = row(first + k + 2 * kQuad);
-            for (int64_t e = 0; e < row_size(); e += 64 / sizeof(Weight8)) {
-              __builtin_prefetch(soon + e);
-            }
-          }
-        }
+        const int64_t first = word * kGroup, there = std::min<int64_t>(kGroup, whole - first);
+        for (int64_t k = 0; k < kGroup; ++k) from_row[k] = row(first + (k < there ? k : 0));
         for (int64_t t = 0; t < taps; ++t) {
           Row four[kGroup];
-          for (int64_t k = 0; k < kGroup; ++k) {
-            four[k] = there[k] ? load_as<Row>(from_row[k] + t * kUnit) : Row{};
+#pragma GCC unroll 4
+          for (int64_t k = 0; k < kGroup; ++k) four[k] = load_as<Row>(from_row[k] + t * kUnit);
+          if (there < kGroup) {
+            for (int64_t k = there; k < kGroup; ++k) four[k] = Row{};
           }
-          put(four, (q * kWords + i) * taps + t);
+          put(four, word * taps + t);
         }
       }
     }

@@ -295,9 +295,9 @@ inline Row zip(Row a, Row b, std::index_sequence<I...>) {
 #endif
 }
 
-// kGroup rows become kGroup vectors of words with a number of each row. Which column of the rows a
-// word holds is up to the instructions.
-inline void interleave(const Row* rows, Weight8* to) {
+// kGroup rows become kGroup vectors of words with a number of each row, the first two to `first`
+// and the others to `second`. Which column of the rows a word holds is up to the instructions.
+inline void interleave(const Row* rows, Weight8* first, Weight8* second) {
   using All = std::make_index_sequence<kRow>;
   Row out[kGroup];
   if constexpr (kGroup == 4) {
@@ -311,13 +311,78 @@ inline void interleave(const Row* rows, Weight8* to) {
     out[0] = zip<1, false>(rows[0], rows[1], All{});
     out[1] = zip<1, true>(rows[0], rows[1], All{});
   }
-#pragma GCC unroll 4
-  for (int i = 0; i < kGroup; ++i) std::memcpy(to + i * kRow, &out[i], sizeof(Row));
+  for (int i = 0; i < kGroup; ++i) {
+    Weight8* to = i < 2 ? first + i * kRow : second + (i - 2) * kRow;
+    std::memcpy(to, &out[i], sizeof(Row));
+  }
 }
 
 // The chosen numbers of a row, one after another; may write whole vectors beyond the end.
 inline void compress(const Weight8* row, const int32_t* chosen, int64_t number, Weight8* to) {
   for (int64_t i = 0; i < number; ++i) to[i] = row[chosen[i]];
+}
+
+// ------------------------------------------------------------------------------------------------
+// Over all numbers of a map
+
+typedef Number NumberRow __attribute__((vector_size(kRow * sizeof(Number))));
+typedef uint16_t Halves __attribute__((vector_size(kRow * sizeof(Number))));
+
+// Sums of kRow numbers in 16 bits, of at most so many.
+constexpr int64_t kMostHalves = 256;
+
+struct HalfSums {
+  Halves even{}, odd{};
+
+  void add(const Number* from) {
+    const Halves numbers = load_as<Halves>(from);
+    if constexpr (sizeof(Number) == 1) {
+      even += numbers & 255;
+      odd += numbers >> 8;
+    } else {
+      even += numbers;
+    }
+  }
+
+  // Adds what there is to sums in 32 bits.
+  void flush(int32_t* sums) {
+    constexpr int kStep = sizeof(Number) == 1 ? 2 : 1;
+    for (int i = 0; i < kRow / kStep; ++i) {
+      sums[i * kStep] += even[i];
+      if (kStep == 2) sums[i * kStep + 1] += odd[i];
+    }
+    even = odd = Halves{};
+  }
+};
+
+// The largest of each two numbers.
+inline NumberRow largest(NumberRow a, NumberRow b) { return a > b ? a : b; }
+
+// Three channels of kLanes pixels, one pixel after another; may write one number, 128, beyond.
+inline void store_pixels(const Words* channels, int64_t count, Number* to) {
+  if constexpr (sizeof(Number) == 1) {
+    const Words pixels =
+        channels[0] | channels[1] << 8 | channels[2] << 16 | static_cast<int32_t>(128u << 24);
+#if defined(__AVX512VBMI__)
+    if (count == kLanes) {
+      alignas(64) static constexpr uint8_t kPlaces[64] = {
+          0,  1,  2,  4,  5,  6,  8,  9,  10, 12, 13, 14, 16, 17, 18, 20, 21, 22, 24, 25, 26, 28,
+          29, 30, 32, 33, 34, 36, 37, 38, 40, 41, 42, 44, 45, 46, 48, 49, 50, 52, 53, 54, 56, 57,
+          58, 60, 61, 62, 3,  3,  3,  3,  3,  3,  3,  3,  3,  3,  3,  3,  3,  3,  3,  3};
+      const __m512i packed =
+          _mm512_permutexvar_epi8(_mm512_load_si512(kPlaces), (__m512i)pixels);
+      _mm512_mask_storeu_epi8(to, 0x0000ffffffffffff, packed);
+      return;
+    }
+#endif
+    int32_t lanes[kLanes];
+    std::memcpy(lanes, &pixels, sizeof lanes);
+    for (int64_t i = 0; i < count; ++i) std::memcpy(to + 3 * i, lanes + i, 4);
+  } else {
+    for (int64_t i = 0; i < count; ++i) {
+      for (int c = 0; c < 3; ++c) to[3 * i + c] = channels[c][i];
+    }
+  }
 }
 
 }  // namespace gated
