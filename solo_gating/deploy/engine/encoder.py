@@ -98,7 +98,7 @@ class CompiledEncoder(nn.Module):
         Raises:
             InputError: for images of another kind.
         """
-        return self.features_and_masks(images)[0]
+        return _like(images, self._encoder(self._checked(images)))[0]
 
     def features_and_masks(self, images: Images) -> tuple[Images, tuple[Images, ...]]:
         """Features, and which channels were computed.
