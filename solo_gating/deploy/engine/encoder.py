@@ -272,8 +272,10 @@ def compile(
         path: "gated" or "dense".
         threshold: of the gates; None for the backbone's own.
         budget: that the gates are told, of a network trained for a range; None for the backbone's own.
-        dtype: "float32", or "bfloat16" to hold the convolutions' weights in half of the memory.
-            Sums and activations stay float32, but results change (docs/results/inference_speed.md says how much).
+        dtype: "float32"; "bfloat16" to hold the convolutions' weights in half of the memory, while sums
+            and activations stay float32; or "int8" to compute in 8-bit integers, much faster, with gates in
+            float32. The last two change results (docs/results/inference_speed.md and
+            docs/results/int8_accuracy.md say how much, `CompiledEncoder.report` for any encoder).
         calibration: for dtype="int8", some 256 images without labels, to find the range of each map (more
             are not used): a tensor or an array, N × C × H × W, float32, normalised as in training. Of a
             checkpoint also a folder of images, or a list of `key=value` as main_knn takes them,
