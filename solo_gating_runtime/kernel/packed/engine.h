@@ -4,8 +4,8 @@
 // All convolutions of a block but the last are dot products over input channels, of the chosen
 // output channels only. The last one adds up the outer products of the hidden map's words with the
 // chosen rows of its weights, which are packed into words for each image; scales, bias and shortcut
-// follow while sums are in registers. What is computed is in `network.py`, bit for bit, whatever the
-// instructions, the number of threads and the images beside one.
+// follow while sums are in registers. What is computed is in `network.py`, bit for bit, whatever
+// the instructions, the number of threads and the images beside one.
 
 #pragma once
 
@@ -448,8 +448,8 @@ class Engine {
         target.pixel = up_to(number, kQuad);
         clear_border(at.dots[k].out, target.y, target.pixel, team);
       }
-      dots(w, b.dots[k], at.dots[k], x, channels, read, choice[k], target,
-           last ? &b.last : nullptr, team);
+      dots(w, b.dots[k], at.dots[k], x, channels, read, choice[k], target, last ? &b.last : nullptr,
+           team);
       team.wait();
       x = target.y;
       channels = target.pixel;
@@ -588,9 +588,8 @@ class Engine {
         bias[m] = conv.bias[c];
         product.weights[m] = conv.weights + c * conv.row;
         const int64_t later = j + kQuad;
-        soon[m] = i + 1 < end && later < out.number
-                      ? conv.weights + out.channels[later] * conv.row
-                      : nullptr;
+        soon[m] = i + 1 < end && later < out.number ? conv.weights + out.channels[later] * conv.row
+                                                    : nullptr;
         if (!whole && to.tails > 0) {
           product.y[m] = to.tail + m * to.tail_plane;
         } else {
@@ -712,8 +711,7 @@ class Engine {
           const int64_t place = tile.y * columns + tile.x;
           product.main.x = hidden + quads.first() + place * kQuad;
           product.tail = hidden + place;
-          product.shortcut.x =
-              w.gathered.data() + (tile.y * shape.grid.width + tile.x) * kQuad;
+          product.shortcut.x = w.gathered.data() + (tile.y * shape.grid.width + tile.x) * kQuad;
           product.y = w.maps[at.out_map].data() + (place + columns + 1) * out.channels + v * kLanes;
           outer_tile_for(number, tile.rows, tile.columns)(product);
         }

@@ -115,8 +115,8 @@ struct DotShape {
     for (std::vector<DotTileShape>* list : {&tiles, &few_tiles}) {
       for (DotTileShape& tile : *list) {
         const int32_t* at = position.data() + tile.first;
-        tile.in_a_row = tile.first + tile.count <= number &&
-                        at[tile.count - 1] - at[0] == tile.count - 1;
+        tile.in_a_row =
+            tile.first + tile.count <= number && at[tile.count - 1] - at[0] == tile.count - 1;
       }
     }
   }
@@ -171,8 +171,7 @@ struct PackedLayout {
   int64_t largest_rows = 0;  // of four channels' weights of chosen inputs
   int64_t largest_channels = 0;
 
-  PackedLayout(const Network& net, int64_t height, int64_t width)
-      : height(height), width(width) {
+  PackedLayout(const Network& net, int64_t height, int64_t width) : height(height), width(width) {
     plan_stem(net);
     add_map(stem.out, net.stem.out_channels);
     for (const Block& block : net.blocks) plan_block(net, block);
@@ -213,8 +212,7 @@ struct PackedLayout {
     const auto waste = [&](int32_t size) {
       return stem.conv.width < size ? 1 << 30 : up_to(stem.conv.width, size) - stem.conv.width;
     };
-    const int32_t size =
-        waste(kStemPixels) <= waste(kStemPixelsFew) ? kStemPixels : kStemPixelsFew;
+    const int32_t size = waste(kStemPixels) <= waste(kStemPixelsFew) ? kStemPixels : kStemPixelsFew;
     for (int32_t x = 0; x < stem.conv.width; x += size) {
       stem.tiles.push_back({0, std::min<int32_t>(x, stem.conv.width - size), 1, size});
     }

@@ -233,8 +233,8 @@ struct OuterWeights {
         }
       }
     }
-    for (int64_t j = std::max(begin - cut.quads, int64_t{0}); j < std::min(end - cut.quads, cut.tails);
-         ++j) {
+    for (int64_t j = std::max(begin - cut.quads, int64_t{0});
+         j < std::min(end - cut.quads, cut.tails); ++j) {
       for (int64_t y = 0; y < kernel; ++y) {
         Row four[kGroup] = {};
         for (int64_t x = 0; x < kernel; ++x) {

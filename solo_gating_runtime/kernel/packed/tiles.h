@@ -14,7 +14,7 @@
 namespace gated {
 
 constexpr int kQuad = 4;
-constexpr int kPair = 2;                     // vectors of output channels in a group
+constexpr int kPair = 2;  // vectors of output channels in a group
 constexpr int kGroupChannels = kPair * kLanes;
 
 // Pixels of an outer product's tile: with two vectors of sums each, as many as registers hold.
@@ -181,15 +181,16 @@ void outer_tile(const OuterProduct& a) {
 // y[m][p] = clamp(⌊float(Σ_t Σ_c x[pixel[p] · channels + t · row + c] · w[m][t][c])
 //                  · multiplier[m] + bias[m]⌉)
 //
-// for a tile of output channels m and pixels p. The pixels of a kernel's row are one run of numbers:
-// t goes over its rows and c over kernel · channels, in whole vectors; weights beyond are zeros.
+// for a tile of output channels m and pixels p. The pixels of a kernel's row are one run of
+// numbers: t goes over its rows and c over kernel · channels, in whole vectors; weights beyond are
+// zeros.
 struct DotProduct {
   const Number* x;
-  const int32_t* pixel;  // the first one that each of the tile's pixels reads
-  int64_t channels;      // of x
-  int64_t row;           // from one row of x to the next
-  int64_t kernel;        // rows
-  int64_t run;           // numbers in each: whole vectors
+  const int32_t* pixel;                  // the first one that each of the tile's pixels reads
+  int64_t channels;                      // of x
+  int64_t row;                           // from one row of x to the next
+  int64_t kernel;                        // rows
+  int64_t run;                           // numbers in each: whole vectors
   const Weight8* weights[kDotChannels];  // of each output channel
   float multiplier[kLaneFactors], bias[kLaneFactors];  // of each sum: see set_factors
   // Tiles of four channels write these together, others apart.
@@ -236,9 +237,8 @@ void dot_tile(const DotProduct& a) {
       each<Pixels>([&](auto p) GATED_INLINE {
         Words value = load_words(x[p] + c);
         keep(value);
-        each<Channels>([&](auto m) GATED_INLINE {
-          sum[at(m, p)] = dot(sum[at(m, p)], value, weight[m]);
-        });
+        each<Channels>([&](auto m)
+                           GATED_INLINE { sum[at(m, p)] = dot(sum[at(m, p)], value, weight[m]); });
       });
     }
     each<Pixels>([&](auto p) GATED_INLINE { x[p] += a.row; });
@@ -256,8 +256,8 @@ void dot_tile(const DotProduct& a) {
     constexpr int kFirst = index * kLanes;
     const int from = kTogether ? 0 : kFirst;
     const Sums totals = total<std::min(kSums - kFirst, kLanes)>(sum + kFirst);
-    const Numbers numbers = quantise(to_floats(totals) * load(a.multiplier + from) +
-                                     load(a.bias + from));
+    const Numbers numbers =
+        quantise(to_floats(totals) * load(a.multiplier + from) + load(a.bias + from));
     std::memcpy(lanes + kFirst, &numbers, sizeof numbers);
   });
   if constexpr (kTogether) {

@@ -1,4 +1,5 @@
-// Instructions on vectors of 32-bit words that hold kGroup numbers each: all that engines differ in.
+// Instructions on vectors of 32-bit words that hold kGroup numbers each: all that engines differ
+// in.
 //
 //   kGroup  numbers of a map × weights   dot(sum, x, w)
 //   4       u8 × s8                      AVX-512 VNNI, AVX-VNNI, NEON's dot products
@@ -123,8 +124,7 @@ inline Sums dot(Sums sum, Words x, Words w) {
 #elif defined(__aarch64__)
 inline Sums dot(Sums sum, Words x, Words w) {
   const int16x8_t a = (int16x8_t)x, b = (int16x8_t)w;
-  return sum + (Sums)vpaddq_s32(vmull_s16(vget_low_s16(a), vget_low_s16(b)),
-                                vmull_high_s16(a, b));
+  return sum + (Sums)vpaddq_s32(vmull_s16(vget_low_s16(a), vget_low_s16(b)), vmull_high_s16(a, b));
 }
 #else
 inline Sums dot(Sums sum, Words x, Words w) {
@@ -157,12 +157,6 @@ inline Words shuffle(Words a, Words b) {
 // Lane i becomes the sum of the lanes i and i ^ Bit of `a`, or of `b` where i has the bit.
 template <size_t Bit, size_t... I>
 inline Words merge(Words a, Words b, std::index_sequence<I...>) {
-#if defined(__AVX512VBMI2__)
-  if constexpr (Bit == 1) {  // a shift across both is cheaper than a shuffle
-    return shuffle<((I & Bit ? kLanes : 0) + I)...>(a, b) +
-           (Words)_mm512_shldi_epi64((__m512i)b, (__m512i)a, 32);
-  }
-#endif
   return shuffle<((I & Bit ? kLanes : 0) + I)...>(a, b) +
          shuffle<((I & Bit ? kLanes : 0) + (I ^ Bit))...>(a, b);
 }
@@ -172,9 +166,46 @@ inline Words fold(Words a, std::index_sequence<I...>) {
   return a + shuffle<(I ^ Bit)...>(a, a);
 }
 
+#if defined(__AVX512BW__)
+// Four vectors' sums in each 128 bits.
+inline __m512i sums_of_four(const Words* vectors) {
+  const auto pair = [](Words first, Words second) {
+    const __m512i a = (__m512i)first, b = (__m512i)second;
+#if defined(__AVX512VBMI2__)
+    // A blend and a shift are cheaper than two shuffles.
+    return _mm512_add_epi32(_mm512_mask_blend_epi32(0xaaaa, a, b), _mm512_shldi_epi64(b, a, 32));
+#else
+    return _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+#endif
+  };
+  const __m512i a = pair(vectors[0], vectors[1]), b = pair(vectors[2], vectors[3]);
+#if defined(__AVX512VBMI2__)
+  const __m512d c = _mm512_castsi512_pd(a), d = _mm512_castsi512_pd(b);
+  return _mm512_add_epi32(_mm512_mask_blend_epi64(0xaa, a, b),
+                          _mm512_castpd_si512(_mm512_shuffle_pd(c, d, 0x55)));
+#else
+  return _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+#endif
+}
+
+inline Words sums_of_sixteen(const Words* vectors) {
+  const __m512i a = sums_of_four(vectors), b = sums_of_four(vectors + 4);
+  const __m512i c = sums_of_four(vectors + 8), d = sums_of_four(vectors + 12);
+  const __m512i ab =
+      _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x44), _mm512_shuffle_i32x4(a, b, 0xee));
+  const __m512i cd =
+      _mm512_add_epi32(_mm512_shuffle_i32x4(c, d, 0x44), _mm512_shuffle_i32x4(c, d, 0xee));
+  return (Words)_mm512_add_epi32(_mm512_shuffle_i32x4(ab, cd, 0x88),
+                                 _mm512_shuffle_i32x4(ab, cd, 0xdd));
+}
+#endif
+
 // Lane i of the result is the sum of the i-th vector's lanes, for i < Count ≤ kLanes.
 template <int Count, size_t Bit = 1>
 inline Words total(const Words* vectors) {
+#if defined(__AVX512BW__)
+  if constexpr (Count == 16 && Bit == 1) return sums_of_sixteen(vectors);
+#endif
   if constexpr (Bit == kLanes) {
     return vectors[0];
   } else {
@@ -217,9 +248,7 @@ inline Numbers quantise(Vec value) {
 #endif
 }
 
-inline Vec to_floats(Numbers numbers) {
-  return to_floats(__builtin_convertvector(numbers, Sums));
-}
+inline Vec to_floats(Numbers numbers) { return to_floats(__builtin_convertvector(numbers, Sums)); }
 
 // Which channel of a group lane i of its v-th vector holds: the order that comes of itself when
 // vectors are packed within each 128 bits.
@@ -238,8 +267,7 @@ inline void store_numbers(Number* to, const Vec* values) {
     const __m512 most = _mm512_set1_ps(kLargest);
     const __m512i low = _mm512_cvtps_epi32(_mm512_min_ps((__m512)values[0], most));
     const __m512i high = _mm512_cvtps_epi32(_mm512_min_ps((__m512)values[1], most));
-    const __m512i both =
-        _mm512_max_epi16(_mm512_packs_epi32(low, high), _mm512_setzero_si512());
+    const __m512i both = _mm512_max_epi16(_mm512_packs_epi32(low, high), _mm512_setzero_si512());
     if constexpr (sizeof(Number) == 1) {
       _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi16_epi8(both));
     } else {
@@ -369,8 +397,7 @@ inline void store_pixels(const Words* channels, int64_t count, Number* to) {
           0,  1,  2,  4,  5,  6,  8,  9,  10, 12, 13, 14, 16, 17, 18, 20, 21, 22, 24, 25, 26, 28,
           29, 30, 32, 33, 34, 36, 37, 38, 40, 41, 42, 44, 45, 46, 48, 49, 50, 52, 53, 54, 56, 57,
           58, 60, 61, 62, 3,  3,  3,  3,  3,  3,  3,  3,  3,  3,  3,  3,  3,  3,  3,  3};
-      const __m512i packed =
-          _mm512_permutexvar_epi8(_mm512_load_si512(kPlaces), (__m512i)pixels);
+      const __m512i packed = _mm512_permutexvar_epi8(_mm512_load_si512(kPlaces), (__m512i)pixels);
       _mm512_mask_storeu_epi8(to, 0x0000ffffffffffff, packed);
       return;
     }
