@@ -328,7 +328,9 @@ class Encoder:
         if not isinstance(images, np.ndarray):
             raise InputError(f"images: got {type(images).__name__}, expected NumPy arrays")
         self.check_images(images.shape, str(images.dtype))
-        batch = np.require(images, requirements=["C", "ALIGNED", "WRITEABLE"])
+        batch = images
+        if not (type(images) is np.ndarray and images.flags.carray):
+            batch = np.require(images, requirements=["C", "ALIGNED", "WRITEABLE", "ENSUREARRAY"])
         return self.backend.run(batch, self._decisions, int(self.threads), maps)
 
 

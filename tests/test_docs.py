@@ -201,6 +201,7 @@ def test_python_runs(page, as_ours, tmp_path, monkeypatch):
     shutil.copytree(CHECKPOINT.parent, run)
     images = torch.randn(2, 3, 16, 16)
     names = {"__name__": "block", "images": images, "one": images, "other": images + 1}
+    names |= {"unlabelled": torch.randn(32, 3, 16, 16), "labels": [0, 0]}
     for code in blocks(page, "python"):
         exec(compile(code, name_of(page), "exec"), names)
 

@@ -37,8 +37,9 @@ def calibration_images(
         InputError: for what cannot be used, or fewer than 32 images.
     """
     if isinstance(given, (Tensor, np.ndarray)):
-        images = torch.as_tensor(given).detach()
-        return _checked(_spread(images) if images.ndim else images, channels, smallest)
+        _check(tuple(given.shape), given.dtype, channels, smallest)
+        images = torch.as_tensor(given[_evenly(len(given))]).detach()
+        return _checked(images, channels, smallest)
     overrides = isinstance(given, Sequence) and not isinstance(given, (str, bytes))
     if overrides and all(isinstance(override, str) for override in given):
         folder = None
@@ -69,25 +70,24 @@ def calibration_images(
     return _checked(torch.stack(found), channels, smallest)
 
 
-def _spread(images: Tensor) -> Tensor:
-    """At most so many images as are used."""
-    return images[_evenly(len(images))] if len(images) > MOST_IMAGES else images
-
-
 def _evenly(number: int) -> list[int]:
     used = min(number, MOST_IMAGES)
     return [index * number // used for index in range(used)]
 
 
-def _checked(images: Tensor, channels: int, smallest: int) -> Tensor:
-    shape, dtype = tuple(images.shape), str(images.dtype).removeprefix("torch.")
+def _check(shape: tuple[int, ...], dtype: Any, channels: int, smallest: int) -> None:
     if len(shape) != 4 or shape[1] != channels or min(shape[2:]) < smallest:
         least = f" of at least {smallest} pixels" if smallest > 1 else ""
         raise InputError(
             f"calibration: got the shape {shape}, expected N × {channels} × H × W{least}"
         )
-    if dtype != "float32":
-        raise InputError(f"calibration: got {dtype}, expected float32, normalised as in training")
+    found = str(dtype).removeprefix("torch.")
+    if found != "float32":
+        raise InputError(f"calibration: got {found}, expected float32, normalised as in training")
+
+
+def _checked(images: Tensor, channels: int, smallest: int) -> Tensor:
+    _check(tuple(images.shape), images.dtype, channels, smallest)
     if len(images) < FEWEST_IMAGES:
         number = f"{len(images)} image" + "s" * (len(images) != 1)
         raise InputError(f"calibration: got {number}, expected {_expected()}")

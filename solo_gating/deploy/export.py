@@ -35,9 +35,10 @@ Formats:
                         vicreg_dual), which solo-learn's scripts read without this plugin
 
 With evaluate=true, or with data.train_path=..., data.val_path=... or dataset=cifar10, 1-NN
-accuracy before and after is measured on the validation images. The int8 formats need these: they are
-calibrated on calibration_images=256 of the training images, evenly spaced, without their labels, and
-compared with the float network on validation images. export.json says what was made.
+accuracy before and after is measured on the validation images. The int8 formats are calibrated on at
+most 256 images, evenly spread: those of a folder (calibration=PATH), else training images of the same
+data; without either they are refused. They are compared with the float network on validation images,
+without these on those of the folder. export.json says what was made.
 """
 
 import argparse
@@ -47,7 +48,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from ..backbones import TwoPathResNet
 from ..checkpoints.encoder import Encoder, encoder_of
@@ -66,6 +66,7 @@ from ..evaluate.table import figure
 from ..files import make_folder, write_bytes, write_json
 from ..flops import count_flops
 from ..process_state import process_state_kept
+from .calibration import calibration_images
 from .cpp import cpp_files
 from .dense import dense_network, dense_state_dict, solo_learn_args, solo_learn_checkpoint
 from .onnx import Runner, onnx_runner, openvino_runner, to_onnx, to_openvino
@@ -120,16 +121,17 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
         net, report = _static(options, encoder, size)
     report |= {"checkpoint": str(options.checkpoint), "resolution": [size, size]}
     images, real = _examples(evaluation, size)
-    if evaluation is None:
-        files = _contents(options, encoder, net, images, real, report)
-    else:
+    after = net
+    files: dict[str, bytes] = {}
+    if options.format in INT8:
+        given = overrides if options.calibration is None else options.calibration
+        calibration = calibration_images(given, encoder.checkpoint, 3)
+        files, after = _quantised(options, net, calibration, images if real else None, report)
+    if evaluation is not None:
         if options.policy is not None:
             _turn(evaluation.encoder.backbone, read_policy(options.policy))
-        after, files = net, {}
-        if options.format in INT8:
-            files, after = _quantised(options, net, images, evaluation, report)
         report |= _accuracies(evaluation, options.path, after)
-        files = files or _contents(options, encoder, net, images, real, report)
+    files = files or _contents(options, encoder, net, images, real, report)
     for name, content in files.items():
         write_bytes(options.output / name, content)
     write_json(options.output / "export.json", report)
@@ -147,11 +149,21 @@ def _check(options: argparse.Namespace, encoder: Encoder) -> None:
         raise InputError("policy: got one for the dense path, expected path=gated")
     if options.path == "gated" and options.policy is None and options.format != CPP:
         raise InputError("policy: missing, the gated path needs main_policy's policy.json")
-    at_least("calibration_images", options.calibration_images, 1)
-    if options.format in INT8 and not (options.evaluate or options.overrides):
+    if options.format not in INT8:
+        if options.calibration is not None:
+            raise InputError(
+                f"calibration: got a folder for format={options.format}, expected "
+                f"{' or '.join(INT8)}"
+            )
+    elif options.calibration is None and not (options.evaluate or options.overrides):
         raise InputError(
-            f"format: got {options.format}, which is calibrated on images, and no images; expected "
+            f"calibration: missing, {options.format} needs images; expected a folder, or "
             "evaluate=true for those of pre-training, or others, as with data.train_path=..."
+        )
+    elif options.calibration is not None and options.resolution is not None:
+        raise InputError(
+            f"resolution: got {options.resolution} with a folder of images, which have "
+            f"pre-training's {encoder.crop_size}; expected data.train_path=... instead of calibration"
         )
     if options.path == "gated" and options.format == "solo-learn":
         raise InputError("format: got solo-learn, which has no gated path; expected path=dense")
@@ -216,12 +228,14 @@ def _examples(evaluation: Evaluation | None, size: int) -> tuple[Tensor, bool]:
 def _quantised(
     options: argparse.Namespace,
     net: nn.Module,
-    images: Tensor,
-    evaluation: Evaluation,
+    calibration: Tensor,
+    images: Tensor | None,
     report: dict[str, Any],
 ) -> tuple[dict[str, bytes], nn.Module]:
     """The files of an int8 network, and that network; figures of the comparison go into the report."""
-    calibration = _spread(evaluation.loaders["train"], options.calibration_images)
+    kind = "calibration images" if images is None else "validation images"
+    if images is None:
+        images = calibration[:64]
     model = to_onnx(net, images)
     if options.format == "onnx-int8":
         quantiser = "onnxruntime"
@@ -237,7 +251,7 @@ def _quantised(
         "quantised_by": quantiser,
         "calibration_images": len(calibration),
         "feature_error": float((run(images) - expected).norm() / expected.norm()),
-        "feature_error_on": f"{len(images)} validation images",
+        "feature_error_on": f"{len(images)} {kind}",
     }
     return files, _Called(run)
 
@@ -252,14 +266,6 @@ class _Called(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.run(images.cpu()).to(images.device)
-
-
-def _spread(loader: DataLoader, number: int) -> Tensor:
-    """Images evenly spaced over a data set, since folders hold one class after another."""
-    dataset: Any = loader.dataset
-    indices = torch.linspace(0, len(dataset) - 1, min(number, len(dataset))).long().tolist()
-    images, _ = loader.collate_fn([dataset[index] for index in indices])
-    return images
 
 
 def _contents(
@@ -342,7 +348,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--multiple", type=int, default=8)
     made.add_argument("--format", choices=FORMATS, default="torch")
     made.add_argument("--resolution", type=int, help="default: pre-training's crop size")
-    made.add_argument("--calibration-images", type=int, default=256, help="int8 only")
+    made.add_argument("--calibration", type=user_path, help="a folder of images, int8 only")
     made.add_argument("--output", type=user_path, required=True)
     made.add_argument("--evaluate", action="store_true")
     made.add_argument("overrides", nargs="*", metavar="key=value")

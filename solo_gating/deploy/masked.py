@@ -14,6 +14,8 @@ from .engine.forks import one_thread_if_forked
 # A gate, the thresholds of its logits, and how many channels it chooses, or -1.
 _Rule = tuple[Gate, Tensor, int]
 
+Note = Callable[[int, Tensor, Tensor | None], None]
+
 # Images at a time: with more, maps leave the CPU's cache.
 _BATCH = 32
 
@@ -36,7 +38,7 @@ class MaskedNetwork:
         budget: float | None,
         *,
         masks: Sequence[Tensor] | None = None,
-        note: Callable[[int, Tensor], None] | None = None,
+        note: Note | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Features and masks of some images.
 
@@ -45,8 +47,9 @@ class MaskedNetwork:
             threshold: of the gates' logits.
             budget: that the gates are told.
             masks: for each gate B × channels, bool, instead of what the gates decide.
-            note: is told every map with its number, B × C × H × W, before masks are applied: 0 is the
-                stem's, then those of each block's convolutions follow.
+            note: is told every map with its number, B × C × H × W, and the mask that is applied next,
+                B × C, or None: 0 is what the first block reads, then the maps of each block's
+                convolutions follow.
 
         Returns:
             Features, B × F, and for each gate, or where it would be, a mask, B × channels, bool.
@@ -61,7 +64,7 @@ class MaskedNetwork:
             for begin in range(0, len(images), _BATCH):
                 part = slice(begin, begin + _BATCH)
                 own = None if masks is None else [mask[part] for mask in masks]
-                pieces.append(self._batch(images[part], rules, own, note))
+                pieces.append(self._batch(images[part].contiguous(), rules, own, note))
         features = torch.cat([features for features, _ in pieces])
         parts = zip(*(masks for _, masks in pieces), strict=True)
         return features, tuple(torch.cat(part) for part in parts)
@@ -71,14 +74,14 @@ class MaskedNetwork:
         images: Tensor,
         rules: Sequence[_Rule],
         masks: Sequence[Tensor] | None,
-        note: Callable[[int, Tensor], None] | None,
+        note: Note | None,
     ) -> tuple[Tensor, list[Tensor]]:
-        note = note or (lambda number, x: None)
+        note = note or (lambda number, x, mask: None)
         net = self._net
         x = convolved(net.stem, images).relu_()
-        note(0, x)
         if net.max_pool:
             x = F.max_pool2d(x, 3, 2, 1)
+        note(0, x, None)
         given: Iterator[Tensor] | None = None if masks is None else iter(masks)
         gates = iter(rules)
         used: list[Tensor] = []
@@ -93,12 +96,12 @@ class MaskedNetwork:
             out = x
             for conv, mask in zip(block.convolutions, own, strict=False):
                 out = convolved(conv, out).relu_()
-                note(number, out)
+                note(number, out, mask)
                 number += 1
                 out *= mask[:, :, None, None]
             shortcut = x if block.shortcut is None else convolved(block.shortcut, x)
             x = convolved(block.convolutions[-1], out).add_(shortcut).relu_()
-            note(number, x)
+            note(number, x, None)
             number += 1
             used += own
         features = x.mean((2, 3))

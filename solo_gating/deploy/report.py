@@ -1,6 +1,6 @@
 """What rounding weights and activations did to an encoder, on given images."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,6 +25,21 @@ class Rounded(Protocol):
 
     def features_and_masks(self, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Features, B × F, and for each gate a mask, B × channels, bool."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What an encoder with rounded weights was made of.
+
+    Attributes:
+        networks: the paths that the backbone has, in float32.
+        rounded: makes a path with rounded weights of one in float32.
+        calibration_images: how many `rounded` makes scales of; None for bfloat16.
+    """
+
+    networks: tuple[Network, ...]
+    rounded: Callable[[Network], Network]
+    calibration_images: int | None
 
 
 @dataclass(frozen=True)

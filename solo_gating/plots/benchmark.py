@@ -76,7 +76,7 @@ def _legend(rows: list[dict[str, Any]]) -> list[Line2D]:
             if dtype in dtypes
         ),
         Line2D([], [], color=NEUTRAL, lw=1, label="fastest dense engine"),
-        Line2D([], [], color=NEUTRAL, lw=1, ls="--", label="ceiling: its FLOPs alone"),
+        Line2D([], [], color=NEUTRAL, lw=1, ls="--", label="ceiling: by FLOPs alone"),
         *(
             Line2D([], [], label=ours.get(engine, engine), **_marked(engine, NEUTRAL))
             for engine in _MARKERS

@@ -17,6 +17,7 @@ def draw_sweep(
     target_budget: float | Sequence[float] | None,
     path: Path,
     title: str,
+    dial: str | None = "threshold",
 ) -> None:
     """Draw accuracy against FLOPs for the positions of the dial.
 
@@ -26,17 +27,23 @@ def draw_sweep(
         target_budget: t_d of the pre-training, drawn as a line, or its range; None for none.
         path: of the PNG.
         title: above the curve.
+        dial: what the gates are turned with, as `Gate.dial`.
     """
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axis = figure.subplots()
     shares = [100 * point["share"] for point in points]
     accuracies = [point["knn_top1"] for point in points]
-    turned = "threshold" if "budget" not in points[0] else "budget and threshold"
-    axis.plot(shares, accuracies, "-o", color=GATED, ms=4, label=f"gated path, {turned} turned")
+    turned = ["budget"] * ("budget" in points[0]) + ["threshold"] * (dial == "threshold")
+    axis.plot(
+        shares,
+        accuracies,
+        "-o",
+        color=GATED,
+        ms=4,
+        label=f"gated path, {' and '.join(turned)} turned",
+    )
     own = next(point for point in points if point["asked"] is None)
-    position = f"threshold {own['threshold']:g}"
-    if "budget" in own:
-        position = f"budget {own['budget']:g}, {position}"
+    position = ", ".join(f"{name} {own[name]:g}" for name in turned)
     axis.plot(
         100 * own["share"],
         own["knn_top1"],

@@ -15,7 +15,10 @@ from .style import DENSE, GATED, NEUTRAL
 
 
 def draw_curves(
-    folder: Path, target_budget: float | Sequence[float] | None, title: str
+    folder: Path,
+    target_budget: float | Sequence[float] | None,
+    title: str,
+    dial: str | None = "threshold",
 ) -> Path | None:
     """Draw `training.png` into a run's folder.
 
@@ -23,11 +26,16 @@ def draw_curves(
         folder: the run's folder.
         target_budget: t_d, drawn as a line, or its range; None for a method without gates.
         title: above the panels.
+        dial: what the gates are turned with, as `Gate.dial`: masks are named by a threshold only where
+            there is one.
 
     Returns:
         The picture's path; None if nothing was logged.
     """
     logs = read_logs(folder)
+    sampled, decided = (
+        (" (sampled masks)", " (thresholded masks)") if dial == "threshold" else ("", "")
+    )
     ssl = next((f"{name}_epoch" for name in SSL_LOSSES if f"{name}_epoch" in logs), None)
     panels: list[tuple[str, str, list[tuple[str, str, dict[str, Any]]]]] = [
         ("self-supervised loss", "loss", [(ssl or "", "SSL loss", {"color": NEUTRAL})]),
@@ -45,10 +53,10 @@ def draw_curves(
             [
                 (
                     "train_flops_share_epoch",
-                    "training (sampled masks)",
+                    f"training{sampled}",
                     {"color": GATED, "ls": "--"},
                 ),
-                ("val_flops_share", "validation (thresholded masks)", {"color": GATED}),
+                ("val_flops_share", f"validation{decided}", {"color": GATED}),
             ],
         ),
         (

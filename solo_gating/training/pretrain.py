@@ -31,6 +31,7 @@ from ..data import evaluation_loader, has_labels, place_of, training_loader
 from ..errors import InputError
 from ..evaluate.table import final_table, format_table
 from ..files import make_folder, read_json, remove_leftovers, write_json
+from ..gates import gate_class
 from ..metrics import data_of, pretraining_of
 from ..plots.training import draw_curves
 from ..process_state import process_state_kept
@@ -129,7 +130,9 @@ def _pretrain(cfg: DictConfig, run: ExitStack) -> dict[str, Any]:
         return metrics
 
     write_json(folder / "metrics.json", metrics)
-    picture = draw_curves(folder, (cfg.get("gating") or {}).get("target_budget"), cfg.name)
+    gating = cfg.get("gating") or {}
+    dial = gate_class(gating.get("gate", "channel")).dial
+    picture = draw_curves(folder, gating.get("target_budget"), cfg.name, dial)
     if cfg.final_knn.enabled:
         say(f"\n{format_table(table)}\n")
     say("\n".join(str(file) for file in (folder / "metrics.json", picture) if file))

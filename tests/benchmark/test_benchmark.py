@@ -1,5 +1,6 @@
 """What main_benchmark measures: encoders at wanted densities, fair turns, rows that add up."""
 
+import copy
 import importlib.metadata
 import importlib.util
 import json
@@ -305,15 +306,21 @@ def test_advice_names_what_is_fastest_and_what_in_float32():
 class RoundingEngine:
     """Gates whose logits rounding has shifted."""
 
-    budget = None
+    budget, engine, dtype = None, "avx2", "int8"
 
-    def __init__(self, backbone, shift):
-        self.backbone, self.shift, self.threshold = backbone, shift, 0.0
+    def __init__(self, backbone, shift, path="gated"):
+        self.backbone, self.shift, self.path, self.threshold = backbone, shift, path, 0.0
 
     def features_and_masks(self, images):
         self.backbone.threshold = self.threshold - self.shift
-        with torch.no_grad(), self.backbone.path("gated") as passes:
+        with torch.no_grad(), self.backbone.path(self.path) as passes:
             return self.backbone(images), passes[-1].masks
+
+    def __call__(self, images):
+        return self.features_and_masks(images)[0]
+
+    def report(self, images):
+        return f"report of {len(images)} images"
 
 
 def test_the_density_is_met_by_an_engines_own_masks(encoder, images):
@@ -323,6 +330,48 @@ def test_the_density_is_met_by_an_engines_own_masks(encoder, images):
     threshold = measuring._turn(engine, images[:8], 0.3)
     assert engine.threshold == threshold
     assert density_of(engine.features_and_masks(images[:8])[1]) == pytest.approx(0.3, abs=1e-3)
+
+
+def test_our_int8_engine_is_calibrated_turned_and_reported(encoder, images, dense, monkeypatch):
+    backbone = with_random_gates(encoder, images, 3, 0.3, seed=0)
+    case = measuring.Case(dense, (gated_case(backbone, images, 3, 0.3),), others=images[:20])
+    real, calibrated = measuring.compile_encoder, []
+
+    def compile(source, path="gated", *, dtype="float32", calibration=None):
+        assert (calibration is not None) == (dtype == "int8")
+        if dtype == "float32":
+            return real(source, path, engine="pytorch")
+        if few:
+            raise InputError("calibration: got 3 images, expected at least 32")
+        calibrated.append(len(calibration))
+        return RoundingEngine(copy.deepcopy(source), 0.2, path)
+
+    monkeypatch.setattr(measuring, "compile_encoder", compile)
+
+    def measured():
+        said, conditions = [], Conditions(1, time.process_time)
+        found = measuring.measure(
+            case, ("torch", "ours"), ("float32", "int8"), conditions, 0.1, said.append
+        )
+        return {(row["engine"], row["dtype"]): row for row in found}, said
+
+    few = False
+    found, said = measured()
+    assert calibrated == [64, 64]
+    assert said == ["report of 20 images"]
+    row = found["dynamic", "int8"]
+    assert row["realised_density"] == pytest.approx(0.3, abs=1e-3)
+    assert row["threshold"] == pytest.approx(0.2, abs=0.1)
+    assert 0.01 < row["flipped_masks"] < 0.3
+    assert row["feature_difference"] < 1e-5  # with its own masks
+    assert found["dense", "int8"]["baseline_dtype"] == "float32"
+
+    # An engine that cannot be had is left out, and that is said.
+    few = True
+    found, said = measured()
+    assert ("dense", "float32") in found
+    assert ("dense", "int8") not in found
+    assert said == ["ours in int8 is left out: calibration: got 3 images, expected at least 32"]
 
 
 def test_wrong_features_are_an_error_that_names_the_engine():
@@ -371,7 +420,7 @@ def test_a_random_encoder_end_to_end(tmp_path, monkeypatch, capsys):
     call(
         monkeypatch,
         *("random=true", "width=8", "densities=0.3", "batch=[1,3]", "--resolution", 16),
-        *("--seconds", 0.2, "--engines", "torch", "ours", f"output={tmp_path}"),
+        *("--seconds", 0.2, "--engines", "torch", "ours", "static", f"output={tmp_path}"),
         *("clock=cpu", "dtypes=[float32,bfloat16]"),
     )
     report = json.loads((tmp_path / "benchmark.json").read_text())

@@ -39,13 +39,13 @@ def test_the_files(dtype):
     assert "@MEAN@" not in example
 
 
-def test_the_command_writes_either_path(tmp_path):
+def test_the_command_writes_either_path(tmp_path, monkeypatch):
     run = save_run(run_config(tmp_path), tmp_path)
     for path in ("gated", "dense"):
         folder = tmp_path / path
-        main(
-            ["--checkpoint", str(run.checkpoint), "path=" + path, "format=cpp", f"output={folder}"]
-        )
+        arguments = ["--checkpoint", run.checkpoint, f"path={path}", "format=cpp"]
+        monkeypatch.setattr("sys.argv", [*map(str, ["x", *arguments]), f"output={folder}"])
+        main()
         assert json.loads((folder / "export.json").read_text())["path"] == path
         x = images(2)
         found = deploy.load(folder / "encoder.sgx")(x)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
+from PIL import Image
 from torch import nn
 from torchvision.models import resnet18
 
@@ -28,7 +29,7 @@ from solo_gating.flops import count_flops
 from solo_gating.gates import ChannelGate
 from solo_gating.main_export import main
 
-from ..support.encoders import digit_tensors, enliven, run_config, save_run
+from ..support.encoders import digit_tensors, digits, enliven, run_config, save_run
 
 
 def images(rows=slice(40)):
@@ -258,10 +259,10 @@ def test_the_dense_path_in_int8_is_near_the_float_one(
     call(
         monkeypatch,
         *("--checkpoint", run.checkpoint, "--path", "dense", "--output", tmp_path),
-        *("--format", format, "--evaluate", "--calibration-images", 20),
+        *("--format", format, "--evaluate"),
     )
     report = json.loads((tmp_path / "export.json").read_text())
-    assert report["calibration_images"] == 20
+    assert report["calibration_images"] == 96
     assert 0 < report["feature_error"] < 0.1
     assert report["knn_top1_after"] == pytest.approx(report["knn_top1_before"], abs=10)  # 31 images
 
@@ -276,6 +277,23 @@ def test_the_dense_path_in_int8_is_near_the_float_one(
     with torch.no_grad():
         expected = run.model.backbone(x).numpy()
     assert 0 < np.linalg.norm(found - expected) < 0.1 * np.linalg.norm(expected)
+
+
+def test_a_folder_of_photos_is_enough_to_quantise_on(run, tmp_path, monkeypatch, dense_onnx):
+    quantisable("onnx-int8")
+    monkeypatch.setattr(export, "to_onnx", lambda *args: dense_onnx)
+    for index, image in enumerate(digits(slice(40))[0]):
+        Image.fromarray(image).save(tmp_path / f"{index}.png")
+    call(
+        monkeypatch,
+        *("--checkpoint", run.checkpoint, "--calibration", tmp_path, "--format", "onnx-int8"),
+        *("--output", tmp_path / "out"),
+    )
+    report = json.loads((tmp_path / "out/export.json").read_text())
+    assert report["calibration_images"] == 40
+    assert report["feature_error_on"] == "40 calibration images"
+    assert 0 < report["feature_error"] < 0.1
+    assert "knn_top1_after" not in report
 
 
 def test_without_nncf_onnx_runtime_quantises_for_openvino(run, monkeypatch, dense_onnx):
@@ -355,8 +373,13 @@ def test_solo_learn_reads_the_dense_export_of_a_gated_run(tmp_path, monkeypatch)
         (("--path", "gated"), "policy: missing"),
         (("--format", "solo-learn"), "width 4"),
         (("--policy", "nowhere.json"), "policy: cannot read"),
-        (("--format", "onnx-int8"), "format: got onnx-int8, which is calibrated on images"),
-        (("--calibration-images", "0"), "calibration_images: got 0, expected an integer ≥ 1"),
+        (("--format", "onnx-int8"), "calibration: missing, onnx-int8 needs images"),
+        (("--calibration", "photos"), "calibration: got a folder for format=torch"),
+        (("--format", "onnx-int8", "--calibration", "nowhere"), "nowhere' is no folder"),
+        (
+            ("--format", "onnx-int8", "--calibration", ".", "--resolution", 8),
+            "resolution: got 8 with a folder of images, which have pre-training's 16",
+        ),
     ],
 )
 def test_a_mistake_is_one_sentence(run, tmp_path, monkeypatch, capsys, arguments, words):

@@ -95,7 +95,7 @@ def test_it_is_built_once(cache):
 
 def test_other_sources_flags_and_dtypes_have_files_of_their_own(cache, tmp_path, monkeypatch):
     compiled_without_warning()
-    deploy.compile(encoder(), dtype="bfloat16")
+    library.load_library("portable", "bfloat16")
     copy = tmp_path / "kernel-sources"
     shutil.copytree(library.SOURCES, copy)
     with (copy / "simd.h").open("a") as file:

@@ -145,19 +145,25 @@ class GatedCase:
 
 
 def gated_case(
-    backbone: TwoPathResNet, images: Tensor, batch: int, asked: float | None
+    backbone: TwoPathResNet,
+    images: Tensor,
+    batch: int,
+    asked: float | None,
+    calibration: Tensor | None = None,
 ) -> GatedCase:
     """Measure what a gated encoder does on a batch, and make the static networks.
 
     Args:
         backbone: with its gates and threshold as they are to be.
-        images: N × 3 × H × W, N ≥ 2, to choose the static networks' channels on, and to quantise on; the
-            first of them are the batch.
+        images: N × 3 × H × W, N ≥ 2, to choose the static networks' channels on; the first of them are
+            the batch.
         batch: B ≤ N.
         asked: as in `GatedCase`.
+        calibration: to quantise on; None for `images`.
     """
     size = (images.shape[-2], images.shape[-1])
     first = images[:batch]
+    calibration = images if calibration is None else calibration
     with torch.no_grad(), backbone.path("gated") as passes:
         features = backbone(first)
         masks = passes[-1].masks
@@ -166,10 +172,10 @@ def gated_case(
     found = extract(backbone, list(zip(images.split(64), labels.split(64), strict=True)), "gated")
     kept = kept_channels(policy_of(backbone, found, "", {}, None), flops, "dynamic")
     static, without = (
-        Network(Model(slice_encoder(backbone, kept, gates), images), first)
+        Network(Model(slice_encoder(backbone, kept, gates), calibration), first)
         for gates in (True, False)
     )
-    return GatedCase(asked, backbone, first, features, masks, flops, images, static, without)
+    return GatedCase(asked, backbone, first, features, masks, flops, calibration, static, without)
 
 
 def random_images(number: int, size: int, seed: int) -> Tensor:

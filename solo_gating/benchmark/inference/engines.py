@@ -15,7 +15,7 @@ from ..timing import Call, Clock, quickest
 from .cases import Network
 from .machine import computes_bfloat16
 
-OURS = "ours"
+OURS, STATIC = "ours", "static"
 DTYPES = ("float32", "bfloat16", "int8")
 
 
@@ -232,5 +232,5 @@ DENSE: dict[tuple[str, str], Callable[[Network, Conditions], Call]] = {
     ("openvino", "int8"): openvino_int8,
 }
 # Those of them that static networks run on.
-STATIC = ("onnxruntime", "openvino")
-ENGINES = (*dict.fromkeys(name for name, _ in DENSE), OURS)
+RUNTIMES = ("onnxruntime", "openvino")
+ENGINES = (*dict.fromkeys(name for name, _ in DENSE), OURS, STATIC)

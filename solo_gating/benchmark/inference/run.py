@@ -13,27 +13,32 @@ Every key may also be written as --key value, a list as --key a b, a switch as -
                         and are set to the densities: a third of a density is the same channels for all
                         images. Stem: cifar up to 64 pixels, imagenet above
     densities=[...]     shares of the channels to compute, of those that gates choose from
-    engines=[...]       of the following; the first four run the dense encoder, and the fastest of them
-                        is the baseline:
-        torch           PyTorch, in the faster memory format
+    engines=[...]       of the following; the first four run the dense encoder, and in each precision the
+                        fastest of them is the baseline:
+        torch           PyTorch, in the faster memory format; bfloat16 by autocast or converted
         compile         torch.compile; it needs a C++ compiler and a minute for each case
-        onnxruntime     ONNX Runtime
-        openvino        OpenVINO; where the CPU has bfloat16, this also, for bfloat16 rows to compare with
+        onnxruntime     ONNX Runtime; int8 by its quantiser
+        openvino        OpenVINO; int8 by NNCF's quantiser, or without it by ONNX Runtime's
         ours            dense                 our engine, all channels
-                        dynamic               our engine, for each image its own channels (float32, bfloat16)
-                        static                main_export keep=dynamic of the images: the smaller network
+                        dynamic               our engine, for each image its own channels
+        static          static                main_export keep=dynamic of the images: the smaller network
                                               on ONNX Runtime or OpenVINO, the faster of the two
-                        static without gates  the same with gates=drop: an approximation
+                        static without gates  the same with gates=drop: an approximation (also in int8)
                         dynamic on static     our engine on the smaller network
+    dtypes=[...]        float32, and of bfloat16 and int8 those that are wanted; bfloat16 of others' engines
+                        where the CPU has instructions for it
+    clock=cpu           CPU time of the process, with one thread, for machines that others use, too
     isa=avx2            keep to an instruction set (also: portable). ONNX Runtime cannot and is left out;
                         OpenVINO's convolutions can, its own kernels, as for pooling, cannot
 
-All engines take turns of 10 ms or one call in a new order each round, for seconds=20 per case or five rounds;
-speed-up is the median over rounds of baseline time / own time in the same round. The ceiling is dense FLOPs /
-FLOPs of what was computed, gates included (Amdahl), and efficiency is speed-up / ceiling. Every engine's
-features are compared with PyTorch's first. bfloat16 rows say how far theirs are off and how many masks
-flip (with random=true that is of random gates, and says nothing of trained ones). Writes benchmark.json and
-benchmark.png.
+All engines take turns, of as many calls for each, in a new order each round, for seconds=20 per case or five
+rounds; speed-up is the median over rounds of baseline time / own time in the same round, over the fastest dense
+engine of the same precision, and over that in float32. The ceiling is dense FLOPs / FLOPs of what was computed,
+gates included (Amdahl), by the engine's own decisions, and efficiency is speed-up / ceiling. Every engine's
+features are compared with PyTorch's first; in bfloat16 and int8 with those at the same masks, and how many
+decisions rounding flips is said (with random=true those of random gates, which decide on noise: that says
+nothing of trained ones). There each density is met by a threshold for the engine's own decisions. The last line
+says what is fastest here. Writes benchmark.json and benchmark.png.
 """
 
 import argparse
@@ -55,7 +60,7 @@ from ..machine import check_effort, cores, cpu_name, versions
 from ..timing import CLOCKS
 from .advice import advice
 from .cases import LEAST_WIDTH
-from .engines import DTYPES, ENGINES, OURS, Conditions
+from .engines import DTYPES, ENGINES, OURS, STATIC, Conditions
 from .machine import NOT_RESTRICTED
 from .measure import Case, measure
 from .sources import CheckpointSource, RandomSource
@@ -107,7 +112,12 @@ def benchmark(options: argparse.Namespace) -> dict[str, Any]:
             for threads in options.threads:
                 conditions = Conditions(threads, CLOCKS[options.clock])
                 rows = measure(
-                    Case(dense, gated), engines, dtypes, conditions, options.seconds, say_once
+                    Case(dense, gated, source.others(resolution)),
+                    engines,
+                    dtypes,
+                    conditions,
+                    options.seconds,
+                    say_once,
                 )
                 report["rows"] += rows
                 report["advice"].append(advice(rows))
@@ -151,9 +161,9 @@ def _check(options: argparse.Namespace) -> None:
     SEED.check("seed", options.seed)
     for name in options.engines:
         one_of("engines", name, ENGINES)
-    if not set(_engines(options)) - {OURS}:
+    if not set(_engines(options)) - {OURS, STATIC}:
         raise InputError(
-            "engines: got none to compare with, expected at least one besides ours"
+            "engines: got none to compare with, expected at least one besides ours and static"
             + (f", and not {', '.join(NOT_RESTRICTED)} with isa" if options.isa else "")
         )
     for dtype in options.dtypes:

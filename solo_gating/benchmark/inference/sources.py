@@ -4,12 +4,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from ...checkpoints.encoder import encoder_of
 from ...deploy.dense import dense_resnet
 from ...errors import InputError
-from ...evaluate.evaluation import evaluation_of
+from ...evaluate.evaluation import images_of
 from .cases import (
     GatedCase,
     Model,
@@ -21,8 +22,14 @@ from .cases import (
     with_threshold,
 )
 
+# On so many images static networks' channels are chosen, and networks are quantised.
 _CALIBRATION = 64
 _LARGEST_CIFAR = 64
+# On so many others what rounding does to a trained encoder.
+_REPORTED = 128
+# Of random encoders, whose gates are also balanced on them, that many where images are larger: enough
+# for random channels, and ResNet-50 at 224 pixels is ready in minutes.
+_LARGE_BALANCED, _LARGE_QUANTISED = 16, 32
 
 Batch = tuple[Network, tuple[GatedCase, ...]]
 
@@ -60,19 +67,24 @@ class RandomSource:
 
     def batches(self, resolution: int, sizes: list[int]) -> Iterator[Batch]:
         """The dense encoder and the gated ones, for each number of images."""
-        stem = self._stem or ("cifar" if resolution <= _LARGEST_CIFAR else "imagenet")
-        images = random_images(max(_CALIBRATION, *sizes), resolution, self._seed)
-        backbone = random_encoder(
-            self._backbone, self._width, stem, images[:_CALIBRATION], self._seed
-        )
-        dense = Model(dense_resnet(backbone), images[:_CALIBRATION])
+        small = resolution <= _LARGEST_CIFAR
+        stem = self._stem or ("cifar" if small else "imagenet")
+        balanced = _CALIBRATION if small else _LARGE_BALANCED
+        quantised = _CALIBRATION if small else _LARGE_QUANTISED
+        images = random_images(max(quantised, *sizes), resolution, self._seed)
+        calibration = images[:quantised]
+        backbone = random_encoder(self._backbone, self._width, stem, images[:balanced], self._seed)
+        dense = Model(dense_resnet(backbone), calibration)
         for size in sizes:
-            some = images[: max(_CALIBRATION, size)]
+            some = images[: max(balanced, size)]
             gated = []
             for density in self._densities:
                 net = with_random_gates(backbone, some, size, density, self._seed)
-                gated.append(gated_case(net, some, size, density))
+                gated.append(gated_case(net, some, size, density, calibration))
             yield Network(dense, images[:size]), tuple(gated)
+
+    def others(self, resolution: int) -> None:
+        """As in `measure.Case`."""
 
 
 class CheckpointSource:
@@ -120,21 +132,35 @@ class CheckpointSource:
         for size in sizes:
             some, first = images[: max(_CALIBRATION, size)], images[:size]
             gated = tuple(
-                gated_case(with_threshold(self._backbone, first, density), some, size, density)
+                gated_case(
+                    with_threshold(self._backbone, first, density),
+                    some,
+                    size,
+                    density,
+                    images[:_CALIBRATION],
+                )
                 for density in wanted
             )
             yield Network(dense, first), gated
+
+    def others(self, resolution: int) -> Tensor | None:
+        """As in `measure.Case`: validation images that nothing is calibrated on, if there are any."""
+        if not self._overrides:
+            return None
+        images = self._validation(resolution, 0, _CALIBRATION + _REPORTED)[_CALIBRATION:]
+        return images if len(images) else None
 
     def _images(self, resolution: int, least: int) -> Tensor:
         number = max(_CALIBRATION, least)
         if not self._overrides:
             return random_images(number, resolution, self._seed)
-        overrides = [
-            *(f"crop_size={resolution}", f"batch_size={number}"),
-            *("accelerator=cpu", "devices=1", *self._overrides),
-        ]
-        evaluation = evaluation_of(self._checkpoint, overrides, ("val",))
-        images, _ = next(iter(evaluation.loaders["val"]))
-        if len(images) < least:
-            raise InputError(f"batch: got {least}, there are {len(images)} validation images")
-        return images
+        return self._validation(resolution, least, number)
+
+    def _validation(self, resolution: int, least: int, number: int) -> Tensor:
+        """Validation images in an order that mixes their classes, always the same one."""
+        overrides = [f"crop_size={resolution}", *self._overrides]
+        dataset: Any = images_of(self._checkpoint, overrides, "val")
+        if len(dataset) < least:
+            raise InputError(f"batch: got {least}, there are {len(dataset)} validation images")
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
+        return torch.stack([dataset[index][0] for index in order[:number].tolist()])

@@ -6,6 +6,7 @@
 | `fold.py` | a backbone's weights with BatchNorms folded into the convolutions, as the runtime's network |
 | `known.py` | what `fold` takes for granted is checked here |
 | `fallback.py` | the kernel's computation in PyTorch, where there is no compiler |
+| `integer.py` | the same in int8 |
 
 The kernel, and what runs it without PyTorch, is the package `solo_gating_runtime`.
 """

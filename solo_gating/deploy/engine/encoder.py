@@ -1,7 +1,9 @@
 """`compile`: from a backbone or a checkpoint to a module that runs fast on a CPU."""
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,16 +14,21 @@ from torch import Tensor, nn
 from solo_gating_runtime.encoder import MOST_THREADS, Encoder, Kernel
 from solo_gating_runtime.file import from_bytes, read_file, to_bytes, write_file
 from solo_gating_runtime.library import BuildError, chosen_engine
-from solo_gating_runtime.network import MOST_CONVOLUTIONS, Floats
+from solo_gating_runtime.network import MOST_CONVOLUTIONS, Floats, Network
 
-from ...checks import one_of, require
+from ...checks import one_of, require, true_or_false
 from ...errors import InputError
+from ..calibration import calibration_images
+from ..quantise import quantise
+from ..report import Origin, Report, checked_labels, path_report
 from .fallback import TorchEngine
 from .fold import Folded, fold
 from .forks import one_thread_if_forked
+from .integer import IntegerEngine
+from .known import paths_of
 
 PYTORCH = "pytorch"  # instead of a kernel
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16", "int8")
 
 _UNKNOWN = (
     f"the kernel knows blocks of 2 to {MOST_CONVOLUTIONS} convolutions, 1×1 or 3×3, with gates that "
@@ -42,6 +49,7 @@ class CompiledEncoder(nn.Module):
 
     Args:
         encoder: the same for NumPy arrays, which does the work.
+        origin: what `report` compares it with; None for an encoder in float32, or from a file.
 
     Attributes:
         path: "gated" or "dense".
@@ -51,9 +59,9 @@ class CompiledEncoder(nn.Module):
         channels: for each gate, how many it chooses from.
     """
 
-    def __init__(self, encoder: Encoder):
+    def __init__(self, encoder: Encoder, origin: Origin | None = None):
         super().__init__()
-        self._encoder = encoder
+        self._encoder, self._origin = encoder, origin
         self.path, self.dtype, self.engine = encoder.path, encoder.dtype, encoder.engine
         self.features, self.channels = encoder.features, encoder.channels
 
@@ -90,7 +98,7 @@ class CompiledEncoder(nn.Module):
         Raises:
             InputError: for images of another kind.
         """
-        return self.features_and_masks(images)[0]
+        return _like(images, self._encoder(self._checked(images)))[0]
 
     def features_and_masks(self, images: Images) -> tuple[Images, tuple[Images, ...]]:
         """Features, and which channels were computed.
@@ -122,6 +130,43 @@ class CompiledEncoder(nn.Module):
         """
         return _like(images, *self._encoder.feature_maps(self._checked(images)))
 
+    def report(self, images: Images, labels: Sequence[int] | Tensor | None = None) -> Report:
+        """What rounding to int8 or bfloat16 did, compared with the encoder in float32.
+
+            print(fast.report(images, labels))
+
+        Of both paths, if the backbone has two: the other one is rounded in the same way, and is at its
+        own threshold and budget. Shares of decisions that changed, errors of features, and with labels
+        1-NN accuracies (`solo_gating.deploy.report.PathReport`).
+
+        Args:
+            images: N × C × H × W, float32; others than those of the calibration.
+            labels: N integers, negative where there is none. Each image then has the label of its
+                nearest neighbour among all others.
+
+        Raises:
+            InputError: for images of another kind, some with NaN or infinity, or an encoder without an
+                origin to be compared with.
+        """
+        if self._origin is None:
+            why = (
+                "is in float32" if self.dtype == "float32" else "comes from a file or has own gates"
+            )
+            raise InputError(
+                f"report: the encoder {why}; expected one that was compiled with dtype=int8 or bfloat16"
+            )
+        batch = torch.from_numpy(np.ascontiguousarray(self._checked(images)))
+        self._encoder.check_images(tuple(batch.shape), str(batch.dtype).removeprefix("torch."))
+        known = checked_labels(labels, batch)
+        paths = []
+        for net in self._origin.networks:
+            own: Any = self
+            if net.path != self.path:
+                rounded = self._origin.rounded(net)
+                own = _compiled(Folded(rounded, (None,) * len(rounded.gates)), self.engine)
+            paths.append(path_report(net, own, batch, known))
+        return Report(self.dtype, len(batch), self._origin.calibration_images, tuple(paths))
+
     def save(self, file: str | Path) -> None:
         """Write an .sgx file for `deploy.load`, or for `solo_gating_runtime.load` without PyTorch.
 
@@ -150,7 +195,9 @@ class CompiledEncoder(nn.Module):
 
     def extra_repr(self) -> str:
         """What `print` says."""
-        return self._encoder.description()
+        number = None if self._origin is None else self._origin.calibration_images
+        calibrated = "" if number is None else f", calibrated on {number} images"
+        return self._encoder.description() + calibrated
 
     def _checked(self, images: Any) -> Floats:
         if not isinstance(images, (Tensor, np.ndarray)):
@@ -200,6 +247,8 @@ def compile(
     threshold: float | None = None,
     budget: float | None = None,
     dtype: str = "float32",
+    calibration: Any = None,
+    float_stem: bool = False,
     engine: str | None = None,
 ) -> CompiledEncoder:
     """Make one path of an encoder fast on this CPU.
@@ -223,8 +272,15 @@ def compile(
         path: "gated" or "dense".
         threshold: of the gates; None for the backbone's own.
         budget: that the gates are told, of a network trained for a range; None for the backbone's own.
-        dtype: "float32", or "bfloat16" to hold the convolutions' weights in half of the memory.
-            Sums and activations stay float32, but results change (docs/results/inference_speed.md says how much).
+        dtype: "float32"; "bfloat16" to hold the convolutions' weights in half of the memory, while sums
+            and activations stay float32; or "int8" to compute in 8-bit integers, much faster, with gates in
+            float32. The last two change results (docs/results/inference_speed.md and
+            docs/results/int8_accuracy.md say how much, `CompiledEncoder.report` for any encoder).
+        calibration: for dtype="int8", some 256 images without labels, to find the range of each map (more
+            are not used): a tensor or an array, N × C × H × W, float32, normalised as in training. Of a
+            checkpoint also a folder of images, or a list of `key=value` as main_knn takes them,
+            `["data.train_path=..."]`, whose training images are taken; `[]` for those of pre-training.
+        float_stem: for dtype="int8", whether the first convolution stays in float32.
         engine: an instruction set ("avx512", "avx2" or "portable") or "pytorch"; None for what the
             environment's SOLO_GATING_ISA says, or the best that this CPU has.
 
@@ -232,12 +288,42 @@ def compile(
         InputError: for a source without that path or of another kind, or values not accepted.
     """
     one_of("dtype", dtype, DTYPES)
+    true_or_false("float_stem", float_stem)
+    if dtype != "int8" and (calibration is not None or float_stem):
+        key = "float_stem" if calibration is None else "calibration"
+        raise InputError(f"{key}: got one for dtype={dtype}, expected with dtype=int8")
+    if dtype == "int8" and calibration is None:
+        raise InputError(
+            "calibration: missing, dtype=int8 needs some 256 images to find the range of each map"
+        )
     backbone = source if isinstance(source, nn.Module) else _backbone(source)
     engine = chosen_engine(engine, dtype, also=(PYTORCH,))
     with one_thread_if_forked():
         folded = fold(backbone, path, threshold, budget)
-        network = replace(folded.network, bfloat16=dtype == "bfloat16")
-        return _compiled(replace(folded, network=network), engine)
+        if dtype == "float32":
+            return _compiled(folded, engine)
+        rounded, number = _bfloat16, None
+        if dtype == "int8":
+            if any(folded.modules):
+                raise InputError("dtype: got int8 for gates that do not say how they fold")
+            checkpoint = None if isinstance(source, nn.Module) else Path(source)
+            stem = folded.network.stem.weight
+            images = calibration_images(
+                calibration, checkpoint, stem.shape[1], folded.network.smallest_image
+            )
+            rounded, number = partial(quantise, images=images, float_stem=float_stem), len(images)
+        made = _compiled(replace(folded, network=rounded(folded.network)), engine)
+        if not any(folded.modules):
+            networks = tuple(
+                folded.network if other == path else fold(backbone, other).network
+                for other in paths_of(backbone)
+            )
+            made._origin = Origin(networks, rounded, number)
+        return made
+
+
+def _bfloat16(net: Network) -> Network:
+    return replace(net, bfloat16=True)
 
 
 def load(file: str | Path, engine: str | None = None) -> CompiledEncoder:
@@ -255,8 +341,7 @@ def load(file: str | Path, engine: str | None = None) -> CompiledEncoder:
     """
     content = read_file(file)
     net = from_bytes(content, str(file))
-    also = (PYTORCH,) if net.dtype in DTYPES else ()
-    name = chosen_engine(engine, net.dtype, also)
+    name = chosen_engine(engine, net.dtype, also=(PYTORCH,))
     with one_thread_if_forked():
         return _compiled(Folded(net, (None,) * len(net.gates)), name, content, str(file))
 
@@ -295,8 +380,6 @@ def _compiled(
             kernel = Kernel(net, content or to_bytes(net), name, file)
             return CompiledEncoder(Encoder(net, kernel, name, threads))
         except BuildError as error:
-            if net.dtype not in DTYPES:
-                raise
             warnings.warn(
                 f"solo-gating runs on PyTorch instead of its own kernel, more slowly: {error}",
                 RuntimeWarning,
@@ -304,4 +387,5 @@ def _compiled(
             )
     if content is not None:  # PyTorch wants arrays that may be written to
         folded = replace(folded, network=from_bytes(bytearray(content), file))
-    return CompiledEncoder(Encoder(net, TorchEngine(folded), PYTORCH, threads))
+    backend = IntegerEngine(folded.network) if net.dtype == "int8" else TorchEngine(folded)
+    return CompiledEncoder(Encoder(net, backend, PYTORCH, threads))

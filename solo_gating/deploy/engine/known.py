@@ -67,7 +67,7 @@ def check_network(backbone: nn.Module, path: str) -> None:
             f"backbone: got {cls.__name__} of {cls.__module__}, expected this package's "
             "ResNets and torchvision's resnet18, 34, 50 and 101, and no subclasses"
         )
-    accepted = _paths(backbone)
+    accepted = paths_of(backbone)
     if path not in accepted:
         raise InputError(
             f"path: got {path}, this {type(backbone).__name__} has {' and '.join(accepted)} only"
@@ -82,7 +82,8 @@ def named_blocks(encoder: Any) -> Iterator[tuple[str, Any]]:
             yield f"{stage}.{index}", block
 
 
-def _paths(backbone: nn.Module) -> tuple[str, ...]:
+def paths_of(backbone: nn.Module) -> tuple[str, ...]:
+    """The paths that a known network has, the gated one first."""
     if isinstance(backbone, TwoPathResNet):
         return ("gated", "dense")
     if isinstance(backbone, SlicedResNet) and backbone.gates:

@@ -192,6 +192,7 @@ def _sweep(
             target_budget,
             evaluation.folder / "sweep.png",
             f"{evaluation.encoder.args.get('name')}, one checkpoint",
+            backbone.gates[0].dial,
         )
     return dense, points
 
