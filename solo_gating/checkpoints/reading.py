@@ -246,6 +246,14 @@ _REPEATED = ("seed", "backbone", "data", "method_kwargs", "optimizer", "gating")
 _READING_FILES = re.compile(r"pretrained.*|weights.*|checkpoint_path")
 
 
+def trained_paths(group: Mapping[str, Any]) -> tuple[str, ...]:
+    """The paths that a run with a group `gating` trains, dense first; without views, both."""
+    taken = set(group.get("views") or PATHS)
+    if group.get("distillation_weight") is not None:
+        taken.add("gated")
+    return tuple(path for path in ("dense", "gated") if path in taken)
+
+
 def read_args(file: Path, key: str) -> DictConfig:
     """Read a pre-training's args.json, which is data: interpolations in it are plain text.
 

@@ -1,6 +1,7 @@
 """solo-learn's config schema: defaults and checks, before any long work begins."""
 
 import inspect
+import re
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ def prepare_config(cfg: DictConfig) -> DictConfig:
     for key in ("method", "backbone.name", "data.dataset", "data.train_path", "optimizer.name"):
         if OmegaConf.select(cfg, key, default=None) is None or OmegaConf.is_missing(cfg, key):
             raise InputError(f"{key}: missing, a pre-training config needs it")
-    refused = str(cfg.method).removesuffix("_dual").removesuffix("_gated")
+    refused = re.sub("_(dual|gated|distilled)$", "", str(cfg.method))
     if cfg.method not in METHODS and refused in REFUSED:
         raise InputError(
             f"method: got {cfg.method!r}, but {refused!r} cannot be gated: {REFUSED[refused]}"
@@ -103,7 +104,8 @@ def prepare_config(cfg: DictConfig) -> DictConfig:
         raise InputError("final_knn.enabled: got true, which needs data.val_path and labels")
 
     if cfg.method in GATED_METHODS:
-        gating = GatingConfig.from_config(cfg, GATED_METHODS[cfg.method].default_views)
+        method = GATED_METHODS[cfg.method]
+        gating = GatingConfig.from_config(cfg, method.default_views, method.distilled)
         check_gated_backbone(cfg)
         if gating.momentum_path != "dense" and "momentum" not in cfg:
             raise InputError(

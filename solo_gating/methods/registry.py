@@ -1,4 +1,4 @@
-"""Dual and gated versions of solo-learn's methods, by name."""
+"""Dual, gated and distilled versions of solo-learn's methods, by name."""
 
 import inspect
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..solo_learn import METHODS, SOLO_METHODS, BaseMethod, register
-from .gated import DualMethod, GatedMethod, GatedViewsMethod
+from .gated import DistilledMethod, DualMethod, GatedMethod, GatedViewsMethod
 
 GATED_METHODS: dict[str, type[GatedMethod]] = {}
 
@@ -27,7 +27,7 @@ REFUSED = {
 def register_gated(
     name: str, method: type[BaseMethod], dual: str = "", gated: str = ""
 ) -> tuple[type[Any], type[Any]]:
-    """Register `<name>_dual` and `<name>_gated`, gated versions of a method of solo-learn's.
+    """Register `<name>_dual`, `<name>_gated` and `<name>_distilled`, versions of a method of solo-learn's.
 
         MineDual, MineGated = register_gated("mine", Mine)
 
@@ -39,7 +39,7 @@ def register_gated(
         gated: one for the second.
 
     Returns:
-        Both classes.
+        The first two classes; `GATED_METHODS` has the third.
 
     Raises:
         InputError: for a method that cannot be gated; the message says why.
@@ -49,6 +49,12 @@ def register_gated(
     for kind, mixin, doc, default in (
         ("dual", DualMethod, dual, "with one view gated and one dense"),
         ("gated", GatedViewsMethod, gated, "with both views gated"),
+        (
+            "distilled",
+            DistilledMethod,
+            "",
+            "on dense views, to whose features a gated pass regresses",
+        ),
     ):
         title = f"{method.__name__}{kind.capitalize()}"
         content = {"__doc__": doc or f"{method.__name__} {default}.", "__module__": __package__}
