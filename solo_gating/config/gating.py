@@ -25,6 +25,7 @@ from ..flops import GRADIENTS
 from ..gates import Gate, check_gate_kwargs, gate_class
 
 MOMENTUM_PATHS = ("dense", "gated", "same")
+TRAINED = ("all", "gates")
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class GatingConfig:
             same view, in methods that have one (`*_distilled`); None elsewhere. Default there: 10.
         distillation_images: the share of each batch that takes the third pass; None as before.
             Default there: 1.
+        train: "all", or "gates" for gates and gated BatchNorms alone, of an encoder that exists
+            (`pretrained`): every weight and statistic of the dense path stays as it is.
         momentum_path: that of a momentum method's teacher: "dense", "gated", or "same" for that of
             the student's view with the same images. A config names it where it is not dense.
         budget_anneal: over this share of the run's epochs, once the gates are switched on, the
@@ -82,6 +85,7 @@ class GatingConfig:
     views: tuple[str, ...] = field(default=())
     distillation_weight: float | None = None
     distillation_images: float | None = None
+    train: str = "all"
     momentum_path: str = "dense"
     budget_anneal: float = 0.0
     budget_per_image: bool = False
@@ -133,8 +137,8 @@ class GatingConfig:
     def _written(self) -> dict[str, Any]:
         """As the config holds it: as ever, where nothing is new."""
         content = {**asdict(self), "views": list(self.views)}
-        for key in _OF_DISTILLATION:
-            if content[key] is None:
+        for key, absent in (*((key, None) for key in _OF_DISTILLATION), ("train", "all")):
+            if content[key] == absent:
                 del content[key]
         if self.momentum_path == "dense":  # which methods without a teacher need not say
             del content["momentum_path"]
@@ -167,6 +171,7 @@ class GatingConfig:
         for key in ("sparsity_weight", "bound_weight", "bound_decay", "weight_decay"):
             require(f"gating.{key}", getattr(self, key), is_not_negative, "a number ≥ 0")
         self._check_gate()
+        self._check_train(cfg)
         one_of("gating.momentum_path", self.momentum_path, MOMENTUM_PATHS)
         one_of("gating.bound_gradient", self.bound_gradient, GRADIENTS)
         require("gating.temperature", self.temperature, is_positive, "a number > 0")
@@ -193,6 +198,20 @@ class GatingConfig:
                 "gating.separate_bn: got true with no dense view in gating.views, "
                 "which would leave the dense path's BatchNorms untrained; expected false"
             )
+
+    def _check_train(self, cfg: DictConfig) -> None:
+        one_of("gating.train", self.train, TRAINED)
+        if self.train == "all":
+            return
+        found = None
+        if self.distillation_weight is None:
+            found = f"method {cfg.get('method')!r}, expected one that is *_distilled"
+        elif not self.separate_bn:
+            found = "gating.separate_bn=false, expected true: shared BatchNorms would change"
+        elif cfg.get("pretrained") is None:
+            found = "no pretrained, expected the dense encoder's file there"
+        if found:
+            raise InputError(f"gating.train: got gates with {found}")
 
     def _check_distillation(self, cfg: DictConfig, distilled: bool) -> None:
         if not distilled:

@@ -74,7 +74,10 @@ class GatedMethod(BaseMethod):
             "weight_decay": self.gating.weight_decay,
         }
         backbone["params"] = [p for p in parameters if p not in gates]
-        return [backbone, own, *others]
+        groups = [backbone, own, *others]
+        for group in groups:
+            group["params"] = [p for p in group["params"] if p.requires_grad]
+        return groups
 
     @property
     def _gate_parameters(self) -> set[nn.Parameter]:
@@ -333,6 +336,47 @@ class DistilledMethod(GatedMethod):
         loss = unexplained_variance(third.features, dense.features[:number], global_mean)
         self.log("train_unexplained_variance", loss.detach(), on_epoch=True)
         return third, told, weight * loss
+
+
+class LearntGates(GatedMethod):
+    """In front of a distilled method: with `gating.train=gates` its step is the third pass alone.
+
+    The dense path is then a teacher in evaluation mode, of the first view, and gates and gated
+    BatchNorms are what learns, beside solo-learn's online classifier. A step costs as much as 4 forward
+    passes.
+    """
+
+    def __init__(self, cfg: DictConfig):
+        super().__init__(cfg)
+        self._resting: list[nn.Module] = []
+        if self.gating.train == "gates":
+            learnt = {m for module in self.backbone.gated_only for m in module.modules()}
+            own = {p for module in learnt for p in module.parameters()}
+            for name, module in self.named_children():
+                if name != "classifier":
+                    for parameter in module.parameters():
+                        parameter.requires_grad_(parameter in own)
+            self._resting = [
+                m for m in self.backbone.modules() if m not in learnt and not list(m.children())
+            ]
+
+    def training_step(self, batch: list[Any], batch_idx: int) -> Any:
+        """The method's, or the gates' alone."""
+        if self.gating.train == "all":
+            return super().training_step(batch, batch_idx)
+        # Here, because it is Lightning that says when a model is in training mode.
+        for module in self._resting:
+            module.training = False
+        views, targets = batch[1], batch[-1]
+        images = views if isinstance(views, Tensor) else views[0]
+        epoch = max(0, self.current_epoch - self.gating.warmup_epochs)
+        budget, told = self.budget_of_step(epoch, targets)
+        with self.backbone.path("dense") as passes:
+            outs = self.base_training_step(images, targets)
+        third, told, loss = self.third_pass(views, passes[-1], told)
+        self.log("train_class_loss", outs["loss"].detach(), on_epoch=True)
+        self._remember([passes[-1], third], targets)
+        return outs["loss"] + loss + self.gate_losses([third], epoch, budget, told)
 
 
 def plain_method(method: type[Any]) -> type[Any]:

@@ -7,10 +7,11 @@ from typing import Any
 
 from ..errors import InputError
 from ..solo_learn import METHODS, SOLO_METHODS, BaseMethod, register
-from .gated import DistilledMethod, DualMethod, GatedMethod, GatedViewsMethod
+from .gated import DistilledMethod, DualMethod, GatedMethod, GatedViewsMethod, LearntGates
 
 GATED_METHODS: dict[str, type[GatedMethod]] = {}
 
+_DISTILLED = "on dense views, to whose features a gated pass regresses"
 _NO_CONTINUING = (
     "it makes its memory of other batches when training starts: no run could be continued"
 )
@@ -46,19 +47,14 @@ def register_gated(
     """
     _check(name, method)
     classes = []
-    for kind, mixin, doc, default in (
-        ("dual", DualMethod, dual, "with one view gated and one dense"),
-        ("gated", GatedViewsMethod, gated, "with both views gated"),
-        (
-            "distilled",
-            DistilledMethod,
-            "",
-            "on dense views, to whose features a gated pass regresses",
-        ),
+    for kind, bases, doc, default in (
+        ("dual", (method, DualMethod), dual, "with one view gated and one dense"),
+        ("gated", (method, GatedViewsMethod), gated, "with both views gated"),
+        ("distilled", (LearntGates, method, DistilledMethod), "", _DISTILLED),
     ):
         title = f"{method.__name__}{kind.capitalize()}"
         content = {"__doc__": doc or f"{method.__name__} {default}.", "__module__": __package__}
-        cls = type(title, (method, mixin), content)
+        cls = type(title, bases, content)
         GATED_METHODS[f"{name}_{kind}"] = cls
         register(f"{name}_{kind}", cls)
         classes.append(cls)
