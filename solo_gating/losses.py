@@ -1,7 +1,9 @@
-"""The two losses that make the gates choose: budget and bound."""
+"""The losses of the gates, budget and bound, and the regression to the dense path's features."""
 
 import math
+from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -43,3 +45,24 @@ def bound_loss(
     lower = F.relu(p * bound_target - channel_shares).square().mean()
     upper = F.relu(channel_shares - (1 - p + p * bound_target)).square().mean()
     return weight * (lower + upper)
+
+
+def unexplained_variance(
+    features: Tensor, target: Tensor, mean: Callable[[Tensor], Tensor] = lambda value: value
+) -> Tensor:
+    """mean_c E(f_c − t_c)² / (Var t_c + 10⁻⁴): the share of the target's variance that is not explained.
+
+    1 for features that are the target's mean, 0 for the target itself. (Cosine similarity would not
+    do: behind a ReLU all images' features are nearly parallel.)
+
+    Args:
+        features: f, B × C.
+        target: t, B × C; gets no gradient.
+        mean: makes a mean over this process's batch one over all processes.
+    """
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    features, target = features.to(dtype), target.detach().to(dtype)
+    centre = mean(target.mean(0))
+    variance = mean((target - centre).square().mean(0))
+    error = mean((features - target).square().mean(0))
+    return (error / (variance + 1e-4)).mean()

@@ -165,10 +165,10 @@ def test_the_readme_names_what_there_is():
     for row in ("methods", "with solo-learn ≥ 1.0.6", "backbones"):
         (line,) = re.findall(rf"^\| {row} \| (.*?) \|", text, re.M)
         names[row] = re.findall(r"`(\w+)`", line)
-    gated = {f"{name}_{kind}" for name in names["methods"] for kind in ("dual", "gated")}
-    later = {
-        f"{name}_{kind}" for name in names["with solo-learn ≥ 1.0.6"] for kind in ("dual", "gated")
-    }
+    gated, later = (
+        {f"{name}_{kind}" for name in names[row] for kind in ("dual", "gated", "distilled")}
+        for row in ("methods", "with solo-learn ≥ 1.0.6")
+    )
     assert gated <= set(GATED_METHODS)
     assert set(GATED_METHODS) - gated in (set(), later)
     plain = {name.removesuffix("_gated") for name in BACKBONES if name.endswith("_gated")}

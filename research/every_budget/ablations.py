@@ -18,8 +18,11 @@ from solo_gating import GATED_METHODS, METHODS
 from solo_gating.backbones import ForwardPass
 from solo_gating.backbones.paths import scope_of
 from solo_gating.budgets import BudgetSchedule
+from solo_gating.losses import unexplained_variance
 from solo_gating.main_pretrain import main
-from solo_gating.methods import GatedMethod, VICRegDual
+from solo_gating.methods import GatedMethod, VICRegDual, global_mean
+
+VICRegDistilled: Any = GATED_METHODS["vicreg_distilled"]
 
 
 class HalfDense(VICRegDual):
@@ -122,6 +125,50 @@ class Sandwich(VICRegDual):
         self.budget_schedule = SandwichSchedule(**asdict(self.budget_schedule))
 
 
+class DistilledProjections(VICRegDistilled):
+    """The projector's outputs are regressed to, not the backbone's."""
+
+    def third_pass(self, views: Any, dense: ForwardPass, told: Tensor | None) -> Any:
+        """With both passes' features projected."""
+        third, told, _ = super().third_pass(views, dense, told)
+        with torch.no_grad():
+            target = self.projector(dense.features[: len(third.features)])
+        found = self.projector(third.features)
+        loss = unexplained_variance(found, target, global_mean)
+        return third, told, self.gating.distillation_weight * loss
+
+
+class DistilledAcrossViews(VICRegDistilled):
+    """The second view's gated features regress to the first one's dense features."""
+
+    def third_pass(self, views: Any, dense: ForwardPass, told: Tensor | None) -> Any:
+        """With the views swapped."""
+        return super().third_pass(views[::-1], dense, told)
+
+
+class DistilledGates(VICRegDistilled):
+    """The regression's gradient reaches gates and gated BatchNorms only, not the shared weights."""
+
+    def third_pass(self, views: Any, dense: ForwardPass, told: Tensor | None) -> Any:
+        """With the shared weights as constants."""
+        own = self._gate_parameters | {
+            p
+            for block in self.backbone.gated_blocks
+            for norm in block.gated_norms
+            for p in norm.parameters()
+        }
+        weights = {
+            n: p for n, p in self.backbone.named_parameters() if p not in own and p.requires_grad
+        }
+        for weight in weights.values():
+            weight.requires_grad_(False)
+        try:
+            return super().third_pass(views, dense, told)
+        finally:
+            for weight in weights.values():
+                weight.requires_grad_(True)
+
+
 ABLATIONS: dict[str, type[GatedMethod]] = {
     "vicreg_half_dense": HalfDense,
     "vicreg_inherited_bn": InheritedBatchNorm,
@@ -130,6 +177,9 @@ ABLATIONS: dict[str, type[GatedMethod]] = {
     "vicreg_shuffled": Shuffled,
     "vicreg_log_uniform": LogUniform,
     "vicreg_sandwich": Sandwich,
+    "vicreg_distilled_projections": DistilledProjections,
+    "vicreg_distilled_across_views": DistilledAcrossViews,
+    "vicreg_distilled_gates": DistilledGates,
 }
 GATED_METHODS.update(ABLATIONS)
 METHODS.update(ABLATIONS)

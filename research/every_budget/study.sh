@@ -46,11 +46,12 @@ gaussian_blur:{prob:0.0},solarization:{prob:0.1},equalization:{prob:0.0},horizon
 *) sed -n '2,/^[^#]/{/^#/p}' "$0"; exit 2 ;;
 esac
 out=${OUT:-trained_models/study_$data}
-common+=(max_epochs="$epochs" check_val_every_n_epoch="$epochs")
 
 # The last two as in the runs of docs/results/every_budget.md.
 gated="gating.sparsity_weight=100 gating.warmup_epochs=$((epochs / 10)) gating.bound_gradient=all gating.weight_decay=1e-4"
 range="gating.target_budget=[0.05,0.9]"
+distilled="$range gating.budget_anneal=0.5 gating.budget_per_image=true method=vicreg_distilled"
+existing=$distilled
 annealed="$range gating.gate_kwargs.bias=4 gating.budget_anneal=0.5"
 declare -A overrides=(
     [fixed_0.1]="gating.target_budget=0.1" [fixed_0.3]="gating.target_budget=0.3" [fixed_0.5]="gating.target_budget=0.5"
@@ -69,26 +70,53 @@ declare -A overrides=(
     [annealed_detached]="$annealed method=vicreg_detached_dense"
     [annealed_half_dense]="$annealed method=vicreg_half_dense"
     [warm_half]="$range gating.gate_kwargs.bias=4 gating.warmup_epochs=$((epochs / 2)) method=vicreg_inherited_bn"
+    # In-place distillation. (`*_long`: half as many epochs more, a step's cost of 9 instead of 6.)
+    [distilled]="$distilled"
+    [distilled_w3]="$distilled gating.distillation_weight=3"
+    [distilled_w30]="$distilled gating.distillation_weight=30"
+    [distilled_half]="$distilled gating.distillation_images=0.5"
+    [distilled_quarter]="$distilled gating.distillation_images=0.25"
+    [distilled_no_anneal]="$distilled gating.budget_anneal=0"
+    [distilled_late]="$distilled gating.warmup_epochs=$((epochs / 2)) gating.budget_anneal=0.25"
+    [distilled_0.3]="$distilled gating.target_budget=0.3 gating.budget_per_image=false"
+    [distilled_top_k]="$distilled gating.gate=top_k"
+    [distilled_slimmable]="$distilled gating.gate=fixed"  # universally slimmable, between convolutions
+    [distilled_projections]="$distilled method=vicreg_distilled_projections"
+    [distilled_across_views]="$distilled method=vicreg_distilled_across_views"
+    [distilled_gates]="$distilled method=vicreg_distilled_gates"
+    [any_long]="$range gating.budget_anneal=0.5 gating.budget_per_image=true"
+    # The dense run of the same seed made gated, in so many epochs: gates alone, or all weights.
+    [existing_gates_1]="$existing gating.train=gates" [existing_gates_3]="$existing gating.train=gates"
+    [existing_gates_10]="$existing gating.train=gates"
+    [existing_all_3]="$existing gating.train=all" [existing_all_10]="$existing gating.train=all"
     # Dense networks of the FLOPs that the shares mean: width × √share.
-    [dense]="" [dense_0.1]="" [dense_0.3]="" [dense_0.5]=""
+    [dense]="" [dense_0.1]="" [dense_0.3]="" [dense_0.5]="" [dense_long]="" [dense_0.3_long]="" [dense_0.1_long]=""
 )
 default="dense fixed_0.1 fixed_0.3 fixed_0.5 range range_untold annealed annealed_only any annealed_slow annealed_log_uniform annealed_sandwich annealed_shuffled annealed_lambda_5 annealed_per_image annealed_diverse annealed_detached annealed_half_dense warm_half dense_0.1 dense_0.3 dense_0.5"
+later="distilled distilled_w3 distilled_w30 distilled_half distilled_quarter distilled_no_anneal distilled_late distilled_0.3 distilled_top_k distilled_slimmable distilled_projections distilled_across_views distilled_gates any_long dense_long dense_0.3_long dense_0.1_long existing_gates_1 existing_gates_3 existing_gates_10 existing_all_3 existing_all_10"
 read -r -a variants <<<"${VARIANTS:-$default}"
 for variant in "${variants[@]}"; do
-    [ -n "${overrides[$variant]+known}" ] || { echo "error: VARIANTS: found $variant, expected $default" >&2; exit 2; }
+    [ -n "${overrides[$variant]+known}" ] || { echo "error: VARIANTS: found $variant, expected $default $later" >&2; exit 2; }
 done
 
 study() { # variant, seed, overrides
-    local variant=$1 seed=$2 folder words checkpoint run_width=$width; shift 2
+    local variant=$1 seed=$2 folder words checkpoint run_width=$width length=$epochs share; shift 2
+    [[ $variant != *_long ]] || length=$((epochs * 3 / 2))
+    [[ $variant != existing_* ]] || length=${variant##*_}
     folder="$out/$variant/seed_$seed"
-    local run=(name="$variant" seed="$seed" checkpoint.dir="$folder" auto_resume.enabled=true "${common[@]}")
+    local run=(name="$variant" seed="$seed" checkpoint.dir="$folder" auto_resume.enabled=true "${common[@]}"
+        max_epochs="$length" check_val_every_n_epoch="$length")
     if [[ $variant == dense* ]]; then
         run=("${dense[@]}" "${run[@]}")
-        [ "$variant" = dense ] ||
-            run_width=$("$python" -c "print(round($width * ${variant#dense_} ** 0.5))")
+        share=${variant%_long} share=${share#dense}
+        [ -z "$share" ] || run_width=$("$python" -c "print(round($width * ${share#_} ** 0.5))")
     else
         read -r -a words <<<"$gated ${overrides[$variant]}"
         run=("$dual" "${run[@]}" "${words[@]}")
+        if [[ $variant == existing_* ]]; then
+            checkpoint=$(finished "$out/dense/seed_$seed")/last.ckpt || { echo "needs dense, seed $seed" >&2; return 1; }
+            run+=(pretrained="$checkpoint" gating.warmup_epochs=0 scheduler.warmup_epochs=0)
+        fi
     fi
     finished "$folder" >/dev/null ||
         "$python" research/every_budget/ablations.py --config-name "${run[@]}" backbone.kwargs.width="$run_width" "$@" ||

@@ -13,7 +13,13 @@ from ..checks import shown
 from ..errors import InputError
 from ..metrics import pretraining_of
 from ..solo_learn import METHODS, BaseMethod
-from .reading import args_beside, check_architecture, read_checkpoint, weights_of
+from .reading import (
+    args_beside,
+    check_architecture,
+    read_checkpoint,
+    trained_paths,
+    weights_of,
+)
 
 HEADS = ("backbone", "projector")
 
@@ -41,8 +47,7 @@ class Encoder:
         """The paths that pre-training took, dense first; ("dense",) for a network with one."""
         if not isinstance(self.backbone, TwoPathResNet):
             return ("dense",)
-        views = (self.args.get("gating") or {}).get("views") or PATHS
-        return tuple(path for path in ("dense", "gated") if path in views)
+        return trained_paths(self.args.get("gating") or {})
 
     def paths(self, wanted: str) -> tuple[str, ...]:
         """The paths that a config's `path` means.

@@ -42,6 +42,32 @@ def read_checkpoint(path: str | Path, key: str) -> dict[str, Any]:
     Raises:
         InputError: if there is no such file, it is damaged, or it is no checkpoint.
     """
+    content = _read(path, key)
+    _check_content(content, f"{key}: {str(path)!r}")
+    return content
+
+
+def read_weights(path: str | Path, key: str) -> dict[str, Tensor]:
+    """The weights of a checkpoint, or of a file that holds nothing but weights.
+
+    Args:
+        path: a checkpoint with `state_dict`, or a bare state dict.
+        key: the config key that names it, for messages.
+
+    Returns:
+        Names and dense tensors that hold all their values.
+
+    Raises:
+        InputError: as `read_checkpoint`.
+    """
+    content = _read(path, key)
+    if isinstance(content, dict) and "state_dict" not in content:
+        content = {"state_dict": content}
+    _check_content(content, f"{key}: {str(path)!r}")
+    return content["state_dict"]
+
+
+def _read(path: str | Path, key: str) -> Any:
     if not os.path.isfile(path):  # of a path that is too long, too
         raise InputError(f"{key}: {str(path)!r} is not a file")
     cannot = f"{key}: cannot read {str(path)!r} as a checkpoint"
@@ -65,7 +91,6 @@ def read_checkpoint(path: str | Path, key: str) -> dict[str, Any]:
         raise InputError(
             f"{cannot} (it is damaged, or not in the zip format of torch.save)"
         ) from error
-    _check_content(content, f"{key}: {str(path)!r}")
     return content
 
 
@@ -151,7 +176,7 @@ def check_architecture(
                 "config"
             )
     for name, value in theirs.items():
-        if reason := _no_weight(name, value, ours[name].dtype):
+        if reason := no_weight(name, value, ours[name].dtype):
             raise InputError(f"checkpoint {str(path)!r} cannot be used: {name} {reason}")
 
 
@@ -160,7 +185,7 @@ def weights_of(state: Mapping[str, Tensor], parts: Collection[str] | None) -> di
     return {n: value for n, value in state.items() if parts is None or n.split(".")[0] in parts}
 
 
-def _no_weight(name: str, value: Tensor, dtype: torch.dtype) -> str | None:
+def no_weight(name: str, value: Tensor, dtype: torch.dtype) -> str | None:
     """Why a tensor is no weight of a dtype; None if it is one."""
     if not dtype.is_floating_point:
         same = value.dtype == dtype or (_is_integer(value.dtype) and _is_integer(dtype))
@@ -244,6 +269,14 @@ _NEEDED = ("method", "backbone.name", "data.dataset", "data.num_classes")
 _REPEATED = ("seed", "backbone", "data", "method_kwargs", "optimizer", "gating")
 # Arguments with which timm's and torchvision's networks read or download files.
 _READING_FILES = re.compile(r"pretrained.*|weights.*|checkpoint_path")
+
+
+def trained_paths(group: Mapping[str, Any]) -> tuple[str, ...]:
+    """The paths that a run with a group `gating` trains, dense first; without views, both."""
+    taken = set(group.get("views") or PATHS)
+    if group.get("distillation_weight") is not None:
+        taken.add("gated")
+    return tuple(path for path in ("dense", "gated") if path in taken)
 
 
 def read_args(file: Path, key: str) -> DictConfig:

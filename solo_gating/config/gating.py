@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ..backbones import checked_path
 from ..budgets import RANGE, BudgetSchedule, Range, is_range
+from ..checkpoints.reading import trained_paths
 from ..checks import (
     at_least,
     is_not_negative,
@@ -24,6 +25,7 @@ from ..flops import GRADIENTS
 from ..gates import Gate, check_gate_kwargs, gate_class
 
 MOMENTUM_PATHS = ("dense", "gated", "same")
+TRAINED = ("all", "gates")
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,12 @@ class GatingConfig:
         separate_bn: whether the gated path has its own BatchNorms. Default: if a view is dense.
         warmup_epochs: epochs at the start in which every view is dense and the gates rest.
         views: the path of each view, "gated" or "dense". Default: the method's.
+        distillation_weight: w of the regression of a third, gated pass to the dense features of the
+            same view, in methods that have one (`*_distilled`); None elsewhere. Default there: 10.
+        distillation_images: the share of each batch that takes the third pass; None as before.
+            Default there: 1.
+        train: "all", or "gates" for gates and gated BatchNorms alone, of an encoder that exists
+            (`pretrained`): every weight and statistic of the dense path stays as it is.
         momentum_path: that of a momentum method's teacher: "dense", "gated", or "same" for that of
             the student's view with the same images. A config names it where it is not dense.
         budget_anneal: over this share of the run's epochs, once the gates are switched on, the
@@ -57,8 +65,8 @@ class GatingConfig:
         budget_embedding: whether the gates are told the budget of a range. Without it the network
             cannot be set to a budget later; its threshold can.
 
-    The last three are of no published run; a config with a number for a budget that leaves them at
-    their defaults does not name them.
+    The last three and the distillation's are of no published run; a config with a number for a budget
+    that leaves them at their defaults does not name them.
     """
 
     target_budget: float | Range = 0.5
@@ -75,19 +83,25 @@ class GatingConfig:
     separate_bn: bool | None = None
     warmup_epochs: int = 0
     views: tuple[str, ...] = field(default=())
+    distillation_weight: float | None = None
+    distillation_images: float | None = None
+    train: str = "all"
     momentum_path: str = "dense"
     budget_anneal: float = 0.0
     budget_per_image: bool = False
     budget_embedding: bool = True
 
     @classmethod
-    def from_config(cls, cfg: DictConfig, default_views: tuple[str, ...]) -> "GatingConfig":
+    def from_config(
+        cls, cfg: DictConfig, default_views: tuple[str, ...], distilled: bool = False
+    ) -> "GatingConfig":
         """Read and check `cfg.gating`, and write the complete group back into the config.
 
         Args:
             cfg: a whole config; `data.num_large_crops` and `num_small_crops` say how many views
                 there are.
             default_views: the method's views, where the config names none.
+            distilled: whether the method has a third pass, whose features regress to the dense ones.
 
         Raises:
             InputError: naming the key, what was found and what is accepted.
@@ -111,7 +125,10 @@ class GatingConfig:
         given.setdefault("separate_bn", "dense" in views)
         if is_range(given.get("target_budget")):
             given["target_budget"] = tuple(given["target_budget"])
+        if distilled:
+            given = {"distillation_weight": 10.0, "distillation_images": 1.0, **given}
         gating = cls(**given, views=views)
+        gating._check_distillation(cfg, distilled)
         gating._check(cfg)
         gating._check_backbone(cfg)
         cfg.gating = gating._written()
@@ -120,6 +137,9 @@ class GatingConfig:
     def _written(self) -> dict[str, Any]:
         """As the config holds it: as ever, where nothing is new."""
         content = {**asdict(self), "views": list(self.views)}
+        for key, absent in (*((key, None) for key in _OF_DISTILLATION), ("train", "all")):
+            if content[key] == absent:
+                del content[key]
         if self.momentum_path == "dense":  # which methods without a teacher need not say
             del content["momentum_path"]
         if self.budget_range is None:
@@ -151,6 +171,7 @@ class GatingConfig:
         for key in ("sparsity_weight", "bound_weight", "bound_decay", "weight_decay"):
             require(f"gating.{key}", getattr(self, key), is_not_negative, "a number ≥ 0")
         self._check_gate()
+        self._check_train(cfg)
         one_of("gating.momentum_path", self.momentum_path, MOMENTUM_PATHS)
         one_of("gating.bound_gradient", self.bound_gradient, GRADIENTS)
         require("gating.temperature", self.temperature, is_positive, "a number > 0")
@@ -170,13 +191,50 @@ class GatingConfig:
                 f"gating.views: got {len(self.views)} ({', '.join(self.views)}), "
                 f"augmentations make {crops} crops, and each needs its path"
             )
-        if "gated" not in self.views:
+        if "gated" not in self.views and self.distillation_weight is None:
             raise InputError("gating.views: got no gated view, expected at least one")
         if self.separate_bn and "dense" not in self.views:
             raise InputError(
                 "gating.separate_bn: got true with no dense view in gating.views, "
                 "which would leave the dense path's BatchNorms untrained; expected false"
             )
+
+    def _check_train(self, cfg: DictConfig) -> None:
+        one_of("gating.train", self.train, TRAINED)
+        if self.train == "all":
+            return
+        found = None
+        if self.distillation_weight is None:
+            found = f"method {cfg.get('method')!r}, expected one that is *_distilled"
+        elif not self.separate_bn:
+            found = "gating.separate_bn=false, expected true: shared BatchNorms would change"
+        elif cfg.get("pretrained") is None:
+            found = "no pretrained, expected the dense encoder's file there"
+        if found:
+            raise InputError(f"gating.train: got gates with {found}")
+
+    def _check_distillation(self, cfg: DictConfig, distilled: bool) -> None:
+        if not distilled:
+            for key in _OF_DISTILLATION:
+                if getattr(self, key) is not None:
+                    raise InputError(
+                        f"gating.{key}: got {getattr(self, key)!r}, but method "
+                        f"{cfg.get('method')!r} has no third pass; expected a method *_distilled"
+                    )
+            return
+        weight, share = self.distillation_weight, self.distillation_images
+        require("gating.distillation_weight", weight, is_not_negative, "a number ≥ 0")
+        require("gating.distillation_images", share, is_share, "a number in (0, 1]")
+        if "gated" in self.views:
+            raise InputError(
+                f"gating.views: got {list(self.views)}, but the third pass of method "
+                f"{cfg.get('method')!r} is the gated one; expected all dense"
+            )
+
+    @property
+    def trained_paths(self) -> tuple[str, ...]:
+        """The paths that views, and the third pass, take; dense first."""
+        return trained_paths({"views": self.views, "distillation_weight": self.distillation_weight})
 
     def _check_gate(self) -> None:
         kind = self.kind
@@ -247,6 +305,7 @@ class GatingConfig:
         return kwargs
 
 
+_OF_DISTILLATION = ("distillation_weight", "distillation_images")
 _UNPUBLISHED = (
     "budget_anneal",
     "budget_per_image",

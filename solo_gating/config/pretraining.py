@@ -1,6 +1,8 @@
 """solo-learn's config schema: defaults and checks, before any long work begins."""
 
 import inspect
+import os
+import re
 from typing import Any
 
 import torch
@@ -63,10 +65,12 @@ def prepare_config(cfg: DictConfig) -> DictConfig:
             OmegaConf.update(cfg, key, {})
     cfg.merge_with(OmegaConf.merge(DEFAULTS, cfg))
     cfg.name = as_text(str(cfg.name))
+    if cfg.pretrained is None:  # which configs of runs without it do not record
+        del cfg["pretrained"]
     for key in ("method", "backbone.name", "data.dataset", "data.train_path", "optimizer.name"):
         if OmegaConf.select(cfg, key, default=None) is None or OmegaConf.is_missing(cfg, key):
             raise InputError(f"{key}: missing, a pre-training config needs it")
-    refused = str(cfg.method).removesuffix("_dual").removesuffix("_gated")
+    refused = re.sub("_(dual|gated|distilled)$", "", str(cfg.method))
     if cfg.method not in METHODS and refused in REFUSED:
         raise InputError(
             f"method: got {cfg.method!r}, but {refused!r} cannot be gated: {REFUSED[refused]}"
@@ -103,14 +107,21 @@ def prepare_config(cfg: DictConfig) -> DictConfig:
         raise InputError("final_knn.enabled: got true, which needs data.val_path and labels")
 
     if cfg.method in GATED_METHODS:
-        gating = GatingConfig.from_config(cfg, GATED_METHODS[cfg.method].default_views)
+        method = GATED_METHODS[cfg.method]
+        gating = GatingConfig.from_config(cfg, method.default_views, method.distilled)
         check_gated_backbone(cfg)
+        if "pretrained" in cfg and not os.path.isfile(cfg.pretrained):
+            raise InputError(f"pretrained: {str(cfg.pretrained)!r} is not a file")
         if gating.momentum_path != "dense" and "momentum" not in cfg:
             raise InputError(
                 f"gating.momentum_path: got {gating.momentum_path!r}, but method {cfg.method!r} has "
                 "no momentum encoder; expected dense, or no such key"
             )
         _check_final_budgets(cfg.final_knn, gating)
+    elif cfg.get("pretrained") is not None:
+        raise InputError(
+            f"pretrained: got {shown(cfg.pretrained)}, but method {cfg.method!r} has no gates to learn"
+        )
     elif cfg.get("gating") is not None:
         raise InputError(
             f"gating: method {cfg.method!r} has no gates; those that do are "

@@ -171,6 +171,7 @@ PRETRAINING: Table = {
     "name": NAME,
     "method": ANY,
     "resume_from_checkpoint": PATH_OR_NULL,
+    "pretrained": PATH_OR_NULL,
     "accumulate_grad_batches": COUNT,
     "backbone.name": ANY,
     "backbone.kwargs": GROUP,

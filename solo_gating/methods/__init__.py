@@ -1,11 +1,13 @@
-"""Dual and gated versions of solo-learn's methods, one line each.
+"""Dual, gated and distilled versions of solo-learn's methods, one line each.
 
-`X_dual`: one view gated, one dense. `X_gated`: both gated. Each is registered in solo-learn's
+`X_dual`: one view gated, one dense. `X_gated`: both gated. `X_distilled`: both dense, and a gated
+pass that regresses to their features. Each is registered in solo-learn's
 `METHODS` under that name, momentum methods as well: there the student's views are meant.
 """
 
 from ..solo_learn import METHODS, BarlowTwins, SimCLR, SimSiam, VICReg
 from .gated import (
+    DistilledMethod,
     DualMethod,
     GatedMethod,
     GatedViewsMethod,
@@ -38,6 +40,7 @@ __all__ = [
     "REFUSED",
     "BarlowTwinsDual",
     "BarlowTwinsGated",
+    "DistilledMethod",
     "DualMethod",
     "GatedMethod",
     "GatedViewsMethod",

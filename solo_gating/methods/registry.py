@@ -1,4 +1,4 @@
-"""Dual and gated versions of solo-learn's methods, by name."""
+"""Dual, gated and distilled versions of solo-learn's methods, by name."""
 
 import inspect
 from collections.abc import Callable
@@ -7,10 +7,11 @@ from typing import Any
 
 from ..errors import InputError
 from ..solo_learn import METHODS, SOLO_METHODS, BaseMethod, register
-from .gated import DualMethod, GatedMethod, GatedViewsMethod
+from .gated import DistilledMethod, DualMethod, GatedMethod, GatedViewsMethod, LearntGates
 
 GATED_METHODS: dict[str, type[GatedMethod]] = {}
 
+_DISTILLED = "on dense views, to whose features a gated pass regresses"
 _NO_CONTINUING = (
     "it makes its memory of other batches when training starts: no run could be continued"
 )
@@ -27,7 +28,7 @@ REFUSED = {
 def register_gated(
     name: str, method: type[BaseMethod], dual: str = "", gated: str = ""
 ) -> tuple[type[Any], type[Any]]:
-    """Register `<name>_dual` and `<name>_gated`, gated versions of a method of solo-learn's.
+    """Register `<name>_dual`, `<name>_gated` and `<name>_distilled`, versions of a method of solo-learn's.
 
         MineDual, MineGated = register_gated("mine", Mine)
 
@@ -39,20 +40,21 @@ def register_gated(
         gated: one for the second.
 
     Returns:
-        Both classes.
+        The first two classes; `GATED_METHODS` has the third.
 
     Raises:
         InputError: for a method that cannot be gated; the message says why.
     """
     _check(name, method)
     classes = []
-    for kind, mixin, doc, default in (
-        ("dual", DualMethod, dual, "with one view gated and one dense"),
-        ("gated", GatedViewsMethod, gated, "with both views gated"),
+    for kind, bases, doc, default in (
+        ("dual", (method, DualMethod), dual, "with one view gated and one dense"),
+        ("gated", (method, GatedViewsMethod), gated, "with both views gated"),
+        ("distilled", (LearntGates, method, DistilledMethod), "", _DISTILLED),
     ):
         title = f"{method.__name__}{kind.capitalize()}"
         content = {"__doc__": doc or f"{method.__name__} {default}.", "__module__": __package__}
-        cls = type(title, (method, mixin), content)
+        cls = type(title, bases, content)
         GATED_METHODS[f"{name}_{kind}"] = cls
         register(f"{name}_{kind}", cls)
         classes.append(cls)

@@ -129,7 +129,7 @@ def variant_of(pretraining: dict[str, Any]) -> str:
         pretraining: the key of that name of a `metrics.json`.
     """
     method, backbone = pretraining["method"], pretraining["backbone"]
-    gated = method.endswith(("_dual", "_gated"))
+    gated = method.endswith(("_dual", "_gated", "_distilled"))
     name = method
     if gated and backbone.endswith("_two_encoders"):
         name += "_two_encoders"

@@ -6,6 +6,7 @@ import torch
 from lightning.pytorch import seed_everything
 from omegaconf import DictConfig
 
+from ..checkpoints.pretrained import load_pretrained
 from ..errors import InputError
 from ..solo_learn import METHODS
 
@@ -23,6 +24,8 @@ def build_model(cfg: DictConfig) -> Any:
     """
     seed_everything(cfg.seed, verbose=False)
     model = build_method(cfg)
+    if cfg.get("pretrained") is not None:
+        load_pretrained(model.backbone, cfg.pretrained)
     if not cfg.performance.disable_channel_last:
         model = model.to(memory_format=torch.channels_last)
     if cfg.performance.compile:

@@ -32,7 +32,8 @@ from ..training.test_randomness import (
 
 RANGE = "vicreg_dual over a range of budgets"
 PER_IMAGE = "vicreg_dual with a budget for each image"
-METHODS = ("vicreg_dual", "simsiam_gated", RANGE, PER_IMAGE)
+DISTILLED = "vicreg_distilled"
+METHODS = ("vicreg_dual", "simsiam_gated", RANGE, PER_IMAGE, DISTILLED)
 LOCAL = "vicreg_dual with shares of each process"
 BATCH = 4  # per process
 PIPELINES = ("workers", "device")

@@ -74,7 +74,7 @@ def _in_group(rank: int, function: Callable[[int], Any], folder: str) -> None:
 
 def tiny_config(method: str = "vicreg_dual", **overrides: Any) -> DictConfig:
     """A complete config of a network of width 4 on 16×16 images; groups of overrides are merged."""
-    gated = method.endswith(("_dual", "_gated"))
+    gated = method.endswith(("_dual", "_gated", "_distilled"))
     cfg = {
         "name": "tiny",
         "method": method,
