@@ -176,13 +176,15 @@ def _check(options: argparse.Namespace, encoder: Encoder) -> None:
     _check_ours(options)
     if not _is_int8(options):
         if options.calibration is not None:
+            key = "dtype" if options.format in OURS else "format"
             raise InputError(
-                f"calibration: got a folder for {_kind(options)}, expected "
+                f"calibration: got a folder for {key}={getattr(options, key)}, expected "
                 f"{' or '.join(INT8)}, or dtype=int8 with {' or '.join(OURS)}"
             )
     elif options.calibration is None and not (options.evaluate or options.overrides):
+        name = options.format if options.format in INT8 else "dtype=int8"
         raise InputError(
-            f"calibration: missing, {_kind(options)} needs images; expected a folder, or "
+            f"calibration: missing, {name} needs images; expected a folder, or "
             "evaluate=true for those of pre-training, or others, as with data.train_path=..."
         )
     elif options.calibration is not None and options.resolution is not None:
@@ -226,11 +228,6 @@ def _check_ours(options: argparse.Namespace) -> None:
 
 def _is_int8(options: argparse.Namespace) -> bool:
     return options.format in INT8 or options.dtype == "int8"
-
-
-def _kind(options: argparse.Namespace) -> str:
-    """The option that decides whether images are needed."""
-    return f"dtype={options.dtype}" if options.format in OURS else f"format={options.format}"
 
 
 def _set_dial(options: argparse.Namespace, backbone: Any) -> None:
