@@ -38,7 +38,7 @@ def calibration_images(
     """
     if isinstance(given, (Tensor, np.ndarray)):
         _check(tuple(given.shape), given.dtype, channels, smallest)
-        images = torch.as_tensor(given[_evenly(len(given))]).detach()
+        images = torch.as_tensor(given[evenly(len(given), MOST_IMAGES)]).detach()
         return _checked(images, channels, smallest)
     overrides = isinstance(given, Sequence) and not isinstance(given, (str, bytes))
     if overrides and all(isinstance(override, str) for override in given):
@@ -64,14 +64,15 @@ def calibration_images(
         "train",
         None if folder is None else str(folder),
     )
-    found = [dataset[index][0] for index in _evenly(len(dataset))]
+    found = [dataset[index][0] for index in evenly(len(dataset), MOST_IMAGES)]
     if not found:
         raise InputError(f"calibration: got no images in {str(given)!r}, expected {_expected()}")
     return _checked(torch.stack(found), channels, smallest)
 
 
-def _evenly(number: int) -> list[int]:
-    used = min(number, MOST_IMAGES)
+def evenly(number: int, most: int) -> list[int]:
+    """At most so many of the numbers from 0 to `number` − 1."""
+    used = min(number, most)
     return [index * number // used for index in range(used)]
 
 

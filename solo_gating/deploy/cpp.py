@@ -3,11 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from torch import nn
-
 from solo_gating_runtime.library import ENGINES, SOURCES, compiler_flags
 
-from .engine import CompiledEncoder, compile
+from .engine import CompiledEncoder
 
 _FILES = Path(__file__).parent / "cpp_files"
 
@@ -15,27 +13,15 @@ _FILES = Path(__file__).parent / "cpp_files"
 _CMAKES = ("-shared", "-fPIC", "-pipe", "-std=c++17", "-O3")
 
 
-def cpp_files(
-    net: nn.Module, path: str, mean: Sequence[float], std: Sequence[float]
+def files_of(
+    encoder: CompiledEncoder, mean: Sequence[float], std: Sequence[float]
 ) -> dict[str, bytes]:
     """The files' names and contents.
 
     Args:
-        net: as `deploy.compile` takes it.
-        path: "gated" or "dense".
+        encoder: of any dtype.
         mean: that images are normalised with, of each colour.
         std: as `mean`.
-
-    Raises:
-        InputError: for a network that the kernel does not run.
-    """
-    return files_of(compile(net, path), mean, std)
-
-
-def files_of(
-    encoder: CompiledEncoder, mean: Sequence[float], std: Sequence[float]
-) -> dict[str, bytes]:
-    """As `cpp_files`, of an encoder of any dtype.
 
     Raises:
         InputError: for an encoder that only PyTorch can run.

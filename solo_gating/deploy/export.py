@@ -28,22 +28,31 @@ Formats:
     onnx-int8           model.onnx, quantised by ONNX Runtime: for each output channel a scale of its
                         weights, one for each map; gates stay in float32
     openvino-int8       model.xml and model.bin, quantised by NNCF (without it, by ONNX Runtime)
+    sgx                 encoder.sgx, which solo_gating_runtime.load and deploy.load read
     cpp                 a folder that a C++17 compiler builds, without this package: the kernel's sources,
-                        encoder.sgx, a C interface (kernel/gated.h), CMakeLists.txt and an example; of
-                        the gated path without a policy the whole encoder, for which gates choose
+                        encoder.sgx, a C interface (kernel/gated.h), CMakeLists.txt and an example
     solo-learn          dense: args.json and last.ckpt of the method without gates (vicreg for
                         vicreg_dual), which solo-learn's scripts read without this plugin
 
+Both cpp and sgx are of the gated path without a policy the whole encoder, for which gates choose, at the
+dial that is stored (threshold=..., budget=...; it can be turned later). They take
+
+    dtype               float32 (default), bfloat16 or int8, of the convolutions
+    float_stem=true     keeps the first convolution of an int8 network in float32
+
+What rounding to bfloat16 or int8 changed is measured and printed, where there are images.
+
 With evaluate=true, or with data.train_path=..., data.val_path=... or dataset=cifar10, 1-NN
-accuracy before and after is measured on the validation images. The int8 formats are calibrated on at
+accuracy before and after is measured on the validation images. int8 is calibrated on at
 most 256 images, evenly spread: those of a folder (calibration=PATH), else training images of the same
-data; without either they are refused. They are compared with the float network on validation images,
+data; without either it is refused. It is compared with the float network on validation images,
 without these on those of the folder. export.json says what was made.
 """
 
 import argparse
 import io
 from contextlib import suppress
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -66,11 +75,13 @@ from ..evaluate.table import figure
 from ..files import make_folder, write_bytes, write_json
 from ..flops import count_flops
 from ..process_state import process_state_kept
-from .calibration import calibration_images
-from .cpp import cpp_files
+from .calibration import MOST_IMAGES, calibration_images, evenly
+from .cpp import files_of
 from .dense import dense_network, dense_state_dict, solo_learn_args, solo_learn_checkpoint
+from .engine import DTYPES, compile
 from .onnx import Runner, onnx_runner, openvino_runner, to_onnx, to_openvino
 from .others_int8 import gates_of, onnx_int8, openvino_int8
+from .report import Report
 from .static import kept_channels, slice_encoder, static_flops
 
 # The options that decide what overrides would, too.
@@ -81,7 +92,10 @@ _DECIDED_BY = {
 }
 INT8 = ("onnx-int8", "openvino-int8")
 CPP = "cpp"
-FORMATS = ("torch", "onnx", "openvino-via-onnx", *INT8, CPP, "solo-learn")
+OURS = (CPP, "sgx")  # of our own engine
+FORMATS = ("torch", "onnx", "openvino-via-onnx", *INT8, *OURS, "solo-learn")
+
+_DIALS = ("budget", "threshold")
 
 
 @process_state_kept()
@@ -100,6 +114,7 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
     check_overrides(options.overrides, _DECIDED_BY)
     encoder = encoder_of(options.checkpoint, key="checkpoint")
     _check(options, encoder)
+    _set_dial(options, encoder.backbone)
     make_folder(options.output)
     overrides = options.overrides
     size = encoder.crop_size
@@ -113,23 +128,32 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
         dense = dense_network(encoder)
         net: nn.Module = dense
         report: dict[str, Any] = {"path": "dense", "flops": count_flops(dense, (size, size)).dense}
-    elif options.policy is None:  # of C++ the gated path as it is
+    elif options.policy is None:  # of our own engine the gated path as it is
         backbone: Any = encoder.backbone
         net = backbone
         report = {"path": "gated", "flops": count_flops(backbone, (size, size)).dense}
+        report |= {
+            key: getattr(backbone, key) for key in _DIALS if getattr(backbone, key) is not None
+        }
     else:
         net, report = _static(options, encoder, size)
     report |= {"checkpoint": str(options.checkpoint), "resolution": [size, size]}
     images, real = _examples(evaluation, size)
     after = net
     files: dict[str, bytes] = {}
-    if options.format in INT8:
+    calibration = None
+    if _is_int8(options):
         given = overrides if options.calibration is None else options.calibration
         calibration = calibration_images(given, encoder.checkpoint, 3)
+        report["calibration_images"] = len(calibration)
+    if options.format in OURS:
+        files, after = _compiled(options, encoder, net, calibration, evaluation, report)
+    elif calibration is not None:
         files, after = _quantised(options, net, calibration, images if real else None, report)
     if evaluation is not None:
         if options.policy is not None:
             _turn(evaluation.encoder.backbone, read_policy(options.policy))
+        _set_dial(options, evaluation.encoder.backbone)
         report |= _accuracies(evaluation, options.path, after)
     files = files or _contents(options, encoder, net, images, real, report)
     for name, content in files.items():
@@ -147,17 +171,20 @@ def _check(options: argparse.Namespace, encoder: Encoder) -> None:
     encoder.paths(options.path)
     if options.path == "dense" and options.policy is not None:
         raise InputError("policy: got one for the dense path, expected path=gated")
-    if options.path == "gated" and options.policy is None and options.format != CPP:
+    if options.path == "gated" and options.policy is None and options.format not in OURS:
         raise InputError("policy: missing, the gated path needs main_policy's policy.json")
-    if options.format not in INT8:
+    _check_ours(options)
+    if not _is_int8(options):
         if options.calibration is not None:
+            key = "dtype" if options.format in OURS else "format"
             raise InputError(
-                f"calibration: got a folder for format={options.format}, expected "
-                f"{' or '.join(INT8)}"
+                f"calibration: got a folder for {key}={getattr(options, key)}, expected "
+                f"{' or '.join(INT8)}, or dtype=int8 with {' or '.join(OURS)}"
             )
     elif options.calibration is None and not (options.evaluate or options.overrides):
+        name = options.format if options.format in INT8 else "dtype=int8"
         raise InputError(
-            f"calibration: missing, {options.format} needs images; expected a folder, or "
+            f"calibration: missing, {name} needs images; expected a folder, or "
             "evaluate=true for those of pre-training, or others, as with data.train_path=..."
         )
     elif options.calibration is not None and options.resolution is not None:
@@ -175,6 +202,38 @@ def _check(options: argparse.Namespace, encoder: Encoder) -> None:
             "output: got the checkpoint's own folder, whose last.ckpt and args.json would be "
             "replaced; expected another"
         )
+
+
+def _check_ours(options: argparse.Namespace) -> None:
+    """Refuse what only our own engine's formats have, and what does not fit there."""
+    if options.format not in OURS:
+        for key, default in (("dtype", "float32"), ("float_stem", False)):
+            if (value := getattr(options, key)) != default:
+                found = value if key == "dtype" else "one"
+                raise InputError(
+                    f"{key}: got {found} for format={options.format}, expected format="
+                    f"{' or '.join(OURS)}"
+                )
+    elif options.float_stem and options.dtype != "int8":
+        raise InputError(f"float_stem: got one for dtype={options.dtype}, expected with dtype=int8")
+    for key in _DIALS:
+        value = getattr(options, key)
+        if value is None:
+            continue
+        if options.path == "dense":
+            raise InputError(f"{key}: got {value:g} for the dense path, expected path=gated")
+        if options.policy is not None:
+            raise InputError(f"{key}: got {value:g} with a policy, expected the policy's alone")
+
+
+def _is_int8(options: argparse.Namespace) -> bool:
+    return options.format in INT8 or options.dtype == "int8"
+
+
+def _set_dial(options: argparse.Namespace, backbone: Any) -> None:
+    for key in _DIALS:
+        if (value := getattr(options, key)) is not None:
+            setattr(backbone, key, value)
 
 
 def _static(
@@ -221,8 +280,51 @@ def _examples(evaluation: Evaluation | None, size: int) -> tuple[Tensor, bool]:
     """Some images to trace and to compare on, and whether they are real ones."""
     if evaluation is None:
         return torch.randn(8, 3, size, size, generator=torch.Generator().manual_seed(0)), False
-    images, _ = next(iter(evaluation.loaders["val"]))
-    return images[:64], True
+    return _validation_images(evaluation, 64)[0], True
+
+
+def _validation_images(evaluation: Evaluation, most: int) -> tuple[Tensor, Tensor]:
+    """Some of them, evenly spread, with their labels."""
+    dataset: Any = evaluation.loaders["val"].dataset
+    images, labels = zip(*(dataset[index] for index in evenly(len(dataset), most)), strict=True)
+    return torch.stack(images), torch.as_tensor(labels)
+
+
+def _compiled(
+    options: argparse.Namespace,
+    encoder: Encoder,
+    net: nn.Module,
+    calibration: Tensor | None,
+    evaluation: Evaluation | None,
+    report: dict[str, Any],
+) -> tuple[dict[str, bytes], nn.Module]:
+    """The files of our own engine, and its encoder; what rounding changed goes into the report."""
+    path = options.path if options.gates == "keep" or options.policy is None else "dense"
+    fast = compile(
+        net, path, dtype=options.dtype, calibration=calibration, float_stem=options.float_stem
+    )
+    mean, std = normalisation(encoder.args.data.dataset, encoder.args.augmentations)
+    if options.format == CPP:
+        files = files_of(fast, mean, std)
+    else:
+        files = {"encoder.sgx": fast.to_bytes()}
+    report |= {
+        "dtype": fast.dtype,
+        "float_stem": options.float_stem,
+        "bytes": len(files["encoder.sgx"]),
+        "mean": list(mean),
+        "std": list(std),
+    }
+    images, labels, kind = calibration, None, "calibration"
+    if evaluation is not None:
+        images, labels = _validation_images(evaluation, MOST_IMAGES)
+        kind = "validation"
+        if (labels < 0).all():
+            labels = None
+    if fast.dtype != "float32" and images is not None:
+        report["rounding"] = asdict(fast.report(images, labels))
+        report["rounding_on"] = f"{len(images)} {kind} images"
+    return files, _Called(fast)
 
 
 def _quantised(
@@ -249,7 +351,6 @@ def _quantised(
         expected = net(images)
     report |= {
         "quantised_by": quantiser,
-        "calibration_images": len(calibration),
         "feature_error": float((run(images) - expected).norm() / expected.norm()),
         "feature_error_on": f"{len(images)} {kind}",
     }
@@ -290,10 +391,6 @@ def _contents(
         torch.export.save(program, buffer)
         weights = {"architecture": net.architecture, "state_dict": net.state_dict()}
         return {"model.pt2": buffer.getvalue(), "model.pt": _saved(weights)}
-    if options.format == CPP:
-        path = options.path if options.gates == "keep" or options.policy is None else "dense"
-        mean, std = normalisation(encoder.args.data.dataset, encoder.args.augmentations)
-        return cpp_files(net, path, mean, std)
     model = to_onnx(net, images)
     with torch.no_grad():
         expected = net(images)
@@ -334,7 +431,21 @@ def format_export(report: dict[str, Any]) -> str:
             f"int8 by {report['quantised_by']}, calibrated on {report['calibration_images']} "
             f"images: features are {report['feature_error']:.2%} off, on {report['feature_error_on']}"
         )
+    if "dtype" in report:
+        lines.append(_of_our_engine(report))
+    if "rounding" in report:
+        lines.append(f"what rounding changed, on {report['rounding_on']}:")
+        lines.append(str(Report.of(report["rounding"])))
     return "\n".join([*lines, *report["files"]])
+
+
+def _of_our_engine(report: dict[str, Any]) -> str:
+    parts = [report["dtype"]]
+    if "calibration_images" in report:
+        parts.append(f"calibrated on {report['calibration_images']} images")
+    if report["float_stem"]:
+        parts.append("the first convolution in float32")
+    return ", ".join([*parts, f"encoder.sgx has {report['bytes']:,} bytes"])
 
 
 def parser() -> argparse.ArgumentParser:
@@ -347,6 +458,12 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--gates", choices=("keep", "drop"), default="keep")
     made.add_argument("--multiple", type=int, default=8)
     made.add_argument("--format", choices=FORMATS, default="torch")
+    made.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help=f"{' and '.join(OURS)} only"
+    )
+    made.add_argument("--float_stem", action="store_true", help="dtype=int8 only")
+    made.add_argument("--threshold", type=float, help="of the gates, until another one is set")
+    made.add_argument("--budget", type=float, help="that the gates are told until then")
     made.add_argument("--resolution", type=int, help="default: pre-training's crop size")
     made.add_argument("--calibration", type=user_path, help="a folder of images, int8 only")
     made.add_argument("--output", type=user_path, required=True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -85,6 +85,11 @@ class Report:
     images: int
     calibration_images: int | None
     paths: tuple[PathReport, ...]
+
+    @classmethod
+    def of(cls, figures: dict[str, Any]) -> "Report":
+        """The report that `dataclasses.asdict` made these figures of."""
+        return cls(**figures | {"paths": tuple(PathReport(**path) for path in figures["paths"])})
 
     def __str__(self) -> str:
         """A table, a row for each path."""

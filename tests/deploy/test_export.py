@@ -1,10 +1,13 @@
 """What main_export writes: the dense encoder, and smaller networks from a channel policy."""
 
+import copy
+import functools
 import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -14,8 +17,8 @@ from PIL import Image
 from torch import nn
 from torchvision.models import resnet18
 
-from solo_gating import METHODS, InputError, main_export
-from solo_gating.backbones import BACKBONES, SlicedResNet
+from solo_gating import METHODS, BaseMethod, InputError, main_export
+from solo_gating.backbones import BACKBONES, SlicedResNet, register_resnet
 from solo_gating.checkpoints.encoder import encoder_of
 from solo_gating.deploy import export
 from solo_gating.deploy.dense import dense_network, dense_state_dict
@@ -36,7 +39,12 @@ def images(rows=slice(40)):
     return digit_tensors(rows)[0]
 
 
-def gated(name="resnet18_gated", **kwargs):
+def gated(**kwargs):
+    return copy.deepcopy(_gated(**kwargs))
+
+
+@functools.cache
+def _gated(name="resnet18_gated", **kwargs):
     torch.manual_seed(1)
     net = BACKBONES[name](width=8, stem="cifar", **kwargs)
     net.fc = torch.nn.Identity()
@@ -56,8 +64,11 @@ def on_gated_path(net, x):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
+    """Of a network with one block in a stage: what exporters take grows with the number of layers."""
     folder = tmp_path_factory.mktemp("export")
-    return save_run(run_config(folder), folder)
+    with patch.dict(BACKBONES), patch.dict(BaseMethod._BACKBONES):
+        register_resnet("resnet10", "basic", [1, 1, 1, 1])
+        yield save_run(run_config(folder, backbone={"name": "resnet10_gated"}), folder)
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"separate_bn": False}, {"name": "resnet18_two_encoders"}])

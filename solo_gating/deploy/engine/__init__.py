@@ -11,6 +11,6 @@
 The kernel, and what runs it without PyTorch, is the package `solo_gating_runtime`.
 """
 
-from .encoder import CompiledEncoder, compile, load
+from .encoder import DTYPES, CompiledEncoder, compile, load
 
-__all__ = ["CompiledEncoder", "compile", "load"]
+__all__ = ["DTYPES", "CompiledEncoder", "compile", "load"]
