@@ -65,8 +65,6 @@ def prepare_config(cfg: DictConfig) -> DictConfig:
             OmegaConf.update(cfg, key, {})
     cfg.merge_with(OmegaConf.merge(DEFAULTS, cfg))
     cfg.name = as_text(str(cfg.name))
-    if cfg.pretrained is None:  # which configs of runs without it do not record
-        del cfg["pretrained"]
     for key in ("method", "backbone.name", "data.dataset", "data.train_path", "optimizer.name"):
         if OmegaConf.select(cfg, key, default=None) is None or OmegaConf.is_missing(cfg, key):
             raise InputError(f"{key}: missing, a pre-training config needs it")
@@ -110,7 +108,7 @@ def prepare_config(cfg: DictConfig) -> DictConfig:
         method = GATED_METHODS[cfg.method]
         gating = GatingConfig.from_config(cfg, method.default_views, method.distilled)
         check_gated_backbone(cfg)
-        if "pretrained" in cfg and not os.path.isfile(cfg.pretrained):
+        if cfg.pretrained is not None and not os.path.isfile(cfg.pretrained):
             raise InputError(f"pretrained: {str(cfg.pretrained)!r} is not a file")
         if gating.momentum_path != "dense" and "momentum" not in cfg:
             raise InputError(
@@ -118,7 +116,7 @@ def prepare_config(cfg: DictConfig) -> DictConfig:
                 "no momentum encoder; expected dense, or no such key"
             )
         _check_final_budgets(cfg.final_knn, gating)
-    elif cfg.get("pretrained") is not None:
+    elif cfg.pretrained is not None:
         raise InputError(
             f"pretrained: got {shown(cfg.pretrained)}, but method {cfg.method!r} has no gates to learn"
         )
