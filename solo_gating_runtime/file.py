@@ -4,7 +4,7 @@ All numbers are little-endian. A word has 8 bytes and is an int64, or a float64 
 for none):
 
     magic               89 53 47 58 0D 0A 1A 0A
-    version             1
+    version             1, or 2 if weights are stored in bfloat16, which is all that 2 adds
     size                of the file in bytes, a multiple of 64
     checksum            Σ (2 i + 1) · word_i modulo 2^64 over all words behind it, i from 0 on
     words               number of those of the description, which follows
@@ -14,7 +14,7 @@ for none):
 
 The description, word by word:
 
-    type                of the convolutions: 0 float32; 1 the same, to be held in bfloat16; 2 int8
+    type                of the convolutions: 0 float32; 1 bfloat16; 2 int8
     path                0 dense, 1 gated
     dial                0 none, 1 threshold, 2 budget
     lowest, highest     float64, of the budgets that gates can be told
@@ -26,9 +26,9 @@ The description, word by word:
     blocks              all of them, one after another
     classes             of the classifier, 0 without one; weight (classes × channels) and bias, float32
 
-    a convolution       C_out, C_in, k, stride, padding, and 1 if its weight is int8, else 0. Arrays:
-                        weight (C_out × C_in × k × k, float32 or int8), for int8 scale (C_out,
-                        float32), bias (C_out, float32)
+    a convolution       C_out, C_in, k, stride, padding, and how its weight is stored: 0 float32, 1
+                        int8, 2 bfloat16 (the upper halves of float32). Arrays: weight (C_out × C_in ×
+                        k × k), for int8 scale (C_out, float32), bias (C_out, float32)
     a block             number of convolutions N, those, 1 and a convolution as shortcut or 0 for the
                         identity, on the gated path N − 1 gates, for int8 N scales (float64)
     a gate              hidden units H, hidden units E of the budget's embedding, count (−1 none, −2
@@ -55,12 +55,13 @@ from .errors import InputError
 from .network import BUDGET, Block, Convolution, Embedding, Gate, Network
 
 SUFFIX = ".sgx"
-VERSION = 1
+VERSION = 2  # the newest that is read, back to the first
 
 _MAGIC = b"\x89SGX\r\n\x1a\n"
 _SEALED = 32  # magic, version, size, checksum: what follows is summed
 _LINE = 64
 _TYPES = ("float32", "bfloat16", "int8")
+_STORED = ("float32", "int8", "bfloat16")
 _PATHS = ("dense", "gated")
 _DIALS = (None, "threshold", "budget")
 _BY_THRESHOLD, _BY_BUDGET = -1, -2
@@ -72,13 +73,14 @@ _SHORT = "got only a part of a file, expected all of it"
 
 def to_bytes(net: Network) -> bytes:
     """A network as a file's content."""
-    writer = _Writer()
+    writer = _Writer(net.bfloat16)
     writer.network(net)
     return writer.content()
 
 
 class _Writer:
-    def __init__(self) -> None:
+    def __init__(self, bfloat16: bool) -> None:
+        self._bfloat16 = bfloat16
         self._words: list[np.int64] = []
         self._arrays: list[NDArray[Any]] = []
 
@@ -90,7 +92,8 @@ class _Writer:
             place += len(parts[-2]) + len(parts[-1])
         parts.append(bytes(-place % _LINE))
         body = b"".join(parts)
-        head = np.array([VERSION, _SEALED + len(body)], "<i8").tobytes()
+        version = 2 if self._bfloat16 else 1
+        head = np.array([version, _SEALED + len(body)], "<i8").tobytes()
         return _MAGIC + head + _checksum(body).tobytes() + body
 
     def network(self, net: Network) -> None:
@@ -107,13 +110,15 @@ class _Writer:
 
     def _convolution(self, conv: Convolution) -> None:
         out, channels, kernel, _ = conv.weight.shape
-        int8 = conv.weight.dtype == np.int8
-        self._add(out, channels, kernel, conv.stride, conv.padding, int(int8))
-        if conv.scale is None:
-            self._floats(conv.weight)
-        else:
+        stored = "bfloat16" if self._bfloat16 else str(conv.weight.dtype)
+        self._add(out, channels, kernel, conv.stride, conv.padding, _STORED.index(stored))
+        if conv.scale is not None:
             self._arrays.append(conv.weight)
             self._floats(conv.scale)
+        elif self._bfloat16:
+            self._arrays.append(_upper_halves(conv.weight))
+        else:
+            self._floats(conv.weight)
         self._floats(conv.bias)
 
     def _block(self, block: Block) -> None:
@@ -176,8 +181,8 @@ class _Reader:
         if len(content) < _SEALED + 8:
             raise _FileError(_SHORT)
         version, size = np.frombuffer(content, "<i8", 2, len(_MAGIC)).tolist()
-        if version != VERSION:
-            raise _FileError(f"got a file of version {version}, expected version {VERSION}")
+        if not 1 <= version <= VERSION:
+            raise _FileError(f"got a file of version {version}, expected 1 to {VERSION}")
         if size > len(content):
             raise _FileError(_SHORT)
         _require(size == len(content) and size % 8 == 0)
@@ -222,10 +227,16 @@ class _Reader:
 
     def _convolution(self) -> Convolution:
         out, channels, kernel, stride = (self._word(1) for _ in range(4))
-        padding, int8 = self._word(0), self._word(0, 1)
+        padding, stored = self._word(0), self._of(_STORED)
         shape = (out, channels, kernel, kernel)
-        weight = self._array("i1", *shape) if int8 else self._floats(*shape)
-        scale = self._floats(out) if int8 else None
+        weight: NDArray[Any]
+        scale = None
+        if stored == "int8":
+            weight, scale = self._array("i1", *shape), self._floats(out)
+        elif stored == "bfloat16":
+            weight = _widened(self._array("<u2", *shape))
+        else:
+            weight = self._floats(*shape)
         return Convolution(weight, self._floats(out), stride, padding, scale)
 
     def _block(self, gated: bool, int8: bool) -> Block:
@@ -273,6 +284,16 @@ class _Reader:
         array = np.frombuffer(self._content, dtype, count, self._place).reshape(shape)
         self._place += -(-size // _LINE) * _LINE
         return array
+
+
+def _upper_halves(numbers: NDArray[Any]) -> NDArray[np.uint16]:
+    """Finite numbers in bfloat16: rounded to the nearest, halves to the even one."""
+    bits = np.ascontiguousarray(numbers, "<f4").view("<u4")
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype("<u2")
+
+
+def _widened(upper: NDArray[np.uint16]) -> NDArray[np.float32]:
+    return (upper.astype("<u4") << 16).view("<f4")
 
 
 def _require(accepted: bool) -> None:

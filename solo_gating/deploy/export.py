@@ -34,8 +34,8 @@ Formats:
     solo-learn          dense: args.json and last.ckpt of the method without gates (vicreg for
                         vicreg_dual), which solo-learn's scripts read without this plugin
 
-Both cpp and sgx are of the gated path without a policy the whole encoder, for which gates choose, at the
-dial that is stored (threshold=..., budget=...; it can be turned later). They take
+For sgx and cpp the gated path needs no policy: the file holds the whole encoder, whose gates choose for
+each image. threshold=... and budget=... set the dial that is stored; it can be turned later. Both take
 
     dtype               float32 (default), bfloat16 or int8, of the convolutions
     float_stem=true     keeps the first convolution of an int8 network in float32
@@ -43,9 +43,9 @@ dial that is stored (threshold=..., budget=...; it can be turned later). They ta
 What rounding to bfloat16 or int8 changed is measured and printed, where there are images.
 
 With evaluate=true, or with data.train_path=..., data.val_path=... or dataset=cifar10, 1-NN
-accuracy before and after is measured on the validation images. int8 is calibrated on at
-most 256 images, evenly spread: those of a folder (calibration=PATH), else training images of the same
-data; without either it is refused. It is compared with the float network on validation images,
+accuracy before and after is measured on the validation images. int8 is calibrated on at most 256
+images, evenly spread: those of a folder (calibration=PATH), else training images of the same data;
+without either it is refused. It is compared with the float network on validation images,
 without these on those of the folder. export.json says what was made.
 """
 
@@ -86,8 +86,8 @@ from .static import kept_channels, slice_encoder, static_flops
 
 # The options that decide what overrides would, too.
 _DECIDED_BY = {
-    "threshold": "the policy's alone",
-    "budget": "the policy's alone",
+    "threshold": "threshold=... alone",
+    "budget": "budget=... alone",
     "crop_size": "resolution alone",
 }
 INT8 = ("onnx-int8", "openvino-int8")

@@ -9,13 +9,14 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "memory.h"
 #include "network.h"
 
 namespace gated {
 
-constexpr int64_t kVersion = 1;
+constexpr int64_t kVersion = 2;  // the newest that is read, back to the first
 constexpr char kMagic[] = "\x89SGX\r\n\x1a\n";
 constexpr int64_t kWord = 8;
 constexpr int64_t kSealed = 4 * kWord;  // magic, version, size, checksum: what follows is summed
@@ -43,7 +44,7 @@ inline uint64_t checksum(const char* bytes, int64_t size) {
 
 class Reader {
  public:
-  // Bytes on a word's boundary, which outlive the network.
+  // Bytes on a word's boundary. They and the reader outlive the network, which points to them.
   Reader(const char* bytes, int64_t size) : bytes_(bytes), size_(size) {}
 
   Network network() {
@@ -100,8 +101,8 @@ class Reader {
     words_ = kWord;
     words_end_ = kSealed + kWord;
     const int64_t version = word();
-    if (version != kVersion) {
-      throw FileError("got a file of version " + std::to_string(version) + ", expected version " +
+    if (version < 1 || version > kVersion) {
+      throw FileError("got a file of version " + std::to_string(version) + ", expected 1 to " +
                       std::to_string(kVersion));
     }
     require(word() <= size_, kShort);
@@ -170,15 +171,32 @@ class Reader {
     conv.kernel = size();
     conv.stride = size();
     conv.padding = size(0);
-    if (flag()) {
-      conv.quantised =
-          array<int8_t>({conv.out_channels, conv.in_channels, conv.kernel, conv.kernel});
+    const int64_t stored = word();
+    require(kStoredFloat32 <= stored && stored <= kStoredBfloat16, kDamaged);
+    const auto shape = {conv.out_channels, conv.in_channels, conv.kernel, conv.kernel};
+    if (stored == kStoredInt8) {
+      conv.quantised = array<int8_t>(shape);
       conv.scale = array<float>({conv.out_channels});
+    } else if (stored == kStoredBfloat16) {
+      const auto* upper = array<uint16_t>(shape);
+      conv.weight =
+          widened(upper, conv.out_channels * conv.in_channels * conv.kernel * conv.kernel);
     } else {
-      conv.weight = array<float>({conv.out_channels, conv.in_channels, conv.kernel, conv.kernel});
+      conv.weight = array<float>(shape);
     }
     conv.bias = array<float>({conv.out_channels});
     return conv;
+  }
+
+  // Numbers of which the file has the upper halves, as floats.
+  const float* widened(const uint16_t* upper, int64_t count) {
+    widened_.emplace_back(count);
+    float* to = widened_.back().data();
+    for (int64_t i = 0; i < count; ++i) {
+      const uint32_t bits = static_cast<uint32_t>(upper[i]) << 16;
+      std::memcpy(to + i, &bits, sizeof bits);
+    }
+    return to;
   }
 
   Block block(const Network& net) {
@@ -250,6 +268,9 @@ class Reader {
     }
   }
 
+  // How a weight is stored.
+  static constexpr int64_t kStoredFloat32 = 0, kStoredInt8 = 1, kStoredBfloat16 = 2;
+
   static constexpr int64_t kMostKernel = 64;  // of the stem
   static constexpr int64_t kMostStride = 8;
 
@@ -264,6 +285,7 @@ class Reader {
   int64_t size_;
   int64_t words_ = 0, words_end_ = 0;  // the next word of the description, and the end
   int64_t place_ = 0;                  // of the next array
+  std::vector<std::vector<float>> widened_;
 };
 
 }  // namespace gated

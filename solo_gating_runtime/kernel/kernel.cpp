@@ -44,13 +44,14 @@ struct Weights {
   Engine engine;
 };
 
-Network read(const void* bytes, int64_t size) {
-  const Network net = Reader(static_cast<const char*>(bytes), size).network();
+std::shared_ptr<const Weights> read(const void* bytes, int64_t size) {
+  Reader reader(static_cast<const char*>(bytes), size);
+  const Network net = reader.network();
   if (net.type != kType) {
     throw FileError(std::string("got weights in ") + name(net.type) + ", expected " + name(kType) +
                     " for this library");
   }
-  return net;
+  return std::make_shared<const Weights>(net);
 }
 
 void say(const char* message, char* to, int64_t size) {
@@ -93,7 +94,7 @@ gated_engine* gated_open(const void* bytes, int64_t size, char* message, int64_t
       aligned.resize(gated::ceil_div(size, gated::kWord));
       bytes = std::memcpy(aligned.data(), bytes, size);
     }
-    return new gated_engine(std::make_shared<const gated::Weights>(gated::read(bytes, size)));
+    return new gated_engine(gated::read(bytes, size));
   } catch (const std::bad_alloc&) {
     gated::say("there is not enough memory for the network", message, message_size);
   } catch (const std::exception& error) {

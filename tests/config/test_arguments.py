@@ -384,7 +384,11 @@ def test_ctrl_c_ends_a_sweep(call, monkeypatch):
 
 @pytest.mark.parametrize(
     ("override", "option"),
-    [("crop_size=8", "resolution"), ("threshold=1", "the policy's"), ("budget=1", "the policy's")],
+    [
+        ("crop_size=8", "resolution alone"),
+        ("+threshold=1", "threshold=... alone"),
+        ("+budget=1", "budget=... alone"),
+    ],
 )
 def test_an_option_s_override_is_refused(override, option, call):
     code, _, stderr = call(main_export, "--checkpoint", "x", "--output", "y", override)

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import nn
 from torchvision.models import resnet18
 
-from solo_gating import METHODS, BaseMethod, InputError, main_export
+from solo_gating import METHODS, BaseMethod, InputError, deploy, main_export
 from solo_gating.backbones import BACKBONES, SlicedResNet, register_resnet
 from solo_gating.checkpoints.encoder import encoder_of
 from solo_gating.deploy import export
@@ -26,7 +26,7 @@ from solo_gating.deploy.onnx import openvino_runner, to_onnx
 from solo_gating.deploy.others_int8 import gates_of, onnx_int8, openvino_int8
 from solo_gating.deploy.static import kept_channels, slice_encoder, static_flops
 from solo_gating.evaluate.extract import extract
-from solo_gating.evaluate.policy import policy_of
+from solo_gating.evaluate.policy import policy_of, read_policy
 from solo_gating.files import write_json
 from solo_gating.flops import count_flops
 from solo_gating.gates import ChannelGate
@@ -219,6 +219,31 @@ def test_exported_files_load_without_this_package(run, tmp_path, monkeypatch):
     small = SlicedResNet(**content["architecture"])
     small.fc = torch.nn.Identity()
     assert small.load_state_dict(content["state_dict"], strict=True)
+
+
+@pytest.mark.parametrize("gates", ["keep", "drop"])
+def test_a_smaller_network_in_int8_for_numpy(run, tmp_path, monkeypatch, gates):
+    monkeypatch.setenv("SOLO_GATING_ISA", "pytorch")
+    policy = write_policy(run, tmp_path)
+    call(
+        monkeypatch,
+        *(f"checkpoint={run.checkpoint}", f"policy={policy}", f"gates={gates}", "format=sgx"),
+        *("dtype=int8", "evaluate=true", f"output={tmp_path}"),
+    )
+    report = json.loads((tmp_path / "export.json").read_text())
+    (path,) = report["rounding"]["paths"]
+    assert path["path"] == {"keep": "gated", "drop": "dense"}[gates]
+    backbone, x = encoder_of(run.checkpoint).backbone, images(slice(1400, 1431))
+    backbone.threshold = 0.5
+    kept = kept_channels(read_policy(policy), count_flops(backbone, (16, 16)), "dynamic", 8)
+    fast = deploy.load(tmp_path / "encoder.sgx")
+    assert fast.path == path["path"]
+    assert fast.channels == tuple(report["hidden"]) == tuple(map(len, kept.channels))
+    if gates == "drop":  # nothing decides, so that only roundings differ
+        expected = slice_encoder(backbone, kept, gates=False)(x)
+        assert 0 < (fast(x) - expected).norm() < 0.1 * expected.norm()
+    else:
+        assert fast.threshold == 0.5
 
 
 def test_onnx_runs_without_torch(run, tmp_path, monkeypatch):

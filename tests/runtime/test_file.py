@@ -5,9 +5,10 @@ import struct
 
 import numpy as np
 import pytest
+import torch
 
 from solo_gating_runtime import InputError
-from solo_gating_runtime.encoder import Kernel, load
+from solo_gating_runtime.encoder import Encoder, Kernel, load
 from solo_gating_runtime.file import from_bytes, to_bytes, write_file
 from solo_gating_runtime.network import Block, Convolution, Embedding, Gate, Network
 
@@ -71,9 +72,22 @@ def same(a, b):
     return a == b
 
 
+def rounded(net):
+    """With convolutions' weights that bfloat16 can hold, as PyTorch rounds them."""
+    if isinstance(net, Convolution):
+        weight = torch.from_numpy(net.weight).bfloat16().float().numpy()
+        return dataclasses.replace(net, weight=weight)
+    if isinstance(net, Block):
+        shortcut = None if net.shortcut is None else rounded(net.shortcut)
+        convolutions = tuple(map(rounded, net.convolutions))
+        return dataclasses.replace(net, convolutions=convolutions, shortcut=shortcut)
+    blocks = tuple(map(rounded, net.blocks))
+    return dataclasses.replace(net, stem=rounded(net.stem), blocks=blocks)
+
+
 CASES = {
     "float32": network(),
-    "bfloat16": network(bfloat16=True),
+    "bfloat16": rounded(network(bfloat16=True)),
     "int8": network(int8=True),
     "a float32 stem": network(int8=True, stem=convolution(5, 3, 3)),
     "no classifier": network(linear=None, max_pool=False, dial="budget"),
@@ -86,6 +100,40 @@ def test_what_is_written_is_read(case):
     content = to_bytes(CASES[case])
     assert same(from_bytes(content), CASES[case])
     assert len(content) % 64 == 0
+
+
+def test_bfloat16_weights_are_rounded_to_the_nearest_and_take_half_of_the_bytes():
+    net = network(bfloat16=True)
+    content = to_bytes(net)
+    assert same(from_bytes(content), rounded(net))
+    assert to_bytes(from_bytes(content)) == content
+    halfway = (np.arange(0x3F80, 0x3F80 + 5 * 3 * 4, dtype="<u4") << 16 | 0x8000).view("<f4")
+    stem = dataclasses.replace(net.stem, weight=halfway.reshape(5, 3, 2, 2))
+    found = from_bytes(to_bytes(dataclasses.replace(net, stem=stem))).stem
+    assert same(found, rounded(stem))
+    weights = [net.stem, *(conv for block in net.blocks for conv in block.convolutions)]
+    weights.append(net.blocks[0].shortcut)
+    saved = len(to_bytes(dataclasses.replace(net, bfloat16=False))) - len(content)
+    assert abs(saved - 2 * sum(conv.weight.size for conv in weights)) < 64 * len(weights)
+
+
+def test_versions():
+    assert {name: to_bytes(net)[8] for name, net in CASES.items() if to_bytes(net)[8] != 1} == {
+        "bfloat16": 2
+    }
+
+
+def test_the_kernel_reads_stored_bfloat16_as_rounded_float32():
+    net = network(bfloat16=True)
+    content = to_bytes(net)
+    # As version 1 wrote it: float32 weights in a file of this type.
+    plain = to_bytes(dataclasses.replace(net, bfloat16=False))
+    old = with_checksum(plain[:40] + struct.pack("<q", 1) + plain[48:])
+    assert same(from_bytes(old), net)
+    x = floats(2, 3, 9, 9)
+    results = [Encoder(net, Kernel(net, c, "portable"), "portable")(x) for c in (content, old)]
+    assert np.isfinite(results[0]).all()
+    assert (results[0] == results[1]).all()
 
 
 def test_arrays_begin_at_multiples_of_64_bytes():
@@ -121,7 +169,7 @@ DAMAGED = {
     "all but one byte": (WHOLE[:-1], "only a part of a file"),
     "more": (WHOLE + bytes(64), "a damaged file"),
     "a weight": (WHOLE[:2000] + bytes([WHOLE[2000] ^ 1]) + WHOLE[2001:], "a damaged file"),
-    "a newer version": (WHOLE[:8] + struct.pack("<q", 2) + WHOLE[16:], "a file of version 2"),
+    "a newer version": (WHOLE[:8] + struct.pack("<q", 3) + WHOLE[16:], "a file of version 3"),
 }
 
 
@@ -145,16 +193,19 @@ def test_what_is_no_file(what, tmp_path):
         load(path)
 
 
-def test_whatever_bytes_are_changed_it_is_the_network_or_refused():
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_whatever_bytes_are_changed_it_is_the_network_or_refused(bfloat16):
     """With a checksum that fits, so that every check behind it is reached."""
-    words = 40 + 8 * struct.unpack_from("<q", WHOLE, 32)[0]
+    net = network(bfloat16=bfloat16)
+    whole = to_bytes(net)
+    words = 40 + 8 * struct.unpack_from("<q", whole, 32)[0]
     wrong = 0
     values = (0, 1, -1, 2, 3, 7, 64, 2**31, 2**62, -(2**63))
     for place in range(32, words, 8):
         for value in values:
-            content = WHOLE[:place] + struct.pack("<q", value) + WHOLE[place + 8 :]
+            content = whole[:place] + struct.pack("<q", value) + whole[place + 8 :]
             try:
-                Kernel(network(), with_checksum(content), "portable")
+                Kernel(net, with_checksum(content), "portable")
             except InputError:
                 wrong += 1
     assert wrong > 0.7 * (words - 32) / 8 * len(values)
