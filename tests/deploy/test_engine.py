@@ -25,11 +25,11 @@ from solo_gating.deploy.static import Kept, slice_encoder
 from solo_gating_runtime.encoder import MOST_THREADS
 from solo_gating_runtime.library import supported_engines
 
-from ..support.encoders import digit_tensors, enliven, run_config, save_run
+from ..support.encoders import digit_tensors, engines_here, enliven, run_config, save_run
 from ..support.helpers import randomise_norms
 
 ENGINES = (*supported_engines(), "pytorch")
-ANY = pytest.mark.parametrize("engine", ENGINES)
+ANY = pytest.mark.parametrize("engine", [*engines_here(), "pytorch"])
 
 
 def encoder(**kwargs):

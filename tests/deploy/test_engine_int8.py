@@ -12,6 +12,7 @@ from solo_gating_runtime.file import to_bytes
 from solo_gating_runtime.library import ENGINES, supported_engines
 from solo_gating_runtime.network import BUDGET, Block, Convolution, Network
 
+from ..support.encoders import engines_here
 from ..support.integer_reference import random_network, run
 
 ENGINES_HERE = supported_engines("int8")
@@ -54,14 +55,14 @@ def check(engine, x, threshold=0.0, budget=None, threads=1, **options):
     return masks
 
 
-@pytest.mark.parametrize("engine", ENGINES_HERE)
+@pytest.mark.parametrize("engine", engines_here("int8"))
 @pytest.mark.parametrize("width", [8, 13, 24, 64])
 def test_basic_blocks(engine, width):
     masks = check(engine, images(2, 3, 9, 13), width=width, blocks=BASIC)
     assert 0.1 < masks.mean() < 0.9
 
 
-@pytest.mark.parametrize("engine", ENGINES_HERE)
+@pytest.mark.parametrize("engine", engines_here("int8"))
 @pytest.mark.parametrize("blocks", [BOTTLENECK, ((3, 3, 3),) * 3, ((3, 1),) * 3, ((1, 1),) * 2])
 @pytest.mark.parametrize("path", ["gated", "dense"])
 def test_other_blocks(engine, blocks, path):
@@ -69,7 +70,7 @@ def test_other_blocks(engine, blocks, path):
         check(engine, images(2, 3, 7, 9), width=width, blocks=blocks, path=path)
 
 
-@pytest.mark.parametrize("engine", ENGINES_HERE)
+@pytest.mark.parametrize("engine", engines_here("int8"))
 @pytest.mark.parametrize("float_stem", [False, True])
 @pytest.mark.parametrize("imagenet_stem", [False, True])
 def test_stems(engine, float_stem, imagenet_stem):
@@ -82,14 +83,14 @@ def test_stems(engine, float_stem, imagenet_stem):
     check(engine, images(2, 3, 27, 33), **options)
 
 
-@pytest.mark.parametrize("engine", ENGINES_HERE)
+@pytest.mark.parametrize("engine", engines_here("int8"))
 @pytest.mark.parametrize("size", [(1, 1), (1, 2), (3, 1), (5, 40), (12, 11)])
 def test_sizes(engine, size):
     for path in ("gated", "dense"):
         check(engine, images(1, 3, *size), width=16, blocks=BASIC, path=path, classes=5)
 
 
-@pytest.mark.parametrize("engine", ENGINES_HERE)
+@pytest.mark.parametrize("engine", engines_here("int8"))
 @pytest.mark.parametrize("density", [0.0, 0.02, 0.1, 0.3, 0.5, 1.0])
 def test_masks_of_every_density(engine, density):
     for options in ({"width": 64, "blocks": BASIC[:3]}, {"width": 16, "blocks": BOTTLENECK}):
@@ -103,7 +104,7 @@ def test_masks_of_every_density(engine, density):
             np.testing.assert_array_equal(got.features[0], expected.features[i])
 
 
-@pytest.mark.parametrize("engine", ENGINES_HERE)
+@pytest.mark.parametrize("engine", engines_here("int8"))
 def test_dials(engine):
     x = images(2, 3, 8, 8)
     basic = {"width": 16, "blocks": BASIC}
@@ -116,12 +117,12 @@ def test_dials(engine):
         check(engine, x, budget=budget, embedding=True, **basic)
 
 
-@pytest.mark.parametrize("engine", ENGINES_HERE)
+@pytest.mark.parametrize("engine", engines_here("int8"))
 def test_sums_may_be_as_large_as_they_can(engine):
     check(engine, 100 * images(2, 3, 9, 9), width=64, blocks=BASIC, extreme=True)
 
 
-@pytest.mark.parametrize("engine", ENGINES_HERE)
+@pytest.mark.parametrize("engine", engines_here("int8"))
 @pytest.mark.parametrize("path", ["gated", "dense"])
 def test_images_that_are_not_finite_harm_no_other(engine, path):
     options = {"width": 16, "blocks": BASIC, "path": path}

@@ -14,9 +14,9 @@ import torch
 import solo_gating_runtime
 from solo_gating import InputError, deploy
 from solo_gating.gates import GATES, register_gate
-from solo_gating_runtime.library import supported_engines
 
 from ..deploy.test_engine_kinds import CASES, EverySecond, images, lively, settings
+from ..support.encoders import engines_here
 
 ROOT = Path(solo_gating_runtime.__file__).parents[1]
 NAMES = ("resnet18_gated", "resnet50_gated")
@@ -62,7 +62,7 @@ def append(outputs, module, arguments, output):
     outputs.append(output)
 
 
-@pytest.mark.parametrize("engine", [*supported_engines(), "pytorch"])
+@pytest.mark.parametrize("engine", [*engines_here(), "pytorch"])
 @pytest.mark.parametrize(
     ("name", "stem", "size"),
     [

@@ -6,6 +6,7 @@ import math
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 from weakref import WeakKeyDictionary
 
@@ -32,6 +33,7 @@ from solo_gating.evaluate import evaluation, policy
 from solo_gating.evaluate import extract as features
 from solo_gating.flops import count_flops
 from solo_gating.training import pretrain as training_pretrain
+from solo_gating_runtime.library import supported_engines
 
 from .helpers import tiny_config
 
@@ -223,3 +225,11 @@ def plain(tmp_path_factory):
     """A run of vicreg without gates."""
     folder = tmp_path_factory.mktemp("plain")
     return save_run(run_config(folder, "vicreg"), folder)
+
+
+def engines_here(dtype: str = "float32") -> list[Any]:
+    """The engines that this CPU has; those between the best and the portable one are slow to build."""
+    best, *others = supported_engines(dtype)
+    *between, portable = others or [best]
+    slow = [pytest.param(engine, marks=pytest.mark.slow) for engine in between]
+    return [best, *slow, *([portable] if others else [])]
