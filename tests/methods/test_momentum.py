@@ -554,7 +554,7 @@ def test_a_class_of_one_s_own_may_be_gated(monkeypatch):
         """BYOL with a longer name."""
 
     for registry, kind in itertools.product(
-        (SOLO_METHODS, METHODS, GATED_METHODS), ("dual", "gated")
+        (SOLO_METHODS, METHODS, GATED_METHODS), ("dual", "gated", "distilled")
     ):
         monkeypatch.setitem(registry, f"mine_{kind}", None)
     dual, gated = register_gated("mine", Mine, gated="Mine, gated.")

@@ -348,10 +348,10 @@ def test_solo_learn_s_own_registries_know_the_plugin_s_names():
 
 def test_a_method_that_is_registered_later_is_in_all_registries(monkeypatch):
     for registry in (SOLO_METHODS, METHODS, GATED_METHODS):
-        for name in ("mine_dual", "mine_gated"):  # taken out again afterwards
+        for name in ("mine_dual", "mine_gated", "mine_distilled"):  # taken out again afterwards
             monkeypatch.setitem(registry, name, None)
     methods.register_gated("mine", METHODS["vicreg"])
-    for name in ("mine_dual", "mine_gated"):
+    for name in ("mine_dual", "mine_gated", "mine_distilled"):
         assert SOLO_METHODS[name] is METHODS[name] is GATED_METHODS[name]
         assert issubclass(SOLO_METHODS[name], METHODS["vicreg"])
 
