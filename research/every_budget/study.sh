@@ -51,7 +51,6 @@ out=${OUT:-trained_models/study_$data}
 gated="gating.sparsity_weight=100 gating.warmup_epochs=$((epochs / 10)) gating.bound_gradient=all gating.weight_decay=1e-4"
 range="gating.target_budget=[0.05,0.9]"
 distilled="$range gating.budget_anneal=0.5 gating.budget_per_image=true method=vicreg_distilled"
-existing=$distilled
 annealed="$range gating.gate_kwargs.bias=4 gating.budget_anneal=0.5"
 declare -A overrides=(
     [fixed_0.1]="gating.target_budget=0.1" [fixed_0.3]="gating.target_budget=0.3" [fixed_0.5]="gating.target_budget=0.5"
@@ -86,17 +85,16 @@ declare -A overrides=(
     [distilled_gates]="$distilled method=vicreg_distilled_gates"
     [any_long]="$range gating.budget_anneal=0.5 gating.budget_per_image=true"
     # The dense run of the same seed made gated, in so many epochs: gates alone, or all weights.
-    [existing_gates_1]="$existing gating.train=gates" [existing_gates_3]="$existing gating.train=gates"
-    [existing_gates_10]="$existing gating.train=gates"
-    [existing_all_3]="$existing gating.train=all" [existing_all_10]="$existing gating.train=all"
+    [existing_gates_1]="$distilled gating.train=gates" [existing_gates_3]="$distilled gating.train=gates"
+    [existing_gates_10]="$distilled gating.train=gates"
+    [existing_all_3]="$distilled gating.train=all" [existing_all_10]="$distilled gating.train=all"
     # Dense networks of the FLOPs that the shares mean: width × √share.
     [dense]="" [dense_0.1]="" [dense_0.3]="" [dense_0.5]="" [dense_long]="" [dense_0.3_long]="" [dense_0.1_long]=""
 )
 default="dense fixed_0.1 fixed_0.3 fixed_0.5 range range_untold annealed annealed_only any annealed_slow annealed_log_uniform annealed_sandwich annealed_shuffled annealed_lambda_5 annealed_per_image annealed_diverse annealed_detached annealed_half_dense warm_half dense_0.1 dense_0.3 dense_0.5"
-later="distilled distilled_w3 distilled_w30 distilled_half distilled_quarter distilled_no_anneal distilled_late distilled_0.3 distilled_top_k distilled_slimmable distilled_projections distilled_across_views distilled_gates any_long dense_long dense_0.3_long dense_0.1_long existing_gates_1 existing_gates_3 existing_gates_10 existing_all_3 existing_all_10"
 read -r -a variants <<<"${VARIANTS:-$default}"
 for variant in "${variants[@]}"; do
-    [ -n "${overrides[$variant]+known}" ] || { echo "error: VARIANTS: found $variant, expected $default $later" >&2; exit 2; }
+    [ -n "${overrides[$variant]+known}" ] || { echo "error: VARIANTS: found $variant, expected one of ${!overrides[*]}" >&2; exit 2; }
 done
 
 study() { # variant, seed, overrides

@@ -324,7 +324,7 @@ class DistilledMethod(GatedMethod):
         self, views: list[Tensor] | Tensor, dense: ForwardPass, told: Tensor | None
     ) -> tuple[ForwardPass, Tensor | None, Tensor]:
         """As in `GatedMethod`: the first view's images once more, gated."""
-        images = views if isinstance(views, Tensor) else views[0]
+        images = first_view(views)
         share: Any = self.gating.distillation_images
         weight: Any = self.gating.distillation_weight
         number = min(len(images), max(2, round(share * len(images))))  # two, for BatchNorm
@@ -368,15 +368,19 @@ class LearntGates(GatedMethod):
         for module in self._resting:
             module.training = False
         views, targets = batch[1], batch[-1]
-        images = views if isinstance(views, Tensor) else views[0]
         epoch = max(0, self.current_epoch - self.gating.warmup_epochs)
         budget, told = self.budget_of_step(epoch, targets)
         with self.backbone.path("dense") as passes:
-            outs = self.base_training_step(images, targets)
+            outs = self.base_training_step(first_view(views), targets)
         third, told, loss = self.third_pass(views, passes[-1], told)
         self.log("train_class_loss", outs["loss"].detach(), on_epoch=True)
         self._remember([passes[-1], third], targets)
         return outs["loss"] + loss + self.gate_losses([third], epoch, budget, told)
+
+
+def first_view(views: list[Tensor] | Tensor) -> Tensor:
+    """The first view's images of a batch, whose only view may be a tensor by itself."""
+    return views if isinstance(views, Tensor) else views[0]
 
 
 def plain_method(method: type[Any]) -> type[Any]:

@@ -19,7 +19,14 @@ from solo_gating.deploy.masked import MaskedNetwork
 from solo_gating.deploy.quantise import quantise
 from solo_gating_runtime.network import Block, Convolution, Network
 
-from ..support.encoders import all_digits, digit_tensors, enliven, run_config, save_run
+from ..support.encoders import (
+    all_digits,
+    digit_tensors,
+    enliven,
+    lively_encoder,
+    run_config,
+    save_run,
+)
 from ..support.integer_reference import random_network, run
 
 NETWORKS = {
@@ -36,10 +43,7 @@ NETWORKS = {
 
 @pytest.fixture(scope="module")
 def encoder():
-    torch.manual_seed(0)
-    net = BACKBONES["resnet18_gated"](width=8, stem="cifar")
-    net.fc = nn.Identity()
-    return enliven(net)
+    return lively_encoder()
 
 
 @pytest.fixture(scope="module")

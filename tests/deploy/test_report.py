@@ -12,19 +12,15 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor, nn
 
 from solo_gating import InputError, deploy
-from solo_gating.backbones import BACKBONES
 from solo_gating.deploy.engine.fold import fold
 from solo_gating.deploy.report import path_report
 
-from ..support.encoders import digit_tensors, enliven
+from ..support.encoders import digit_tensors, lively_encoder
 
 
 @pytest.fixture(scope="module")
 def encoder():
-    torch.manual_seed(0)
-    net = BACKBONES["resnet18_gated"](width=8, stem="cifar")
-    net.fc = nn.Identity()
-    return enliven(net)
+    return lively_encoder()
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,7 @@ from solo_gating import (
     InputError,
     main_pretrain,
 )
+from solo_gating.backbones import BACKBONES
 from solo_gating.checkpoints.encoder import encoder_of
 from solo_gating.config.defaults import configs_folder
 from solo_gating.config.pretraining import prepare_config
@@ -225,6 +226,14 @@ def plain(tmp_path_factory):
     """A run of vicreg without gates."""
     folder = tmp_path_factory.mktemp("plain")
     return save_run(run_config(folder, "vicreg"), folder)
+
+
+def lively_encoder() -> Any:
+    """A small gated encoder whose gates choose; the same at each call."""
+    torch.manual_seed(0)
+    net = BACKBONES["resnet18_gated"](width=8, stem="cifar")
+    net.fc = nn.Identity()
+    return enliven(net)
 
 
 def engines_here(dtype: str = "float32") -> list[Any]:
