@@ -320,8 +320,14 @@ def make_gate(
 
 
 def _arguments(cls: type[BaseGate]) -> list[str]:
-    """The names of a kind's keyword arguments; "**" for any."""
-    names = []
-    for parameter in list(inspect.signature(cls).parameters.values())[2:]:
-        names.append("**" if parameter.kind is parameter.VAR_KEYWORD else parameter.name)
-    return names
+    """The names of a kind's keyword arguments, with those that it hands on; "**" for any."""
+    names: list[str] = []
+    for owner in cls.__mro__:
+        init = vars(owner).get("__init__")
+        if init is None:
+            continue
+        own = list(inspect.signature(init).parameters.values())[3:]
+        names += [one.name for one in own if one.kind is not one.VAR_KEYWORD]
+        if all(one.kind is not one.VAR_KEYWORD for one in own):
+            return names
+    return [*names, "**"]
