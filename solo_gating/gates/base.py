@@ -168,9 +168,13 @@ class Gate(BaseGate):
 
     A kind that scales may have a BatchNorm of its own for the convolution's output, `output_norm`: the
     gated path then goes through it instead of the block's.
+
+    Attributes:
+        has_output_norm: whether its gates have one.
     """
 
-    output_norm: nn.Module | None  # no value here, which would hide a module of this name
+    has_output_norm: ClassVar[bool] = False
+    output_norm: nn.Module
 
     @classmethod
     def positions(cls, convolutions: Sequence[nn.Conv2d]) -> list[int]:

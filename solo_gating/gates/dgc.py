@@ -84,5 +84,5 @@ class DynamicGroupGate(ConvolutionGate):
         """Scores, B × H × C_in, and a budget or one for each image → ones for those that stay."""
         inactive = (self.in_channels * (1 - budget)).round().long().reshape(-1, 1, 1)
         ordered = scores.sort(dim=2).values
-        last = (inactive - 1).clamp(min=0).expand(*scores.shape[:2], 1)
+        last = (inactive - 1).clamp(min=0).expand(scores.shape[0], self.heads, 1)
         return ((scores > ordered.gather(2, last)) | (inactive == 0)).to(scores.dtype)

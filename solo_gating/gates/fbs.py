@@ -36,6 +36,7 @@ class BoostingGate(Gate):
     dial = "budget"
     needs_budget = True
     only_masks = False
+    has_output_norm = True
 
     def __init__(self, in_channels: int, out_channels: int, *, penalty_weight: float = 0.0):
         super().__init__()
@@ -61,7 +62,7 @@ class BoostingGate(Gate):
         channels = self.predict.out_features
         number = numbers_of_channels(budget, channels).to(scores.device).long().reshape(-1, 1)
         ordered = scores.detach().sort(dim=1, descending=True).values
-        border = ordered.gather(1, number.clamp(max=channels - 1).expand(len(scores), 1))
+        border = ordered.gather(1, number.clamp(max=channels - 1).expand(scores.shape[0], 1))
         mask = ((scores > border) | (number == channels)).to(scores.dtype)
         penalty = None
         if self.training and self.penalty_weight:

@@ -173,7 +173,8 @@ def decided(
     distance = salience - tau[:, None, None]
     on = distance > 0
     value = on.to(distance.dtype)
-    if not (torch.is_grad_enabled() and distance.requires_grad):
+    # torch.jit.trace compares its graph with one that it makes without gradients.
+    if not torch.is_grad_enabled() or torch.jit.is_tracing():
         return value
     distance = alpha * distance
     soft = ((distance + 2) / 4).clamp(0, 1) if hard else torch.sigmoid(distance)
