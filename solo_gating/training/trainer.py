@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from omegaconf import DictConfig
 
 from ..errors import InputError
+from ..gates import gate_class
 from .callbacks import RunProgress, StopAtNonFiniteLoss
 from .checkpoints import Checkpointer, WholeFiles, plain, read_args
 from .logs import CSVLog, next_version
@@ -125,9 +126,13 @@ def _on_cpu(cfg: DictConfig) -> bool:
 def _strategy(cfg: DictConfig) -> Any:
     if cfg.strategy != "ddp":
         return cfg.strategy or "auto"
-    # While the gates rest, their parameters and the gated BatchNorms have no gradient.
-    resting = (cfg.get("gating") or {}).get("warmup_epochs", 0) > 0
-    return DDPStrategy(find_unused_parameters=resting)
+    # While the gates rest, their parameters and the gated BatchNorms have no gradient; nor have
+    # BatchNorms of the dense path that no view takes and gates replace.
+    gating: Any = cfg.get("gating") or {}
+    kind: Any = gate_class(gating.get("gate", "channel"))
+    replaced = getattr(kind, "has_output_norm", False) and "dense" not in gating.get("views", ())
+    unused = gating.get("warmup_epochs", 0) > 0 or replaced
+    return DDPStrategy(find_unused_parameters=unused)
 
 
 def _wandb(cfg: DictConfig, folder: Path) -> WandbLogger:

@@ -41,6 +41,7 @@ REQUIRED = [
         for data in (*CIFAR, "imagenet100")
     ),
     *(f"{method}_dual_{data}" for method in ("byol", "mocov2plus") for data in CIFAR),
+    *(f"simclr_{kind}_{data}" for kind in ("cdg", "scdg", "cgnet", "fbs", "dgc") for data in CIFAR),
     "vicreg_dual_digits",
     "vicreg_any_digits",
 ]
@@ -108,6 +109,7 @@ def test_a_shipped_config_is_complete_and_consistent(name):
     method, data = cfg.name.rsplit("-", 1)
     assert f"{method}_{data}" == name
     own = {"_any_": "_dual_", "gate_encoder_": "vicreg_distilled_"}
+    own |= {f"simclr_{kind}_": "simclr_gated_" for kind in ("fbs", "dgc", "cgnet", "cdg", "scdg")}
     for ours, method_s in own.items():
         name = name.replace(ours, method_s)
     assert name.startswith(cfg.method)

@@ -41,6 +41,7 @@ BUDGET = "a number in (0, 1] or a range like [0.05, 0.9]"
         ("separate_bn", "yes", "true or false"),
         ("views", "gated", "a list like [gated, dense]"),
         ("budget_anneal", 1.5, "a number from 0 to 1"),
+        ("budget_hold", -0.1, "a number from 0 to 1"),
         ("budget_per_image", "yes", "true or false"),
         ("budget_embedding", 1, "true or false"),
     ],

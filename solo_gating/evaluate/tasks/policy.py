@@ -31,12 +31,13 @@ from ...checks import is_number, is_share, require
 from ...config.schema import EVALUATIONS, own_copy
 from ...errors import InputError
 from ...files import write_bytes, write_csv, write_json
+from ...flops import count_flops
 from ...plots.policy import draw_policy
 from ...plots.sweep import draw_sweep
 from ...plots.sweeps import draw_sweeps
 from ...process_state import process_state_kept
 from ...report.records import read_records
-from ...texts import aligned
+from ...texts import aligned, published_count
 from ...training.checkpoints import plain
 from ..calibrate import calibrate, lowest_share, sweep
 from ..evaluation import Evaluation, flops_row, prepare_evaluation
@@ -107,6 +108,11 @@ def evaluate_policy(cfg: DictConfig) -> dict[str, Any]:
         row["budget"] = policy.budget
     _write_policy(evaluation, policy)
     evaluation.say(format_policy(policy))
+    kind = backbone.gates[0]
+    if not kind.only_masks:
+        published = count_flops(backbone, found.resolution).as_published(found.channels)  # type: ignore[arg-type]
+        row |= published
+        evaluation.say(f"{published_count(kind.kind, published)}\n")
     rows = {"gated": row}
     if cfg.sweep:
         rows["dense"], row["sweep"] = _sweep(evaluation, images, shares, policy.target_budget)
