@@ -297,6 +297,7 @@ _FROZEN: Table = {
     "path": ANY,
     "threshold": NUMBER,
     "budget": NUMBER.or_null(),
+    "recalibrate": Kind(lambda v: is_int(v, 0) and v != 1, "0 or an integer ≥ 2").or_null(),
     "crop_size": CROP.or_null(),
     "batch_size": COUNT,
     "output": PATH_OR_NULL,
