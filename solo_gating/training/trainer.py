@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from omegaconf import DictConfig
 
 from ..errors import InputError
+from ..methods import GATED_METHODS
 from .callbacks import RunProgress, StopAtNonFiniteLoss
 from .checkpoints import Checkpointer, WholeFiles, plain, read_args
 from .logs import CSVLog, next_version
@@ -125,9 +126,11 @@ def _on_cpu(cfg: DictConfig) -> bool:
 def _strategy(cfg: DictConfig) -> Any:
     if cfg.strategy != "ddp":
         return cfg.strategy or "auto"
-    # While the gates rest, their parameters and the gated BatchNorms have no gradient.
+    # While the gates rest, their parameters and the gated BatchNorms have no gradient; in a method
+    # of several backward passes none reaches all parameters.
     resting = (cfg.get("gating") or {}).get("warmup_epochs", 0) > 0
-    return DDPStrategy(find_unused_parameters=resting)
+    several = cfg.method in GATED_METHODS and GATED_METHODS[cfg.method].several_passes
+    return DDPStrategy(find_unused_parameters=resting or several)
 
 
 def _wandb(cfg: DictConfig, folder: Path) -> WandbLogger:
