@@ -110,6 +110,6 @@ def group_penalty(
             channels = torch.arange(len(parameter), device=parameter.device)
             group = (channels // max(1, len(parameter) // groups)).clamp(max=groups - 1)
             squares = squares.flatten(1).sum(1) if parameter.dim() > 1 else squares
-            squares = squares * (1 - slope * group)
+            squares = squares * (1 - slope * group.to(squares.dtype))
         terms.append(squares.sum())
     return strength * torch.stack(terms).sum()
