@@ -3,11 +3,16 @@
 FLOPs are multiply-accumulates of the convolutions, the gates' included; BatchNorm, ReLU, pooling
 and the classifier are not counted. That is how the papers count. A gated convolution costs its
 multiply-accumulates × the share of the channels that it reads × the share of those that it writes:
-exact for every image, also where a block has several gates.
+exact for every image, also where a block has several gates. A convolution that a gate of its own
+computes in part (`gates.ConvolutionGate`) is two entries: what every image costs, and the rest, which
+divides evenly among the gate's choices.
 """
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -15,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .backbones import ResNet, TwoPathResNet, convolutions
+from .gates import BaseGate, ConvolutionGate
 from .transfer import numbers_like
 
 # The channels that a gradient of numbers of selected channels reaches.
@@ -27,7 +33,7 @@ class ConvolutionFlops:
 
     Attributes:
         part: of the network: "stem" or a block's name, as `layer1.0`.
-        macs: k²·H·W·C_in·C_out.
+        macs: k²·H·W·C_in·C_out, or one part of them.
         reads: the gate (its number in the network) that chooses its input channels; None for none.
         writes: the gate that chooses its output channels.
     """
@@ -46,14 +52,19 @@ class GateFlops:
         name: the block's, as `layer1.0`; where a block has several gates with the convolution's,
             as `layer1.0.conv2`.
         part: the block's name.
-        channels: C_out, the channels that it chooses from.
+        channels: C_out, the channels that it chooses from; or the choices of a `ConvolutionGate`.
         decision: multiply-accumulates for one image.
+        base: of a `ConvolutionGate`, the part of its convolution that every image costs.
+        weight: what its share counts in `BackboneFlops.gated_share`: the convolution's outputs, or its
+            multiply-accumulates; 0 for a gate of another family.
     """
 
     name: str
     part: str
     channels: int
     decision: int
+    base: Fraction = Fraction(0)
+    weight: int = 0
 
 
 @dataclass(frozen=True)
@@ -119,6 +130,27 @@ class BackboneFlops:
         """F^R / F^O for numbers of selected channels, ... × L → ...; differentiable."""
         return self.gated(channels) / self.dense
 
+    def gated_share(self, channels: Tensor) -> Tensor:
+        """The share as papers count that treat every convolution as gated: nothing else costs anything.
+
+        Of convolutions that are computed in part, base + (1 − base) · d, where d is the mean share of
+        the rest: over all their outputs (CGNet, CDG), or over their multiply-accumulates (DGC).
+
+        Args:
+            channels: as in `gated`.
+
+        Returns:
+            ...; differentiable.
+        """
+        weights = [gate.weight for gate in self.gates]
+        if not all(weights):
+            free = sum(c.macs for c in self.convolutions if c.reads is None and c.writes is None)
+            return (self.gated(channels) - self.fixed) / (self.dense - free)
+        bases = [float(gate.base) for gate in self.gates]
+        base = torch.tensor(bases, dtype=channels.dtype, device=channels.device)
+        computed = base + (1 - base) * self.channel_shares(channels)
+        return (computed * numbers_like(weights, channels)).sum(-1) / sum(weights)
+
     def channel_shares(self, channels: Tensor) -> Tensor:
         """Numbers of selected channels as shares of those to choose from, ... × L → ... × L."""
         return channels / numbers_like([gate.channels for gate in self.gates], channels)
@@ -135,7 +167,7 @@ class BackboneFlops:
             name: BackboneFlops(
                 tuple(conv for conv in self.convolutions if conv.part == name),
                 tuple(
-                    gate if gate.part == name else GateFlops(gate.name, name, gate.channels, 0)
+                    gate if gate.part == name else replace(gate, part=name, decision=0)
                     for gate in self.gates
                 ),
             )
@@ -147,7 +179,7 @@ def selected_channels(masks: tuple[Tensor, ...], gradient: str = "all") -> Tenso
     """One B × C_out mask for each of L gates → B × L, channels selected; differentiable.
 
     Args:
-        masks: zeros and ones.
+        masks: zeros and ones, or shares, whose sum need be no whole number.
         gradient: that of the sum, which is 1 for "all" channels; or that of the mask's L1 norm, which
             is 1 for "selected" channels and 0 for the others (Mask_c of KrishnaTarun/Unification).
             The value is the same.
@@ -168,40 +200,65 @@ def count_flops(backbone: ResNet, resolution: tuple[int, int]) -> BackboneFlops:
         resolution: height and width of an input image, in pixels.
     """
     net = copy.deepcopy(backbone).to("meta", torch.float32).eval()
+    encoder = net.encoder("gated")
+    gated = _multiplications(net, resolution, "gated")
+    # A gate that computes its convolution itself hides it; the dense path has it.
+    in_part = any(isinstance(gate, ConvolutionGate) for gate in getattr(net, "gates", []))
+    plain = _multiplications(encoder, resolution, "dense") if in_part else gated
+    counts = [ConvolutionFlops("stem", plain[encoder.conv1])]
+    gates: list[GateFlops] = []
+    names = {module: name for name, module in encoder.named_modules()}
+    for block in encoder.blocks:
+        part, layers, at = names[block], convolutions(block), getattr(block, "gates_at", {})
+        numbers = {n: len(gates) + index for index, n in enumerate(at)}
+        rest = plain[block] - sum(plain[gate] for gate in at.values())
+        for number, (name, conv, _) in enumerate(layers):
+            macs, gate = plain[conv], at.get(number)
+            rest -= macs
+            if isinstance(gate, ConvolutionGate):
+                base = int(gate.base * macs)
+                counts.append(ConvolutionFlops(part, base))
+                counts.append(ConvolutionFlops(part, macs - base, writes=numbers[number]))
+            else:
+                reads = None if in_part else numbers.get(number - 1)
+                counts.append(ConvolutionFlops(part, macs, reads, numbers.get(number)))
+            if gate is not None:
+                title = part if len(at) == 1 else f"{part}.{name}"
+                gates.append(_gate_flops(gate, title, part, conv, macs, gated))
+        counts.append(ConvolutionFlops(part, rest))  # the shortcut, and whatever else a block has
+    return BackboneFlops(tuple(counts), tuple(gates))
+
+
+def _multiplications(net: ResNet, resolution: tuple[int, int], path: str) -> dict[nn.Module, int]:
+    """Multiply-accumulates of each module for one image, on a path of a network without data."""
     counter = FlopCounterMode(display=False)
     image = torch.zeros(1, 3, *resolution, device="meta", dtype=torch.float32)
-    if isinstance(net, TwoPathResNet):
-        with counter, net.path("gated"):
-            net(image)
-    else:
-        with counter:
-            net(image)
+    with counter, net.path(path) if isinstance(net, TwoPathResNet) else nullcontext():
+        net(image)
     counted = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
-    names = {module: name for name, module in net.named_modules()}
+    root = type(net).__name__
+    # PyTorch counts a multiply-accumulate as two operations.
+    return {m: int(counted.get(f"{root}.{name}", 0)) // 2 for name, m in net.named_modules()}
 
-    def macs(module: nn.Module) -> int:
-        # PyTorch counts a multiply-accumulate as two operations.
-        return int(counted.get(f"{type(net).__name__}.{names[module]}", 0)) // 2
 
-    encoder = net.encoder("gated")
-    counts = [ConvolutionFlops("stem", macs(encoder.conv1))]
-    gates: list[GateFlops] = []
-    for block in encoder.blocks:
-        part = names[block].removeprefix(f"{names[encoder]}.")
-        layers, own = convolutions(block), getattr(block, "gates", [])
-        first, last = len(gates), len(layers) - 1
-        rest = macs(block) - sum(macs(gate) for gate in own)
-        for number, (_, conv, _) in enumerate(layers):
-            reads = first + number - 1 if own and number > 0 else None
-            writes = first + number if own and number < last else None
-            counts.append(ConvolutionFlops(part, macs(conv), reads, writes))
-            rest -= macs(conv)
-        counts.append(ConvolutionFlops(part, rest))  # the shortcut, and whatever else a block has
-        for (name, conv, _), gate in zip(layers, own, strict=False):
-            decision = macs(gate) if gate.flops is None else gate.flops
-            title = part if len(own) == 1 else f"{part}.{name}"
-            gates.append(GateFlops(title, part, conv.out_channels, decision))
-    return BackboneFlops(tuple(counts), tuple(gates))
+def _gate_flops(
+    gate: BaseGate,
+    name: str,
+    part: str,
+    conv: nn.Conv2d,
+    macs: int,
+    counted: Mapping[nn.Module, int],
+) -> GateFlops:
+    decision = gate.flops
+    if not isinstance(gate, ConvolutionGate):
+        return GateFlops(
+            name, part, conv.out_channels, counted[gate] if decision is None else decision
+        )
+    if decision is None:
+        decision = sum(counted[layer] for layer in gate.children())
+    outputs = conv.out_channels * macs // conv.weight.numel()
+    weight = outputs if gate.counts_outputs else macs
+    return GateFlops(name, part, gate.choices, decision, gate.base, weight)
 
 
 def count_parameters(module: nn.Module) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from ..gates import Gate
+from ..gates import BaseGate, ConvolutionGate, Decision, Gate
 from .masking import convolve_masked
 from .paths import Choice, refuse_in_scope
 
@@ -32,15 +32,24 @@ class BlockMixin(nn.Module):
     relu: nn.Module
     downsample: nn.Module | None
 
-    def set_gates(self, gates: Sequence[Gate]) -> None:
+    def set_gates(self, gates: Sequence[BaseGate]) -> None:
         """Hold gates as `gate`, `gate2`, ..., in order."""
         for number, gate in enumerate(gates, 1):
             setattr(self, "gate" if number == 1 else f"gate{number}", gate)
 
     @property
-    def gates(self) -> list[Gate]:
+    def gates(self) -> list[BaseGate]:
         """The gates, in order; none for a block of a dense encoder, or one whose gates were dropped."""
-        return [module for module in self._modules.values() if isinstance(module, Gate)]
+        return [module for module in self._modules.values() if isinstance(module, BaseGate)]
+
+    @property
+    def gates_at(self) -> dict[int, BaseGate]:
+        """The gates by the numbers of their convolutions, from 0."""
+        gates = self.gates
+        if not gates:
+            return {}
+        at = gates[0].positions([conv for _, conv, _ in convolutions(self)])
+        return dict(zip(at, gates, strict=True))
 
 
 def plain_block(block: type[nn.Module]) -> type[nn.Module]:
@@ -58,7 +67,8 @@ class GatedBlock(BlockMixin):
         out = relu(bn'_N(conv_N h_(N−1)) + shortcut(x))
 
     bn' are the gated path's own BatchNorms (`gated_bn1`, ...) or, if they are shared, bn1, ...
-    (unification paper, Figure 1, which has N = 2). The gates are `gate`, `gate2`, ...
+    (unification paper, Figure 1, which has N = 2). Gates that also scale, or that compute a convolution
+    in part (`ConvolutionGate`), say what stands there instead. The gates are `gate`, `gate2`, ...
 
     Attributes:
         path: the way that it goes when it is called by itself, outside of its backbone.
@@ -68,30 +78,46 @@ class GatedBlock(BlockMixin):
     path = "dense"
     separate_bn = False
 
-    def add_gates(self, make: Callable[[int, int], Gate], separate_bn: bool) -> None:
+    def add_gates(
+        self, kind: type[BaseGate], make: Callable[[int, int], BaseGate], separate_bn: bool
+    ) -> None:
         """Add the gates, and the gated path's BatchNorms as copies of the dense path's.
 
         Args:
-            make: a gate for the channels of the block's input and of a convolution's output.
+            kind: of the gates.
+            make: a gate for the channels of the block's input, or its convolution's, and of the
+                convolution's output.
             separate_bn: as the attribute.
         """
         layers = convolutions(self)
-        inputs = layers[0][1].in_channels
-        self.set_gates([make(inputs, conv.out_channels) for _, conv, _ in layers[:-1]])
+        convs = [conv for _, conv, _ in layers]
+        at = kind.positions(convs)
+        sources = [convs[n if issubclass(kind, ConvolutionGate) else 0] for n in at]
+        self.set_gates(
+            [
+                make(source.in_channels, convs[n].out_channels)
+                for n, source in zip(at, sources, strict=True)
+            ]
+        )
         self.separate_bn = separate_bn
         if separate_bn:
-            for number, (_, _, norm) in enumerate(layers, 1):
-                own = type(norm)(norm.num_features)
-                own.load_state_dict(norm.state_dict())
-                setattr(self, f"gated_bn{number}", own)
+            owned = [n for n, gate in self.gates_at.items() if _output_norm(gate) is not None]
+            for number, (_, _, norm) in enumerate(layers):
+                if number not in owned:
+                    own = type(norm)(norm.num_features)
+                    own.load_state_dict(norm.state_dict())
+                    setattr(self, f"gated_bn{number + 1}", own)
 
     @property
     def gated_norms(self) -> list[nn.Module]:
         """The BatchNorms of the gated path, in order."""
-        layers = convolutions(self)
-        if not self.separate_bn:
-            return [norm for _, _, norm in layers]
-        return [self.get_submodule(f"gated_bn{number}") for number in range(1, len(layers) + 1)]
+        gates, norms = self.gates_at, []
+        for number, (_, _, shared) in enumerate(convolutions(self)):
+            own = _output_norm(gates.get(number))
+            if own is None and self.separate_bn:
+                own = self.get_submodule(f"gated_bn{number + 1}")
+            norms.append(shared if own is None else own)
+        return norms
 
     @property
     def gated_only(self) -> list[nn.Module]:
@@ -110,31 +136,68 @@ class GatedBlock(BlockMixin):
             choice = Choice(self.path)
         if choice.path == "dense":
             return super().forward(x)
-        out, masks = self.forward_gated(x, choice.budget)
+        out, masks = self.forward_gated(x, choice.budget, choice)
         choice.masks.extend(masks)
         return out
 
     def forward_gated(
-        self, x: Tensor, budget: Tensor | None = None
+        self, x: Tensor, budget: Tensor | None = None, choice: Choice | None = None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """B × C_in × H × W, and the gates' budget → (B × C_out × H' × W', a mask for each gate)."""
-        gates = self.gates
+        """B × C_in × H × W, and the gates' budget → (B × C_out × H' × W', a mask for each gate).
+
+        Args:
+            x: the block's input.
+            budget: what the gates are told.
+            choice: of the pass, which says the view and takes the gates' penalties.
+        """
+        gates, choice = self.gates_at, choice or Choice("gated", budget)
         if not gates:
             raise RuntimeError(
                 "this block is the dense encoder's and has no gate; those of the gated one are in "
                 "backbone.gated_net"
             )
-        masks = tuple(gate(x, budget) for gate in gates)
-        out = x
-        for number, ((_, conv, _), norm) in enumerate(
-            zip(convolutions(self), self.gated_norms, strict=True)
-        ):
-            out = conv(out) if number == 0 else convolve_masked(conv, out, masks[number - 1])
+        decisions = {
+            n: _decision(gate(x, budget)) for n, gate in gates.items() if isinstance(gate, Gate)
+        }
+        masks, penalties = (
+            [d.mask for d in decisions.values()],
+            [d.penalty for d in decisions.values()],
+        )
+        layers, out = convolutions(self), x
+        for number, ((_, conv, _), norm) in enumerate(zip(layers, self.gated_norms, strict=True)):
+            gate = gates.get(number)
+            if isinstance(gate, ConvolutionGate):
+                out, shares, penalty = gate(out, conv, choice.view, budget)
+                masks.append(shares)
+                penalties.append(penalty)
+            elif number - 1 in decisions:
+                out = convolve_masked(conv, out, decisions[number - 1].mask)
+            else:
+                out = conv(out)
             out = norm(out)
-            if number < len(masks):
+            if number in decisions:
+                out = _scaled(out, decisions[number])
+            if number < len(layers) - 1:
                 out = self.relu(out)
+        choice.penalties.extend(penalty for penalty in penalties if penalty is not None)
         out += x if self.downsample is None else self.downsample(x)
-        return self.relu(out), masks
+        return self.relu(out), tuple(masks)
+
+
+def _output_norm(gate: BaseGate | None) -> nn.Module | None:
+    return getattr(gate, "output_norm", None)
+
+
+def _decision(decided: Tensor | Decision) -> Decision:
+    return decided if isinstance(decided, Decision) else Decision(decided)
+
+
+def _scaled(out: Tensor, decision: Decision) -> Tensor:
+    """scale · out + shift, in the dtype of `out`."""
+    _, scale, shift, _ = decision
+    if scale is not None:
+        out = out * scale.to(out.dtype)[:, :, None, None]
+    return out if shift is None else out + shift.to(out.dtype)[..., None, None]
 
 
 class GatedBasicBlock(GatedBlock, BasicBlock):

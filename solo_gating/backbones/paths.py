@@ -34,13 +34,16 @@ class ForwardPass:
 
     Attributes:
         features: B × C.
-        masks: a B × C_out tensor of zeros and ones for each block; empty on the dense path.
+        masks: a B × C_out tensor of zeros and ones for each gate, or the shares of a
+            `ConvolutionGate`; empty on the dense path.
+        penalty: what the gates add to training's loss, a number; None for nothing.
     """
 
     path: str
     resolution: tuple[int, int]
     features: Tensor
     masks: tuple[Tensor, ...] = ()
+    penalty: Tensor | None = None
 
 
 class Choice:
@@ -52,13 +55,22 @@ class Choice:
     Attributes:
         path: "gated" or "dense".
         budget: what the gates are told: a number or one for each image, B; None for their own.
+        view: the number of the step's view, from 0, for gates that tell views apart.
         masks: where gated blocks put their masks, in order.
+        penalties: where gated blocks put what their gates add to training's loss.
     """
 
-    def __init__(self, path: str, budget: Tensor | None = None):
+    def __init__(self, path: str, budget: Tensor | None = None, view: int = 0):
         self.path = path
         self.budget = budget
+        self.view = view
         self.masks: list[Tensor] = []
+        self.penalties: list[Tensor] = []
+
+    @property
+    def penalty(self) -> Tensor | None:
+        """All penalties together; None without any."""
+        return torch.stack(self.penalties).sum() if self.penalties else None
 
 
 @dataclass(frozen=True)
@@ -67,13 +79,13 @@ class Scope:
 
     Attributes:
         owner: the backbone that it was opened for.
-        paths: those of successive passes.
+        paths: those of successive passes, with the number of each one's view.
         passes: where they are noted.
         budget: what the gates are told; None for the backbone's budget.
     """
 
     owner: Any
-    paths: Iterator[str]
+    paths: Iterator[tuple[int, str]]
     passes: deque[ForwardPass]
     budget: Tensor | None
 
@@ -92,10 +104,11 @@ def scope_of(backbone: Any) -> Scope | None:
 
 @contextmanager
 def open_scope(
-    backbone: Any, paths: list[str], budget: Tensor | None
+    backbone: Any, paths: list[str], budget: Tensor | None, view: int = 0
 ) -> Iterator[deque[ForwardPass]]:
     """Open a scope of a backbone; yields the latest passes, as many as there are paths."""
-    scope = Scope(backbone, itertools.cycle(paths), deque(maxlen=len(paths)), budget)
+    views = itertools.cycle(enumerate(paths, view))
+    scope = Scope(backbone, views, deque(maxlen=len(paths)), budget)
     outer = _SCOPES.get()
     _SCOPES.set((*outer, scope))
     try:
@@ -137,19 +150,19 @@ class Remembered:
     """
 
     def __init__(self) -> None:
-        self._choices: dict[tuple[Any, ...], tuple[str, Tensor | None] | None] = {}
+        self._choices: dict[tuple[Any, ...], tuple[str, Tensor | None, int] | None] = {}
 
-    def note(self, images: Tensor, path: str, budget: Tensor | None) -> None:
+    def note(self, images: Tensor, path: str, budget: Tensor | None, view: int) -> None:
         """Remember a pass; two that differ for the same images leave no answer."""
         key = _place(images)
         kept = {k: v for k, v in self._choices.items() if not k[0].expired()}
-        before = kept.get(key, (path, budget))
-        same = before is not None and before[0] == path and before[1] is budget
-        kept[key] = (path, budget) if same else None
+        before = kept.get(key, (path, budget, view))
+        same = before is not None and before[::2] == (path, view) and before[1] is budget
+        kept[key] = (path, budget, view) if same else None
         self._choices = kept
 
-    def recall(self, images: Tensor) -> tuple[str, Tensor | None]:
-        """The path and the budget of a pass.
+    def recall(self, images: Tensor) -> tuple[str, Tensor | None, int]:
+        """The path of a pass, its budget and its view.
 
         Raises:
             RuntimeError: if the images are not known, or went several ways.

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..gates import Gate, make_gate
+from ..gates import BaseGate, make_gate
 from .blocks import BLOCKS, BlockMixin, convolutions, mixed
 from .masking import apply_mask
 from .resnet import ResNet
@@ -19,7 +19,7 @@ class SlicedBlock(BlockMixin):
     channels; where gates stay, h_i is multiplied by their masks as in `GatedBlock`.
     """
 
-    def slice(self, hidden: Sequence[int], gates: Sequence[Gate]) -> None:
+    def slice(self, hidden: Sequence[int], gates: Sequence[BaseGate]) -> None:
         """Replace the convolutions by ones with so many channels between them."""
         layers = convolutions(self)
         first, last = layers[0][1], layers[-1][1]
@@ -123,6 +123,6 @@ class SlicedResNet(ResNet):
         return self._architecture
 
     @property
-    def gates(self) -> list[Gate]:
+    def gates(self) -> list[BaseGate]:
         """All gates, in order; none for a static network."""
         return [gate for block in self.blocks for gate in block.gates]

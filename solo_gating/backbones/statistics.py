@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..gates import Gate
+from ..gates import BaseGate
 from .two_path import TwoPathResNet
 
 
@@ -17,7 +17,7 @@ def batch_norms(*modules: nn.Module) -> list[_BatchNorm]:
         part
         for module in modules
         for gate in module.modules()
-        if isinstance(gate, Gate)
+        if isinstance(gate, BaseGate)
         for part in gate.modules()
     }
     return [

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..budgets import RANGE, Range, checked_budget, is_range, middle
 from ..checks import checked_threshold, is_share, require
 from ..errors import InputError
-from ..gates import Gate, gate_class, make_gate
+from ..gates import BaseGate, gate_class, make_gate
 from .blocks import BLOCKS, GatedBlock, Stage, gated_block
 from .paths import (
     Choice,
@@ -110,7 +110,7 @@ class TwoPathResNet(ResNet):
         return self.encoder("gated").blocks  # type: ignore[return-value]
 
     @property
-    def gates(self) -> list[Gate]:
+    def gates(self) -> list[BaseGate]:
         """All gates, in the order in which masks are returned."""
         return [gate for block in self.gated_blocks for gate in block.gates]
 
@@ -131,7 +131,7 @@ class TwoPathResNet(ResNet):
         """
         self._compiled = {
             "dense": torch.compile(self.forward_dense, *args, **kwargs),
-            "gated": torch.compile(self.forward_gated, *args, **kwargs),
+            "gated": torch.compile(self._run_gated, *args, **kwargs),
         }
 
     def __getstate__(self) -> dict[str, Any]:
@@ -205,7 +205,7 @@ class TwoPathResNet(ResNet):
         return weight.new_full((), budget, dtype=torch.promote_types(weight.dtype, torch.float32))
 
     def path(
-        self, *paths: str, budget: float | Tensor | None = None
+        self, *paths: str, budget: float | Tensor | None = None, view: int = 0
     ) -> AbstractContextManager[deque[ForwardPass]]:
         """Choose the path of every forward pass inside a `with` block, and the gates' budget.
 
@@ -218,6 +218,8 @@ class TwoPathResNet(ResNet):
             paths: "gated" or "dense"; none for the default path.
             budget: of the gates inside the block; or one for each image, B, which are taken as they
                 are; None for `budget`.
+            view: the number of the first name's view; of the second one it is the next, and so on.
+                Some kinds of gates tell the views of a training step apart.
 
         Returns:
             A context that gives the latest forward passes, oldest first; as many as there are names.
@@ -231,20 +233,22 @@ class TwoPathResNet(ResNet):
             budget = budget.to(self._as_tensor(0.0))
         elif budget is not None:
             budget = self._as_tensor(checked_budget(budget, self.budget_range))
-        return open_scope(self, names, budget)
+        return open_scope(self, names, budget, view)
 
     def forward(self, x: Tensor) -> Tensor:
         """B × 3 × H × W → features B × C (or logits, while the network has its `fc`)."""
-        path, budget, scope = self._choose(x)
+        (path, budget, view), scope = self._choose(x)
         masks: tuple[Tensor, ...] = ()
+        penalty = None
         if path == "dense":
             features = self._compiled.get("dense", self.forward_dense)(x)
         else:
-            features, masks = self._compiled.get("gated", self.forward_gated)(x, budget)
-            self._check_gradients(features, masks)
+            run = self._compiled.get("gated", self._run_gated)
+            features, masks, penalty = run(x, budget, view)
+            self._check_gradients(features, masks, penalty)
         if scope is not None:
             height, width = x.shape[-2:]
-            scope.passes.append(ForwardPass(path, (height, width), features, masks))
+            scope.passes.append(ForwardPass(path, (height, width), features, masks, penalty))
         return features
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -252,12 +256,12 @@ class TwoPathResNet(ResNet):
 
         The path is chosen as for `forward`; a pass in a scope holds the maps as its features.
         """
-        path, budget, scope = self._choose(x)
-        choice = Choice(path, budget)
+        chosen, scope = self._choose(x)
+        choice = Choice(*chosen)
         maps = self._maps(x, choice)
         if scope is not None:
-            height, width = x.shape[-2:]
-            scope.passes.append(ForwardPass(path, (height, width), maps, tuple(choice.masks)))
+            size, masks = (x.shape[-2], x.shape[-1]), tuple(choice.masks)
+            scope.passes.append(ForwardPass(choice.path, size, maps, masks, choice.penalty))
         return maps
 
     def forward_dense(self, x: Tensor) -> Tensor:
@@ -265,36 +269,49 @@ class TwoPathResNet(ResNet):
         return self._pooled(self._maps(x, Choice("dense")))
 
     def forward_gated(
-        self, x: Tensor, budget: Tensor | None = None
+        self, x: Tensor, budget: Tensor | None = None, view: int = 0
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """B × 3 × H × W, and the gates' budget → (features B × C, one mask B × C_out per gate)."""
-        choice = Choice("gated", budget)
-        features = self._pooled(self._maps(x, choice))
-        return features, tuple(choice.masks)
+        features, masks, _ = self._run_gated(x, budget, view)
+        return features, masks
 
-    def _choose(self, x: Tensor) -> tuple[str, Tensor | None, Scope | None]:
-        """A pass's path, what its gates are told, and the scope that notes it."""
+    def _run_gated(
+        self, x: Tensor, budget: Tensor | None, view: int
+    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
+        """Features, masks, and what the gates add to the loss."""
+        choice = Choice("gated", budget, view)
+        features = self._pooled(self._maps(x, choice))
+        return features, tuple(choice.masks), choice.penalty
+
+    def _choose(self, x: Tensor) -> tuple[tuple[str, Tensor | None, int], Scope | None]:
+        """A pass's path, what its gates are told, its view, and the scope that notes it."""
         if in_backward():
-            return (*self._remembered.recall(x), None)
+            return self._remembered.recall(x), None
         scope = scope_of(self)
-        path, budget = self.default_path, None
+        path, budget, view = self.default_path, None, 0
         if scope is not None:
-            path, budget = next(scope.paths), scope.budget
+            view, path = next(scope.paths)
+            budget = scope.budget
+            # No more views than the gates tell apart: what is compiled is compiled for each.
+            view %= self.gates[0].views if path == "gated" else 1
         if budget is not None and budget.ndim and len(budget) != len(x):
             raise InputError(
                 f"budget: got {len(budget)} budgets for {len(x)} images, expected one for each"
             )
         if (self.training or torch.is_grad_enabled()) and not being_traced(x):
-            self._remembered.note(x, path, budget)
+            self._remembered.note(x, path, budget, view)
         # A tensor, so that what was compiled is not compiled again for another budget.
-        return path, self.budget_told if budget is None else budget, scope
+        return (path, self.budget_told if budget is None else budget, view), scope
 
-    def _check_gradients(self, features: Tensor, masks: tuple[Tensor, ...]) -> None:
+    def _check_gradients(
+        self, features: Tensor, masks: tuple[Tensor, ...], penalty: Tensor | None
+    ) -> None:
         gate = self.gates[-1]
         learns = gate.training and any(p.requires_grad for p in gate.parameters())
         if being_traced(features) or not learns:
             return
-        if features.requires_grad and not masks[-1].requires_grad:
+        in_loss = [*(masks[-1:] if gate.losses else ()), *(() if penalty is None else (penalty,))]
+        if features.requires_grad and not all(one.requires_grad for one in in_loss):
             raise RuntimeError(
                 "activation checkpointing: masks made with use_reentrant=True have no gradient, so "
                 "that the budget would teach the gates nothing; use use_reentrant=False"
@@ -356,10 +373,10 @@ class GatedResNet(TwoPathResNet):
             **({"bias": _OPEN} if open_start else {}),
         }
 
-        def make(in_channels: int, out_channels: int) -> Gate:
+        def make(in_channels: int, out_channels: int) -> BaseGate:
             return make_gate(gate, in_channels, out_channels, gate_kwargs or {}, common)
 
         for block in self.gated_blocks:
-            block.add_gates(make, separate_bn)
+            block.add_gates(kind, make, separate_bn)
         self.threshold = threshold
         self.budget = budget

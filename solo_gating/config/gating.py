@@ -22,7 +22,7 @@ from ..checks import (
 )
 from ..errors import InputError
 from ..flops import GRADIENTS
-from ..gates import Gate, check_gate_kwargs, gate_class
+from ..gates import BaseGate, check_gate_kwargs, gate_class
 
 MOMENTUM_PATHS = ("dense", "gated", "same")
 TRAINED = ("all", "gates")
@@ -284,7 +284,7 @@ class GatingConfig:
         return BudgetSchedule(low, high, anneal)  # type: ignore[arg-type]
 
     @property
-    def kind(self) -> type[Gate]:
+    def kind(self) -> type[BaseGate]:
         """The class of the gates."""
         return gate_class(self.gate, "gating.gate")
 

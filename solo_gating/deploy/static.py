@@ -105,7 +105,12 @@ def slice_encoder(backbone: TwoPathResNet, kept: Kept, gates: bool) -> SlicedRes
         kept: from `kept_channels`.
         gates: whether the gates stay, at the backbone's threshold and for good at its budget.
     """
-    source = backbone.encoder("gated")
+    source, kind = backbone.encoder("gated"), backbone.gates[0]
+    if not kind.only_masks:
+        raise InputError(
+            f"policy: got gates of kind {kind.kind!r}, which do more than choose channels; expected "
+            "a kind whose channels can be removed"
+        )
     cut = [
         gate.sliced(indices, backbone.budget)
         for gate, indices in zip(backbone.gates, kept.channels, strict=True)

@@ -27,8 +27,9 @@ class Extraction:
         features: float32, N × C.
         targets: int64, N; -1 for an unlabelled image.
         resolution: height and width of the images.
-        channels: int64, N × L, selected channels of each image for each gate; None on the dense path.
-        selected: for each gate int64, C_out: by how many images each channel was selected.
+        channels: float64, N × L, selected channels of each image for each gate, whole numbers unless a
+            gate computes channels in part; None on the dense path.
+        selected: for each gate int64, C_out: by how many images each channel was selected, be it in part.
         flops: mean multiply-accumulates per image, exact over the set; None for a backbone that
             is not one of this package's.
     """
@@ -82,8 +83,8 @@ def extract(
             targets.append(torch.as_tensor(labels))
             resolution = (images.shape[-2], images.shape[-1])
             if masks:
-                channels.append(selected_channels(masks).long().cpu())
-                counts = [mask.sum(dim=0).long().cpu() for mask in masks]
+                channels.append(selected_channels(masks).double().cpu())
+                counts = [(mask > 0).sum(dim=0).cpu() for mask in masks]
                 selected = (
                     [a + b for a, b in zip(selected, counts, strict=True)] if selected else counts
                 )
@@ -96,7 +97,7 @@ def extract(
         cost = count_flops(backbone, resolution)
         flops = float(cost.dense)
         if every is not None:
-            flops = cost.gated(every).double().mean().item()
+            flops = cost.gated(every).mean().item()
     whole = _of_all_processes(torch.cat(features))
     if bad := len(whole) - int(whole.isfinite().all(dim=1).sum()):
         raise NonFiniteFeaturesError(

@@ -11,9 +11,13 @@ Another kind is a subclass of `Gate` with a name; docs/guide/extend.md shows one
 
 from .base import (
     GATES,
+    BaseGate,
+    ConvolutionGate,
+    Decision,
     FoldedEmbedding,
     FoldedGate,
     Gate,
+    GatedOutput,
     check_gate_kwargs,
     gate_class,
     make_gate,
@@ -26,12 +30,16 @@ from .top_k import TopKGate
 
 __all__ = [
     "GATES",
+    "BaseGate",
     "BudgetEmbedding",
     "ChannelGate",
+    "ConvolutionGate",
+    "Decision",
     "FixedGate",
     "FoldedEmbedding",
     "FoldedGate",
     "Gate",
+    "GatedOutput",
     "ScoringGate",
     "TopKGate",
     "check_gate_kwargs",

@@ -1,9 +1,10 @@
 """What a gate is, and the kinds that are known by name."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeVar
+from fractions import Fraction
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
@@ -57,16 +58,43 @@ class FoldedGate:
     count: int | Literal["budget"] | None = None
 
 
-class Gate(nn.Module):
-    """Decides which of a convolution's output channels to compute for an image.
+class Decision(NamedTuple):
+    """What a gate decided, where that is more than a mask: h = relu(mask · (scale · bn(conv x) + shift)).
 
-    A kind of gate is a subclass with a name (`register_gate`). Its constructor takes the channels of
-    the block's input and of the convolution, and keyword arguments of its own: those of the config's
-    `gating.gate_kwargs`, and of `reduction`, `temperature` and `told` (whether training draws budgets
-    from a range, and tells them) those that it names. `forward(x, budget)` takes the block's input,
-    B × C_in × H × W, and a budget, a number or one for each image, or None for a gate that is told
-    none; it gives the mask, B × C_out, of zeros and ones, with a gradient if the gate is to learn.
-    Everything else has a default.
+    Attributes:
+        mask: B × C_out, of zeros and ones.
+        scale: B × C_out, of the normalised output; None for 1.
+        shift: C_out, or B × C_out, added to it; None for 0.
+        penalty: what the decision adds to training's loss, a number, its weight included; None for
+            nothing.
+    """
+
+    mask: Tensor
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    penalty: Tensor | None = None
+
+
+class GatedOutput(NamedTuple):
+    """What a convolution's gate computed.
+
+    Attributes:
+        out: B × C_out × H' × W', the convolution's output, without BatchNorm.
+        shares: B × `choices`, numbers from 0 to 1: how much of each choice was computed.
+        penalty: as in `Decision`.
+    """
+
+    out: Tensor
+    shares: Tensor
+    penalty: Tensor | None = None
+
+
+class BaseGate(nn.Module):
+    """What all kinds of gates have in common; a kind is a subclass of `Gate` or `ConvolutionGate`.
+
+    Its constructor takes numbers of input and output channels, and keyword arguments of its own: those
+    of the config's `gating.gate_kwargs`, and of `reduction`, `temperature` and `told` (whether training
+    draws budgets from a range, and tells them) those that it names.
 
     Attributes:
         kind: its name, set by `register_gate`.
@@ -75,27 +103,33 @@ class Gate(nn.Module):
         dial: what sets a trained gate to another share of the FLOPs: its "threshold", the "budget"
             that it is told, or None.
         needs_budget: whether it is told the budget also where training has a single one.
+        only_masks: whether zeros and ones for whole channels are all that it does; what cuts networks
+            to channels, or runs them without PyTorch, knows no others.
+        views: how many of a step's views it tells apart.
         flops: multiply-accumulates of a decision for one image; None to count those of its layers.
         threshold: of a gate whose dial it is; set by the backbone, in no checkpoint.
         budget: what it is told unless a pass says otherwise; as `threshold`.
     """
 
     kind: ClassVar[str] = ""
-    losses: ClassVar[tuple[str, ...]] = ("budget", "bound")
+    losses: Sequence[str] = ("budget", "bound")
     dial: ClassVar[str | None] = None
     needs_budget: ClassVar[bool] = False
+    only_masks: ClassVar[bool] = True
+    views: ClassVar[int] = 1
 
     threshold: float = 0.0
     budget: float | None = None
+
+    @classmethod
+    def positions(cls, convolutions: Sequence[nn.Conv2d]) -> list[int]:
+        """The convolutions of a block that have a gate of this kind, as numbers from 0."""
+        raise NotImplementedError
 
     @property
     def flops(self) -> int | None:
         """As in the class's docstring."""
         return None
-
-    def forward(self, x: Tensor, budget: Tensor | None = None) -> Tensor:
-        """B × C_in × H × W, and a budget → the mask, B × C_out."""
-        raise NotImplementedError(f"{type(self).__name__} has no forward")
 
     def fold(self) -> FoldedGate | None:
         """The gate for the compiled engine; None for a kind that only PyTorch can run.
@@ -123,9 +157,78 @@ class Gate(nn.Module):
         )
 
 
-GATES: dict[str, type[Gate]] = {}
+class Gate(BaseGate):
+    """Decides from a block's input which of a convolution's output channels to compute for an image.
 
-_Kind = TypeVar("_Kind", bound=type[Gate])
+    A kind is a subclass with a name (`register_gate`), whose constructor takes the channels of the
+    block's input and of the convolution (see `BaseGate`). `forward(x, budget)` takes the block's input,
+    B × C_in × H × W, and a budget, a number or one for each image, or None for a gate that is told
+    none; it gives the mask, B × C_out, of zeros and ones, with a gradient if the gate is to learn; or a
+    `Decision`, which may also scale. Everything else has a default.
+
+    A kind that scales may have a BatchNorm of its own for the convolution's output, `output_norm`: the
+    gated path then goes through it instead of the block's.
+    """
+
+    output_norm: nn.Module | None  # no value here, which would hide a module of this name
+
+    @classmethod
+    def positions(cls, convolutions: Sequence[nn.Conv2d]) -> list[int]:
+        """All but the last, behind which there is no hidden map."""
+        return list(range(len(convolutions) - 1))
+
+    def forward(self, x: Tensor, budget: Tensor | None = None) -> Tensor | Decision:
+        """B × C_in × H × W, and a budget → the mask, B × C_out, or a `Decision`."""
+        raise NotImplementedError(f"{type(self).__name__} has no forward")
+
+
+class ConvolutionGate(BaseGate):
+    """Computes a convolution in part: called in its place, with its weight.
+
+    A kind is a subclass with a name (`register_gate`), whose constructor takes the channels of the
+    convolution's input and output (see `BaseGate`). `forward(x, conv, view, budget)` takes the
+    convolution's own input, B × C_in × H × W, the convolution, whose weight is also the dense path's,
+    the number of the step's view, and a budget as in `Gate`. It gives the output and the shares of its
+    choices that were computed.
+
+    What is computed for every image is `base` of the convolution's multiply-accumulates; the rest
+    divides evenly among the choices.
+
+    Attributes:
+        kernels: the sizes of the convolutions that have such a gate.
+        choices: how many there are; a constructor that says nothing else leaves the output channels.
+        base: as above.
+        counts_outputs: whether the kind's papers take a network's mean share over all outputs of its
+            convolutions; or else over their multiply-accumulates.
+    """
+
+    losses: Sequence[str] = ()
+    only_masks: ClassVar[bool] = False
+    kernels: ClassVar[tuple[tuple[int, int], ...]] = ((3, 3),)
+    counts_outputs: ClassVar[bool] = False
+
+    base: Fraction = Fraction(0)
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.choices = out_channels
+
+    @classmethod
+    def positions(cls, convolutions: Sequence[nn.Conv2d]) -> list[int]:
+        """Those of the kind's kernel sizes."""
+        return [n for n, conv in enumerate(convolutions) if conv.kernel_size in cls.kernels]
+
+    def forward(
+        self, x: Tensor, conv: nn.Conv2d, view: int = 0, budget: Tensor | None = None
+    ) -> GatedOutput:
+        """As in the class's docstring."""
+        raise NotImplementedError(f"{type(self).__name__} has no forward")
+
+
+GATES: dict[str, type[BaseGate]] = {}
+
+_Kind = TypeVar("_Kind", bound=type[BaseGate])
 
 
 def register_gate(name: str) -> Callable[[_Kind], _Kind]:
@@ -139,12 +242,14 @@ def register_gate(name: str) -> Callable[[_Kind], _Kind]:
             cell is run again; the package's own kinds cannot be replaced.
 
     Raises:
-        InputError: for a class that is no `Gate`, or a name of the package's own.
+        InputError: for a class that is no gate, or a name of the package's own.
     """
 
     def register(cls: _Kind) -> _Kind:
-        if not (isinstance(cls, type) and issubclass(cls, Gate)):
-            raise InputError(f"register_gate: got {shown(cls)}, expected a subclass of Gate")
+        if not (isinstance(cls, type) and issubclass(cls, (Gate, ConvolutionGate))):
+            raise InputError(
+                f"register_gate: got {shown(cls)}, expected a subclass of Gate or ConvolutionGate"
+            )
         before = GATES.get(name)
         own = __package__.partition(".")[0]
         if before is not None and before.__module__.startswith(f"{own}."):
@@ -160,7 +265,7 @@ def register_gate(name: str) -> Callable[[_Kind], _Kind]:
     return register
 
 
-def gate_class(name: Any, key: str = "gate") -> type[Gate]:
+def gate_class(name: Any, key: str = "gate") -> type[BaseGate]:
     """A kind of gate by its name.
 
     Raises:
@@ -195,12 +300,12 @@ def make_gate(
     out_channels: int,
     kwargs: Mapping[str, Any],
     common: Mapping[str, Any],
-) -> Gate:
+) -> BaseGate:
     """A gate of a kind.
 
     Args:
         name: of the kind.
-        in_channels: C_in, of the block's input.
+        in_channels: C_in, of the block's input, or of the convolution for a `ConvolutionGate`.
         out_channels: C_out, of the convolution.
         kwargs: of the kind's own.
         common: those that the kind gets if it names them.
@@ -214,7 +319,7 @@ def make_gate(
     return cls(in_channels, out_channels, **{**taken, **kwargs})
 
 
-def _arguments(cls: type[Gate]) -> list[str]:
+def _arguments(cls: type[BaseGate]) -> list[str]:
     """The names of a kind's keyword arguments; "**" for any."""
     names = []
     for parameter in list(inspect.signature(cls).parameters.values())[2:]:

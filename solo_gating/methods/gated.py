@@ -29,6 +29,7 @@ class GatedMethod(BaseMethod):
 
         total = SSL(z_1, z_2) + classification + Σ over gated views of (budget + bound)
 
+    and, for kinds of gates that have one, their own penalty, the mean over the gated views.
     (unification paper, Eqs. 1 and 3; the classifier sees detached features.) Nothing else of the
     method changes, whichever it is. A momentum method's teacher, a copy of the whole backbone that
     follows it, takes the path that `gating.momentum_path` says; losses, metrics and the kNN are the
@@ -50,11 +51,11 @@ class GatedMethod(BaseMethod):
 
     def __init__(self, cfg: DictConfig):
         self.gating = self.gating_config(cfg)
-        self._losses = self.gating.kind.losses
         cfg.backbone.kwargs = {**(cfg.backbone.get("kwargs") or {}), **self.gating.backbone_kwargs}
         check_gated_backbone(cfg)
-        self._teacher_passes: deque[tuple[str, Tensor | None]] = deque()
+        self._teacher_passes: deque[tuple[str, Tensor | None, int]] = deque()
         super().__init__(cfg)
+        self._losses = self.backbone.gates[0].losses
         self._seed = cfg.get("seed")
         self.budget_schedule = self.gating.schedule(cfg.max_epochs)
         self._flops: dict[tuple[int, int], BackboneFlops] = {}
@@ -162,7 +163,8 @@ class GatedMethod(BaseMethod):
         path = self.gating.momentum_path
         follows = path == "same" or "gated" not in views
         self._teacher_passes = deque(
-            (view if follows else path, told) for view in views[: self.num_large_crops]
+            (view if follows else path, told, number)
+            for number, view in enumerate(views[: self.num_large_crops])
         )
 
     def teacher_pass(self) -> AbstractContextManager[Any]:
@@ -171,12 +173,12 @@ class GatedMethod(BaseMethod):
         In a training step those of the next view; else `gating.momentum_path`, where "same" means
         the path that solo-learn's own metrics describe.
         """
-        path, told = self.gating.momentum_path, None
+        path, told, number = self.gating.momentum_path, None, 0
         if self._teacher_passes:
-            path, told = self._teacher_passes.popleft()
+            path, told, number = self._teacher_passes.popleft()
         elif path == "same":
             path = self.trained_paths[0]
-        return self.momentum_backbone.path(path, budget=told)
+        return self.momentum_backbone.path(path, budget=told, view=number)
 
     def views_of_step(self) -> tuple[str, ...]:
         """The path of each view of this step; like the budget the same on every process.
@@ -210,9 +212,9 @@ class GatedMethod(BaseMethod):
     def gate_losses(
         self, passes: list[ForwardPass], epoch: int, target: float, told: Tensor | None
     ) -> Tensor:
-        """Σ over the gated views of (budget + bound), those of them that the kind of gates has.
+        """Σ over the gated views of (budget + bound), those that the kind of gates has, and its penalty.
 
-        Both are logged, with the share of the FLOPs that was used.
+        All are logged, with the share of the FLOPs that was used.
 
         Args:
             passes: the gated views' forward passes.
@@ -254,6 +256,10 @@ class GatedMethod(BaseMethod):
         }
         losses = {name: loss for name, loss in losses.items() if name in self._losses}
         metrics = {f"train_{name}_loss": loss for name, loss in losses.items()}
+        penalties = [view.penalty for view in passes if view.penalty is not None]
+        if penalties:
+            losses["penalty"] = global_mean(torch.stack(penalties).mean())
+            metrics["train_gate_penalty"] = losses["penalty"]
         metrics["train_flops_share"] = torch.stack(shares).mean()
         if not self.budget_schedule.constant:
             metrics["train_target_budget"] = torch.full_like(shares[0], target)

@@ -108,6 +108,12 @@ class CheckpointSource:
     def __init__(self, checkpoint: Path, densities: list[float], overrides: list[str], seed: int):
         encoder = encoder_of(checkpoint, key="--checkpoint")
         encoder.paths("gated")
+        kind: Any = encoder.backbone.gates[0]  # type: ignore[index]
+        if not kind.only_masks:
+            raise InputError(
+                f"--checkpoint: got gates of kind {kind.kind!r}, which no engine here makes faster than "
+                "the dense path; expected kinds that only choose channels"
+            )
         self._backbone = cast(Any, encoder.backbone)
         self._checkpoint, self._densities = checkpoint, densities
         self._overrides, self._seed = overrides, seed

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...backbones import ForwardPass, TwoPathResNet, convolutions
 from ...backbones.masking import apply_mask
-from ...gates import Gate
+from ...gates import BaseGate
 from ..machine import median_seconds
 from .step import TrainingStep
 
@@ -22,7 +22,8 @@ def part_milliseconds(step: TrainingStep) -> dict[str, float]:
     to what changes by itself when tensors are no longer in the caches.
 
     Args:
-        step: of any method; one without gates has the optimiser only.
+        step: of any method; one without gates has the optimiser only, as one with gates that do more
+            than masking, whose parts cannot be told apart.
 
     Returns:
         "gates" (all of them, for all gated views), "masks" (their multiplication), "losses" (budget
@@ -31,7 +32,7 @@ def part_milliseconds(step: TrainingStep) -> dict[str, float]:
     step()
     times = {"optimizer": _milliseconds(step.optimizer.step, step.device)}
     backbone = step.model.backbone
-    if not isinstance(backbone, TwoPathResNet):
+    if not isinstance(backbone, TwoPathResNet) or not backbone.gates[0].only_masks:
         return times
     views = step.model.gating.views.count("gated")
     shapes = _shapes(backbone, step.batch[1][0])
@@ -56,7 +57,7 @@ def _milliseconds(call: Callable[[], Any], device: torch.device) -> float:
     return 1000 * median_seconds(call, device, _ROUNDS)
 
 
-Shapes = list[tuple[Gate, Tensor, Tensor]]
+Shapes = list[tuple[BaseGate, Tensor, Tensor]]
 
 
 def _shapes(backbone: TwoPathResNet, images: Tensor) -> Shapes:
