@@ -5,6 +5,7 @@
 | `channel` (default) | channels whose own logit reaches a threshold | what the image needs |
 | `top_k` | the ⌈b·C⌉ channels with the largest scores | the same for every image |
 | `fixed` | the first ⌈b·C⌉ channels | the same for every image, and no decision |
+| `slimmable` | the same, of all layers, between blocks too | as `fixed`, b² of the dense network |
 
 Another kind is a subclass of `Gate` with a name; docs/guide/extend.md shows one.
 """
@@ -24,7 +25,7 @@ from .base import (
     register_gate,
 )
 from .channel import ChannelGate, gumbel_sigmoid, thresholded
-from .fixed import FixedGate
+from .fixed import FixedGate, SlimmableGate
 from .scores import BudgetEmbedding, ScoringGate, logistic_noise, spatial_mean
 from .top_k import TopKGate
 
@@ -41,6 +42,7 @@ __all__ = [
     "Gate",
     "GatedOutput",
     "ScoringGate",
+    "SlimmableGate",
     "TopKGate",
     "check_gate_kwargs",
     "gate_class",
