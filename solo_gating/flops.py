@@ -207,7 +207,9 @@ def count_flops(backbone: ResNet, resolution: tuple[int, int]) -> BackboneFlops:
     plain = _multiplications(encoder, resolution, "dense") if in_part else gated
     names = {module: name for name, module in encoder.named_modules()}
     gates = _stream_flops(encoder, names)
-    between = bool(gates)  # the first of them chooses the stem's output, the next those of each stage
+    between = bool(
+        gates
+    )  # the first of them chooses the stem's output, the next those of each stage
     counts = [ConvolutionFlops("stem", plain[encoder.conv1], writes=0 if between else None)]
     source = counts[0].writes
     for block in encoder.blocks:

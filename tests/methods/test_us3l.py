@@ -16,7 +16,7 @@ from torch import nn
 from solo_gating import InputError
 from solo_gating.budgets import WidthSchedule
 from solo_gating.config.pretraining import prepare_config
-from solo_gating.losses import group_penalty, negative_cosine, nt_xent
+from solo_gating.losses import group_penalty, nt_xent
 from solo_gating.training import pretrain as training_pretrain
 
 from ..support.helpers import default_dtype, random_batch, tiny_config, tiny_model
@@ -95,14 +95,20 @@ def test_nt_xent_is_simclr_s_over_both_projections():
     assert found.item() == pytest.approx(total / 10, rel=1e-12)
 
 
+def strengths(p):
+    """λ_i of each output channel of a parameter, for λ = 5·10⁻⁵ and a = 0.05."""
+    size, found = len(p), []
+    for channel in range(size):
+        group = min(7, channel // max(1, size // 8)) if p.ndim != 2 else 0
+        found.append(5e-5 * (1 - 0.05 * group))
+    return torch.tensor(found, dtype=torch.float64)
+
+
 @pytest.mark.parametrize("shape", [(20, 3, 3, 3), (64,), (4, 2, 1, 1), (9, 6)])
 def test_the_penalty_is_gentler_to_later_channels(shape):
     rng = np.random.RandomState(0)
     p = rng.standard_normal(shape)
-    expected = 0.0
-    for channel in range(shape[0]):
-        group = min(7, channel // max(1, shape[0] // 8)) if len(shape) != 2 else 0
-        expected += 5e-5 * (1 - 0.05 * group) * (p[channel] ** 2).sum()
+    expected = sum(s * (one**2).sum() for s, one in zip(strengths(p).tolist(), p, strict=True))
     found = group_penalty([nn.Parameter(torch.from_numpy(p))], 5e-5, 0.05)
     assert found.item() == pytest.approx(expected, rel=1e-12)
 
@@ -151,10 +157,8 @@ def reference_step(model, batch, base, per_width):
             loss = loss + sum(F.cross_entropy(one, targets) for one in logits) / 2
         for module in (model.backbone, heads[0], own):
             for p in module.parameters() if module is not None else ():
-                size = len(p)
-                for channel in range(size):
-                    group = min(7, channel // max(1, size // 8)) if p.dim() != 2 else 0
-                    loss = loss + 5e-5 * (1 - 0.05 * group) * p[channel].square().sum()
+                sums = p.square().reshape(len(p), -1).sum(1)
+                loss = loss + sums @ strengths(p)
         loss.backward()
         if per_width or number == len(widths) - 1:
             sgd.step()
@@ -202,6 +206,8 @@ def test_each_width_sees_the_weights_that_the_one_before_left_in_half_precision_
     off: list[float] = []
 
     def compare(conv: nn.Module, inputs: Any, out: torch.Tensor) -> None:
+        if out.is_meta:  # FLOPs are counted
+            return
         expected = F.conv2d(inputs[0].bfloat16(), conv.weight.bfloat16(), padding=2)
         off.append((out - expected).abs().max().item())
 
@@ -215,17 +221,29 @@ def test_each_width_sees_the_weights_that_the_one_before_left_in_half_precision_
 
 
 class Watch(Callback):
-    """The rates and the number of the teacher's steps after each batch."""
+    """The learning rate of each batch, and how often the teacher has followed."""
 
     def __init__(self) -> None:
         self.rates: list[float] = []
+        self.followed = 0
 
-    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+    def on_train_start(self, trainer: Any, model: Any) -> None:
+        if not hasattr(model, "momentum_updater"):
+            return
+        update = model.momentum_updater.update
+
+        def counted(*pair: Any) -> None:
+            self.followed += 1
+            update(*pair)
+
+        model.momentum_updater.update = counted
+
+    def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
         self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
 
 
-def watched(cfg: Any, *kills: tuple[int, int]) -> tuple[Any, list[float], int]:
-    """A run's checkpoint and log, its rates, and how often a teacher followed."""
+def watched(cfg: Any) -> tuple[Any, Watch]:
+    """A run's checkpoint and log, and what was seen of it."""
     watch, build = Watch(), training_pretrain.build_trainer
 
     def with_watch(cfg: Any) -> Any:
@@ -233,22 +251,91 @@ def watched(cfg: Any, *kills: tuple[int, int]) -> tuple[Any, list[float], int]:
         trainer.callbacks.append(watch)
         return trainer
 
-    followed = []
-    from solo_gating.solo_learn import BaseMomentumMethod
+    with mock.patch.object(training_pretrain, "build_trainer", with_watch):
+        return trained(cfg), watch
 
-    updater = "solo.utils.momentum.MomentumUpdater.update"
-    import solo.utils.momentum as momentum
 
-    update = momentum.MomentumUpdater.update
+def run_config(folder: Any, name: str, method: str = "us3l", **overrides: Any) -> Any:
+    own = OWN if method == "us3l" else {}
+    own = OmegaConf.merge(own, {"checkpoint": {"dir": str(folder / name)}}, overrides)
+    return small_config(folder, method, **own)
 
-    def counted(self: Any, *pair: Any) -> None:
-        followed.append(pair)
-        update(self, *pair)
 
-    with (
-        mock.patch.object(training_pretrain, "build_trainer", with_watch),
-        mock.patch(updater, counted),
-    ):
-        found = trained(cfg, *kills)
-    assert BaseMomentumMethod is not None
-    return found, watch.rates, len(followed)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("us3l")
+    write_data(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+    """A run of three epochs of two batches, the first of which has width 1 alone."""
+    return watched(run_config(folder, "whole"))
+
+
+def test_the_optimiser_steps_at_each_width_and_the_teacher_follows_once_a_batch(whole):
+    (checkpoint, logged), watch = whole
+    assert checkpoint["global_step"] == 2 * (1 + 3 + 3)
+    assert watch.followed == 2 * 6  # backbone and projector
+    assert {"train_narrow_loss", "train_group_penalty", "train_nce_loss"} <= set(logged)
+    assert 0.25**2 < logged["train_flops_share"] < 1
+
+
+def test_a_run_that_is_killed_goes_on_as_if_undisturbed(whole, folder):
+    ours, theirs = trained(run_config(folder, "killed"), (1, 1)), whole[0]
+    for key in ("state_dict", "epoch", "global_step"):
+        assert equal(ours[0][key], theirs[0][key]), key
+    assert equal(ours[0]["optimizer_states"][0]["state"], theirs[0]["optimizer_states"][0]["state"])
+    assert ours[1] == theirs[1]
+
+
+def test_rates_follow_the_schedule_of_a_method_of_one_step(whole, folder):
+    _, theirs = watched(run_config(folder, "simclr", "simclr"))
+    assert whole[1].rates == pytest.approx(theirs.rates, rel=1e-12)
+    assert len(set(theirs.rates)) == 6
+
+
+def test_a_schedule_by_epochs_with_lars_in_half_precision_and_one_step_a_batch(folder):
+    cfg = run_config(
+        folder,
+        "others",
+        method_kwargs={"optimizer_steps": "per_batch"},
+        optimizer={"name": "lars", "kwargs": {"eta": 0.02}},
+        scheduler={"name": "step", "lr_decay_steps": [1, 2]},
+        precision="bf16-mixed",
+    )
+    (checkpoint, logged), watch = watched(cfg)
+    rate = watch.rates[0]
+    expected = [rate, rate, rate / 10, rate / 10, rate / 100, rate / 100]
+    assert watch.rates == pytest.approx(expected)
+    assert checkpoint["global_step"] == 6
+    assert math.isfinite(logged["train_narrow_loss"])
+
+
+# What cannot be
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"gating": {"gate": "channel"}}, "gating.gate: got 'channel'.*slimmable or fixed"),
+        ({"gating": {"target_budget": 0.5}}, r"gating.target_budget: got 0.5.*\[0.25, 1.0\]"),
+        ({"gating": {"target_budget": [0.2, 0.9]}}, "gating.target_budget: got"),
+        ({"gating": {"separate_bn": True}}, "gating.separate_bn: got True.*expected False"),
+        ({"gating": {"budget_per_image": True}}, "gating.budget_per_image: got True"),
+        ({"gating": {"warmup_epochs": 1}}, "gating.warmup_epochs: got 1.*expected 0"),
+        ({"momentum": {"final_tau": 1.0}}, "momentum.final_tau: got 1.0.*constant.*base_tau=0.9"),
+        ({"optimizer": {"weight_decay": 1e-4}}, "optimizer.weight_decay: got 0.0001 beside"),
+        ({"gradient_clip_val": 1.0}, "gradient_clip_val: got 1.0.*expected None"),
+        ({"accumulate_grad_batches": 2}, "accumulate_grad_batches: got 2.*expected 1"),
+        ({"max_steps": 10}, "max_steps: got 10"),
+        ({"backbone": {"name": "resnet18_two_encoders"}}, "backbone.name: got"),
+        ({"method_kwargs": {"base_loss": "vicreg"}}, "base_loss: got 'vicreg'"),
+        ({"method_kwargs": {"optimizer_steps": "three"}}, "optimizer_steps: got 'three'"),
+    ],
+)
+def test_a_config_is_refused_in_one_sentence(overrides, message):
+    with pytest.raises(InputError, match=message) as caught:
+        prepare_config(config(**overrides))
+    assert "\n" not in str(caught.value)
