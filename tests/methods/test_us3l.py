@@ -13,13 +13,20 @@ import torch.nn.functional as F
 from lightning.pytorch import Callback
 from omegaconf import OmegaConf
 from torch import nn
+from torch.utils.data import DataLoader
 
 from solo_gating import InputError
 from solo_gating.budgets import WidthSchedule
+from solo_gating.checkpoints.encoder import encoder_of
 from solo_gating.config.pretraining import prepare_config
+from solo_gating.data import evaluation_loader
+from solo_gating.evaluate.evaluation import Evaluation
 from solo_gating.losses import group_penalty, nt_xent
+from solo_gating.main_knn import evaluate_knn
+from solo_gating.main_policy import evaluate_policy
 from solo_gating.training import pretrain as training_pretrain
 
+from ..support.encoders import evaluation_config
 from ..support.helpers import copy_of, random_batch, tiny_config, tiny_model
 from ..training.test_randomness import equal, small_config, trained, write_data
 
@@ -313,6 +320,69 @@ def test_a_schedule_by_epochs_with_lars_in_half_precision_and_one_step_a_batch(f
     assert watch.rates == pytest.approx(expected)
     assert checkpoint["global_step"] == 6
     assert math.isfinite(logged["train_narrow_loss"])
+
+
+# Evaluation
+
+
+def knn_by_hand(encoder, cfg, path, budget, statistics):
+    """Features of training and validation images, 1-NN with NumPy; statistics by hooks on BatchNorms."""
+    net = encoder.backbone
+    train, val = (evaluation_loader(cfg, split, 64) for split in ("train", "val"))
+    if statistics:
+        images, _ = next(iter(DataLoader(train.dataset, batch_size=1000)))
+        for norm in [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]:
+            norm.train()
+            norm.momentum = 1.0
+        with torch.no_grad(), net.path(path, budget=budget):
+            net(images)
+        net.eval()
+    (f, a), (g, b) = ([*map(torch.cat, zip(*loader, strict=True))] for loader in (train, val))
+    with torch.no_grad(), net.path(path, budget=budget):
+        f, g = net(f), net(g)
+    nearest = torch.cdist(g.double(), f.double()).argmin(1)
+    return 100 * (a[nearest] == b).double().mean().item()
+
+
+def evaluated(task, name, checkpoint, *overrides):
+    return task(evaluation_config(name, checkpoint, *overrides))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(whole, folder):
+    (file,) = (folder / "whole").glob("*/*/last.ckpt")
+    return file
+
+
+@pytest.mark.parametrize("images", [None, 0])
+def test_neighbours_are_found_with_statistics_of_the_width(images, checkpoint):
+    overrides = [] if images is None else [f"recalibrate={images}"]
+    found = evaluated(evaluate_knn, "knn", checkpoint, "budget=0.5", *overrides)
+    assert found["settings"].get("recalibrate") == (2048 if images is None else images or None)
+    for path in ("dense", "gated"):
+        encoder = encoder_of(checkpoint)
+        cfg = OmegaConf.merge(encoder.args, {"data": {"num_workers": 0}})
+        expected = knn_by_hand(encoder, cfg, path, 0.5, images != 0)
+        assert found[path]["knn_top1"] == pytest.approx(expected)
+
+
+def test_the_dial_is_swept_with_statistics_of_each_width(checkpoint, monkeypatch):
+    asked = []
+    of_path = Evaluation.of_path
+
+    def recorded(self, path):
+        asked.append((path, self.encoder.backbone.budget))
+        return of_path(self, path)
+
+    monkeypatch.setattr(Evaluation, "of_path", recorded)
+    for name in ("draw_policy", "draw_sweep"):
+        monkeypatch.setattr(f"solo_gating.evaluate.tasks.policy.{name}", lambda *args: None)
+    found = evaluated(evaluate_policy, "policy", checkpoint, "sweep=true", "shares=[0.25,1.0]")
+    budgets = [point["budget"] for point in found["gated"]["sweep"]]
+    assert asked == [("gated", 0.625), ("dense", 0.625), *(("gated", one) for one in budgets)]
+    assert len(budgets) == 3
+    assert found["gated"]["sweep"][-1]["share"] == 1
+    assert found["gated"]["sweep"][-1]["knn_top1"] == found["dense"]["knn_top1"]
 
 
 # What cannot be
