@@ -46,16 +46,21 @@ def evaluate(checkpoint: Path, file: Path, shares: list[float]) -> None:
     evaluation = evaluation_of(checkpoint, ["data.num_workers=0"], ("train", "val"))
     backbone = evaluation.encoder.backbone
     batches = {split: list(loader) for split, loader in evaluation.loaders.items()}
-    found = {"dense": accuracies(backbone, batches, "dense")}
+
+    def of_path(path: str) -> dict[str, float]:
+        with evaluation.of_path(path):
+            return accuracies(backbone, batches, path)
+
+    found = {"dense": of_path("dense")}
     if isinstance(backbone, TwoPathResNet):
         told = backbone.budget_range is not None
         if not told:
-            found["gated, own threshold"] = accuracies(backbone, batches, "gated")
+            found["gated, own threshold"] = of_path("gated")
         images = torch.cat([images for images, _ in batches["train"]])
         images = images[:: max(1, len(images) // CALIBRATION_IMAGES)][:CALIBRATION_IMAGES]
         for share in shares:
             calibrate(backbone, images, share, share if told else None).apply(backbone)
-            found[column(share)] = accuracies(backbone, batches, "gated")
+            found[column(share)] = of_path("gated")
     write_json(file, found)
 
 

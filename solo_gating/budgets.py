@@ -9,7 +9,15 @@ from solo_gating_runtime.checks import checked_budget
 
 from .checks import is_share
 
-__all__ = ["RANGE", "BudgetSchedule", "Range", "checked_budget", "is_range", "middle"]
+__all__ = [
+    "RANGE",
+    "BudgetSchedule",
+    "Range",
+    "WidthSchedule",
+    "checked_budget",
+    "is_range",
+    "middle",
+]
 
 RANGE = "a range like [0.05, 0.9]"
 
@@ -100,3 +108,44 @@ class BudgetSchedule:
         # Seeded with a text: the same numbers on every machine and in every Python.
         stream = random.Random(f"target budget, seed {seed}, step {step}")
         return [stream.random() for _ in range(images)]
+
+
+@dataclass(frozen=True)
+class WidthSchedule:
+    """The widths at which each batch trains a universally slimmable network.
+
+    In the first quarter of the epochs the full width alone; then also the narrowest of the quarter and
+    one between, where the narrowest falls in three equal steps to `low` (US3L's sampling "A",
+    `workers/ssl.py` of megvii-research/US3L-CVPR2023, for any number of epochs). A function of seed,
+    epoch and batch alone, as in `BudgetSchedule`.
+
+    Attributes:
+        low: the narrowest width of the last quarter, in (0, 1).
+        epochs: of the whole run.
+    """
+
+    low: float
+    epochs: int
+
+    def narrowest(self, epoch: int) -> float:
+        """The narrowest width of an epoch; 1 in the first quarter.
+
+        Args:
+            epoch: from 0.
+        """
+        quarter = min(3, 4 * epoch // self.epochs)
+        return 1.0 if quarter == 0 else self.low + (3 - quarter) * (1 - self.low) / 3
+
+    def at(self, seed: int | None, epoch: int, batch: int) -> tuple[float, ...]:
+        """The widths of a batch, the widest first.
+
+        Args:
+            seed: of the run.
+            epoch: from 0.
+            batch: its number in the epoch.
+        """
+        low = self.narrowest(epoch)
+        if low == 1:
+            return (1.0,)
+        stream = random.Random(f"widths, seed {seed}, epoch {epoch}, batch {batch}")
+        return (1.0, stream.uniform(low, 1), low)

@@ -3,7 +3,7 @@
 FLOPs are multiply-accumulates of the convolutions, the gates' included; BatchNorm, ReLU, pooling
 and the classifier are not counted. That is how the papers count. A gated convolution costs its
 multiply-accumulates × the share of the channels that it reads × the share of those that it writes:
-exact for every image, also where a block has several gates. A convolution that a gate of its own
+exact for every image, also where a block has several gates, or where gates stand between blocks. A convolution that a gate of its own
 computes in part (`gates.ConvolutionGate`) is two entries: what every image costs, and the rest, which
 divides evenly among the gate's choices.
 """
@@ -219,11 +219,17 @@ def count_flops(backbone: ResNet, resolution: tuple[int, int]) -> BackboneFlops:
     # A gate that computes its convolution itself hides it; the dense path has it.
     in_part = any(isinstance(gate, ConvolutionGate) for gate in getattr(net, "gates", []))
     plain = _multiplications(encoder, resolution, "dense") if in_part else gated
-    counts = [ConvolutionFlops("stem", plain[encoder.conv1])]
-    gates: list[GateFlops] = []
     names = {module: name for name, module in encoder.named_modules()}
+    gates = _stream_flops(encoder, names)
+    between = bool(
+        gates
+    )  # the first of them chooses the stem's output, the next those of each stage
+    counts = [ConvolutionFlops("stem", plain[encoder.conv1], writes=0 if between else None)]
+    source = counts[0].writes
     for block in encoder.blocks:
         part, layers, at = names[block], convolutions(block), getattr(block, "gates_at", {})
+        stage = [block in stage for stage in encoder.stages].index(True)
+        target = stage + 1 if between else None
         numbers = {n: len(gates) + index for index, n in enumerate(at)}
         rest = plain[block] - sum(plain[gate] for gate in at.values())
         for number, (name, conv, _) in enumerate(layers):
@@ -234,12 +240,15 @@ def count_flops(backbone: ResNet, resolution: tuple[int, int]) -> BackboneFlops:
                 counts.append(ConvolutionFlops(part, base))
                 counts.append(ConvolutionFlops(part, macs - base, writes=numbers[number]))
             else:
-                reads = None if in_part else numbers.get(number - 1)
-                counts.append(ConvolutionFlops(part, macs, reads, numbers.get(number)))
+                reads = None if in_part else numbers.get(number - 1, source)
+                writes = numbers.get(number, target)
+                counts.append(ConvolutionFlops(part, macs, reads, writes))
             if gate is not None:
                 title = part if len(at) == 1 else f"{part}.{name}"
                 gates.append(_gate_flops(gate, title, part, conv, macs, gated))
-        counts.append(ConvolutionFlops(part, rest))  # the shortcut, and whatever else a block has
+        # The shortcut, and whatever else a block has.
+        counts.append(ConvolutionFlops(part, rest, source, target))
+        source = target
     return BackboneFlops(tuple(counts), tuple(gates))
 
 
@@ -253,6 +262,17 @@ def _multiplications(net: ResNet, resolution: tuple[int, int], path: str) -> dic
     root = type(net).__name__
     # PyTorch counts a multiply-accumulate as two operations.
     return {m: int(counted.get(f"{root}.{name}", 0)) // 2 for name, m in net.named_modules()}
+
+
+def _stream_flops(encoder: ResNet, names: Mapping[nn.Module, str]) -> list[GateFlops]:
+    """The gates of the stem's and of each stage's output, which decide nothing that costs anything."""
+    gates = encoder.stream_gates if isinstance(encoder, TwoPathResNet) else []
+    if not gates:
+        return []
+    stages = [(names[stage], names[stage[0]], stage[-1]) for stage in encoder.stages]
+    outputs = [(name, part, convolutions(last)[-1][1].out_channels) for name, part, last in stages]
+    every = [("stem", "stem", encoder.conv1.out_channels), *outputs]
+    return [GateFlops(name, part, channels, 0) for name, part, channels in every]
 
 
 def _gate_flops(

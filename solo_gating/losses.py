@@ -1,11 +1,11 @@
-"""The losses of the gates, budget and bound, and the regression to the dense path's features."""
+"""The losses of the gates, budget and bound, and what networks of many widths learn from."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def budget_loss(flops_share: Tensor, target_budget: float | Tensor, weight: float = 5.0) -> Tensor:
@@ -66,3 +66,50 @@ def unexplained_variance(
     variance = mean((target - centre).square().mean(0))
     error = mean((features - target).square().mean(0))
     return (error / (variance + 1e-4)).mean()
+
+
+def nt_xent(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """SimCLR's loss over the 2·B projections of students and teachers of this process's images.
+
+    Each of them tells its partner from the 2·B − 2 others, by cosine / temperature.
+
+    Args:
+        student: B × D.
+        teacher: B × D, of the same images.
+        temperature: T.
+    """
+    both = F.normalize(torch.cat([student, teacher]))
+    nearness = (both @ both.T / temperature).fill_diagonal_(-torch.inf)
+    return F.cross_entropy(nearness, torch.arange(len(both), device=both.device).roll(len(student)))
+
+
+def negative_cosine(predicted: Tensor, target: Tensor) -> Tensor:
+    """−cos, mean over the images; B × D and B × D, whose second gets no gradient."""
+    return -F.cosine_similarity(predicted, target.detach()).mean()
+
+
+def group_penalty(
+    parameters: Iterable[nn.Parameter], strength: float, slope: float, groups: int = 8
+) -> Tensor:
+    """Σ λ_i · p², a weight decay that is gentler to channels that fewer widths have.
+
+    Kernels and vectors are cut along their output channels into groups of C // `groups` channels, the
+    last of which has the rest; λ_i = λ · (1 − a · i) for the i-th, from 0. Matrices have λ throughout
+    (US3L's `losses/regularizers/GroupReg.py` of megvii-research/US3L-CVPR2023).
+
+    Args:
+        parameters: of four, two and one dimensions.
+        strength: λ; the gradient is that of a weight decay of 2·λ.
+        slope: a.
+        groups: 8 as published.
+    """
+    terms = []
+    for parameter in parameters:
+        squares = parameter.square()
+        if parameter.dim() != 2:
+            channels = torch.arange(len(parameter), device=parameter.device)
+            group = (channels // max(1, len(parameter) // groups)).clamp(max=groups - 1)
+            squares = squares.flatten(1).sum(1) if parameter.dim() > 1 else squares
+            squares = squares * (1 - slope * group.to(squares.dtype))
+        terms.append(squares.sum())
+    return strength * torch.stack(terms).sum()

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from ..gates import BaseGate, ConvolutionGate, Decision, Gate
-from .masking import convolve_masked
+from .masking import apply_mask, convolve_masked
 from .paths import Choice, refuse_in_scope
 
 # The classes of torchvision's residual blocks, by the names that architectures give them.
@@ -233,8 +233,18 @@ def gated_block(block: type[nn.Module]) -> type[GatedBlock]:
 class Stage(nn.Sequential):
     """A stage's blocks, which are handed what was chosen for the pass."""
 
-    def forward(self, x: Tensor, choice: Choice | None = None) -> Tensor:
-        """B × C_in × H × W → B × C_out × H' × W'; without a choice each block goes its own way."""
+    def forward(
+        self, x: Tensor, choice: Choice | None = None, stream: Tensor | None = None
+    ) -> Tensor:
+        """B × C_in × H × W → B × C_out × H' × W'; without a choice each block goes its own way.
+
+        Args:
+            x: the stage's input.
+            choice: of the pass.
+            stream: B × C_out, a mask for every block's output; None for all channels.
+        """
         for block in self:
             x = block(x, choice)
+            if stream is not None:
+                x = apply_mask(x, stream)
         return x

@@ -12,7 +12,8 @@ from ..budgets import RANGE, Range, checked_budget, is_range, middle
 from ..checks import checked_threshold, is_share, require
 from ..errors import InputError
 from ..gates import BaseGate, gate_class, make_gate
-from .blocks import BLOCKS, GatedBlock, Stage, gated_block
+from .blocks import BLOCKS, GatedBlock, Stage, convolutions, gated_block
+from .masking import apply_mask
 from .paths import (
     Choice,
     ForwardPass,
@@ -111,13 +112,19 @@ class TwoPathResNet(ResNet):
 
     @property
     def gates(self) -> list[BaseGate]:
-        """All gates, in the order in which masks are returned."""
-        return [gate for block in self.gated_blocks for gate in block.gates]
+        """All gates, in the order in which masks are returned: between blocks, then in them."""
+        return [*self.stream_gates, *(gate for block in self.gated_blocks for gate in block.gates)]
+
+    @property
+    def stream_gates(self) -> list[BaseGate]:
+        """The gates of the stem's and of each stage's output, for kinds that have them; or none."""
+        return list(getattr(self.encoder("gated"), "between", ()))
 
     @property
     def gated_only(self) -> list[nn.Module]:
         """The modules that the gated path alone uses."""
-        return [module for block in self.gated_blocks for module in block.gated_only]
+        inside = [module for block in self.gated_blocks for module in block.gated_only]
+        return [*self.stream_gates, *inside]
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile both paths, each by itself; the choice between them stays Python.
@@ -319,8 +326,16 @@ class TwoPathResNet(ResNet):
 
     def _maps(self, x: Tensor, choice: Choice) -> Tensor:
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        for stage in self.stages:
-            x = stage(x, choice)
+        gates = self.stream_gates if choice.path == "gated" else []
+        if not gates:
+            for stage in self.stages:
+                x = stage(x, choice)
+            return x
+        stem, *streams = masks = [gate(x, choice.budget) for gate in gates]
+        choice.masks.extend(masks)
+        x = apply_mask(x, stem)
+        for stage, stream in zip(self.stages, streams, strict=True):
+            x = stage(x, choice, stream)
         return x
 
     def _pooled(self, maps: Tensor) -> Tensor:
@@ -376,6 +391,11 @@ class GatedResNet(TwoPathResNet):
         def make(in_channels: int, out_channels: int) -> BaseGate:
             return make_gate(gate, in_channels, out_channels, gate_kwargs or {}, common)
 
+        if kind.streams:
+            outputs = [convolutions(stage[-1])[-1][1].out_channels for stage in self.stages]
+            self.between = nn.ModuleList(
+                make(channels, channels) for channels in (self.bn1.num_features, *outputs)
+            )
         for block in self.gated_blocks:
             block.add_gates(kind, make, separate_bn)
         self.threshold = threshold

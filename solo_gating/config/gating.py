@@ -95,7 +95,11 @@ class GatingConfig:
 
     @classmethod
     def from_config(
-        cls, cfg: DictConfig, default_views: tuple[str, ...], distilled: bool = False
+        cls,
+        cfg: DictConfig,
+        default_views: tuple[str, ...],
+        distilled: bool = False,
+        defaults: Mapping[str, Any] | None = None,
     ) -> "GatingConfig":
         """Read and check `cfg.gating`, and write the complete group back into the config.
 
@@ -104,6 +108,7 @@ class GatingConfig:
                 there are.
             default_views: the method's views, where the config names none.
             distilled: whether the method has a third pass, whose features regress to the dense ones.
+            defaults: other values than the class's, where the config names none.
 
         Raises:
             InputError: naming the key, what was found and what is accepted.
@@ -120,6 +125,7 @@ class GatingConfig:
         for key in given:
             check_key(key)
         given = {key: value for key, value in given.items() if value is not None}
+        given = {**(defaults or {}), **given}
         views = given.pop("views", default_views)
         if isinstance(views, str) or not isinstance(views, (list, tuple)):
             raise InputError(f"gating.views: got {views!r}, expected a list like [gated, dense]")

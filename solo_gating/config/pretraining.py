@@ -106,8 +106,9 @@ def prepare_config(cfg: DictConfig) -> DictConfig:
 
     if cfg.method in GATED_METHODS:
         method = GATED_METHODS[cfg.method]
-        gating = GatingConfig.from_config(cfg, method.default_views, method.distilled)
+        gating = method.gating_config(cfg)
         check_gated_backbone(cfg)
+        method.check_config(cfg)
         if cfg.pretrained is not None and not os.path.isfile(cfg.pretrained):
             raise InputError(f"pretrained: {str(cfg.pretrained)!r} is not a file")
         if cfg.pretrained is not None and "two_encoders" in cfg.backbone.name:

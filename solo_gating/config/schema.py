@@ -248,6 +248,11 @@ METHOD_KWARGS: Table = {
     **dict.fromkeys(("freeze_last_layer", "clip_grad", "whitening_eps", "mask_ratio"), ANY),
     # Known to `config`.
     "statistics_images": ANY,
+    # Of us3l.
+    "base_loss": among("simclr", "byol"),
+    "optimizer_steps": among("per_width", "per_batch"),
+    "group_penalty": NOT_NEGATIVE,
+    "group_slope": Kind(lambda v: is_not_negative(v) and v < 1 / 7, "a number from 0, below 1/7"),
 }
 
 _HEAD = ("proj_hidden_dim", "proj_output_dim")
@@ -256,7 +261,7 @@ _PREDICTOR = (*_HEAD, "pred_hidden_dim")
 METHOD_NEEDS: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("vicreg", "vibcreg", "barlow_twins", "deepclusterv2"), _HEAD),
     **dict.fromkeys(("simclr", "supcon", "mocov2plus", "swav"), (*_HEAD, "temperature")),
-    **dict.fromkeys(("simsiam", "byol", "nnsiam", "nnbyol"), _PREDICTOR),
+    **dict.fromkeys(("simsiam", "byol", "nnsiam", "nnbyol", "us3l"), _PREDICTOR),
     **dict.fromkeys(("nnclr", "mocov3", "all4one"), (*_PREDICTOR, "temperature")),
     "ressl": (*_HEAD, "temperature_q", "temperature_k"),
     "dino": (*_HEAD, "num_prototypes"),
@@ -297,6 +302,7 @@ _FROZEN: Table = {
     "path": ANY,
     "threshold": NUMBER,
     "budget": NUMBER.or_null(),
+    "recalibrate": Kind(lambda v: is_int(v, 0) and v != 1, "0 or an integer ≥ 2").or_null(),
     "crop_size": CROP.or_null(),
     "batch_size": COUNT,
     "output": PATH_OR_NULL,

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader, Dataset
 
 from ..backbones import TwoPathResNet
+from ..backbones.statistics import recalibrated
 from ..checkpoints.encoder import Encoder, encoder_of
 from ..checkpoints.reading import args_beside, as_text, literal
 from ..checks import at_least, is_number, one_of, require, true_or_false
@@ -28,16 +31,20 @@ from ..data import (
 )
 from ..data.augmentations import evaluation_transform
 from ..data.folders import UnlabelledFolder
+from ..data.workers import end_with_parent
+from ..deploy.calibration import evenly
 from ..errors import InputError
 from ..files import make_folder, one_at_a_time, read_json, write_json
 from ..flops import count_flops
 from ..metrics import data_of
+from ..solo_learn import METHODS
 from ..training.checkpoints import plain
 from ..training.trainer import refusal
 from .extract import Extraction, extract
 
 # The sizes at which solo-learn's main_linear.py shows the images of a data set.
 _CROP_SIZES = {"cifar10": 32, "cifar100": 32, "stl10": 96, "imagenet100": 224, "imagenet": 224}
+_IMAGES_AT_ONCE = 256  # that re-estimate statistics
 # Lightning's precisions in which the weights themselves are; with the others they are float32.
 _TRUE_DTYPES = {
     "16-true": torch.float16,
@@ -59,6 +66,8 @@ class Evaluation:
         encoder: on this process's device.
         paths: those to evaluate.
         loaders: images without augmentation, of each split that was asked for.
+        statistics: batches of the training images that re-estimate BatchNorm statistics; None if these
+            stay as pre-training has left them.
         settings: all that decides the result, but for path and seeds.
         identity: of settings, data and checkpoint: equal for equal results.
         folder: for the results; by default one for each identity.
@@ -73,6 +82,19 @@ class Evaluation:
     settings: dict[str, Any]
     identity: str
     folder: Path
+    statistics: DataLoader | None = None
+
+    def of_path(self, path: str) -> AbstractContextManager[None]:
+        """A context in which a path is evaluated as its dial stands, with statistics of its own
+        where the config asks for them (`recalibrate`)."""
+        return nullcontext() if self.statistics is None else self._recalibrated(path)
+
+    @contextmanager
+    def _recalibrated(self, path: str) -> Iterator[None]:
+        with ExitStack() as stack:
+            with self.fabric.autocast():
+                stack.enter_context(recalibrated(self.encoder.backbone, self.statistics, path))  # type: ignore[arg-type]
+            yield
 
     def extract(self, split: str, path: str) -> Extraction:
         """Features, decisions and FLOPs of a split on one path."""
@@ -188,6 +210,9 @@ def _prepare(
                 )
     _complete_data(cfg, encoder.args)
     loaders = {split: evaluation_loader(cfg, split, cfg.batch_size) for split in splits}
+    if cfg.recalibrate is None:
+        cfg.recalibrate = getattr(METHODS.get(encoder.args.method), "recalibrate", 0)
+    statistics = statistics_loader(cfg, cfg.recalibrate) if cfg.recalibrate else None
     fabric = _launch(cfg)
     dtype = _TRUE_DTYPES.get(cfg.precision, torch.float32)
     backbone.to(fabric.device, dtype)
@@ -201,6 +226,8 @@ def _prepare(
     }
     if getattr(backbone, "budget", None) is not None:
         decisive["budget"] = backbone.budget
+    if cfg.recalibrate:
+        decisive["recalibrate"] = cfg.recalibrate
     earlier = {name: key for key, name in ALIASES.items()}
     free = ("num_workers", "on_damaged", "num_large_crops", "num_small_crops")
     data = {key: value for key, value in config["data"].items() if key not in free}
@@ -210,7 +237,31 @@ def _prepare(
     identity = hashlib.sha1(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:6]
     name = f"{kind}-{cfg.data.dataset}-{identity}"
     folder = Path(cfg.output) if cfg.output else encoder.checkpoint.parent / "evaluation" / name
-    return Evaluation(kind, cfg, fabric, encoder, paths, loaders, decisive, identity, folder)
+    return Evaluation(
+        kind, cfg, fabric, encoder, paths, loaders, decisive, identity, folder, statistics
+    )
+
+
+def statistics_loader(cfg: DictConfig, images: int) -> DataLoader:
+    """Batches `[images, targets]` for `recalibrated`: training images, evenly spread over the set.
+
+    Their sizes are the same but for one image, and no key's: no figure depends on what fits into memory.
+
+    Args:
+        cfg: a complete config.
+        images: at most so many.
+    """
+    dataset: Any = evaluation_loader(cfg, "train", 1).dataset
+    chosen = evenly(len(dataset), images)
+    parts = -(-len(chosen) // _IMAGES_AT_ONCE)
+    return DataLoader(
+        dataset,
+        batch_sampler=[
+            chosen[part::parts] for part in range(parts)
+        ],  # a folder is in order of class
+        num_workers=cfg.data.num_workers,
+        worker_init_fn=end_with_parent,
+    )
 
 
 def evaluation_of(checkpoint: Path, overrides: list[str], splits: tuple[str, ...]) -> Evaluation:

@@ -1,6 +1,7 @@
 """The table at the end of a run: raw pixels, untrained, dense and gated encoder side by side."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..backbones import TwoPathResNet
+from ..backbones.statistics import recalibrated
 from ..texts import aligned, figure
 from .extract import NonFiniteFeaturesError, extract
 from .knn import knn_top1, knn_top1_few_labels
@@ -24,6 +26,7 @@ def final_table(
     labels_per_class: int,
     draws: int,
     budgets: Sequence[float] = (),
+    statistics: Iterable | None = None,
 ) -> dict[str, Row]:
     """1-NN accuracy with all labels and with a few per class, and FLOPs per image.
 
@@ -36,6 +39,8 @@ def final_table(
         labels_per_class: labels of the second figure.
         draws: choices of labelled images over which it is averaged.
         budgets: that the gates of a backbone for a range are told, one after the other.
+        statistics: batches `[images, targets]` from which each row's BatchNorm statistics are made
+            anew; None for those of training.
 
     Returns:
         Rows "raw", "untrained", "dense" and "gated" as far as they were trained, and "gated at 0.1"
@@ -62,7 +67,9 @@ def final_table(
 
     def encoder(net: nn.Module, path: str | None) -> Callable[[DataLoader], Any]:
         def encode(loader: DataLoader) -> tuple[Tensor, Tensor, float | None]:
-            found = extract(net, loader, path)
+            own = nullcontext() if statistics is None else recalibrated(net, statistics, path)
+            with own:
+                found = extract(net, loader, path)
             return found.features, found.targets, found.flops
 
         return encode

@@ -5,6 +5,7 @@
 | `channel` (default) | channels whose own logit reaches a threshold | what the image needs |
 | `top_k` | the ⌈b·C⌉ channels with the largest scores | the same for every image |
 | `fixed` | the first ⌈b·C⌉ channels | the same for every image, and no decision |
+| `slimmable` | the same, of all layers, between blocks too | as `fixed`, b² of the dense network |
 | `fbs` | the ⌈b·C⌉ channels with the largest scores, which multiply them | the same for every image |
 | `dgc` | input channels, for each group of output channels | the same for every image |
 | `cgnet` | pixels of each channel where more than a base is computed | what the image needs |
@@ -34,7 +35,7 @@ from .cgnet import ChannelGatingGate
 from .channel import ChannelGate, gumbel_sigmoid, thresholded
 from .dgc import DynamicGroupGate
 from .fbs import BoostingGate
-from .fixed import FixedGate
+from .fixed import FixedGate, SlimmableGate
 from .partial_sum import PartialSumGate
 from .scdg import StructuredDualGate
 from .scores import BudgetEmbedding, ScoringGate, logistic_noise, spatial_mean
@@ -58,6 +59,7 @@ __all__ = [
     "GatedOutput",
     "PartialSumGate",
     "ScoringGate",
+    "SlimmableGate",
     "StructuredDualGate",
     "TopKGate",
     "check_gate_kwargs",

@@ -105,6 +105,8 @@ class BaseGate(nn.Module):
         needs_budget: whether it is told the budget also where training has a single one.
         only_masks: whether zeros and ones for whole channels are all that it does; what cuts networks
             to channels, or runs them without PyTorch, knows no others.
+        streams: whether gates of this kind also choose the channels of what flows between blocks: one
+            for the stem's output and one for those of each stage's blocks, which are told the budget.
         views: how many of a step's views it tells apart.
         flops: multiply-accumulates of a decision for one image; None to count those of its layers.
         threshold: of a gate whose dial it is; set by the backbone, in no checkpoint.
@@ -116,6 +118,7 @@ class BaseGate(nn.Module):
     dial: ClassVar[str | None] = None
     needs_budget: ClassVar[bool] = False
     only_masks: ClassVar[bool] = True
+    streams: ClassVar[bool] = False
     views: ClassVar[int] = 1
 
     threshold: float = 0.0

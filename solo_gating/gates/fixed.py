@@ -1,4 +1,4 @@
-"""The gate of slimmable networks: the first channels, the same for all images."""
+"""The gates of slimmable networks: the first channels, the same for all images."""
 
 from typing import Any
 
@@ -67,3 +67,27 @@ class FixedGate(Gate):
         """As in `Gate`."""
         number = number_of_channels(self._share if budget is None else budget, self.channels)
         return {"kwargs": {"count": int((channels < number).sum())}, "state": {}}
+
+
+@register_gate("slimmable")
+class SlimmableGate(FixedGate):
+    """The first ⌈b·C⌉ channels of every layer: stem, all convolutions of the blocks, and shortcuts.
+
+    The universally slimmable network (Yu and Huang, arXiv:1903.05134): at a budget b, its width, the
+    gated path is a ResNet that is physically narrower. Its FLOPs fall with the square of the width: 1/2
+    leaves a quarter of them. (Slimmable networks round numbers of channels to multiples of 8.)
+
+    Args:
+        in_channels: C_in, channels of the block's input; not used.
+        out_channels: C, channels that the gated convolution computes.
+    """
+
+    only_masks = False
+    streams = True
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(in_channels, out_channels)
+
+    def fold(self) -> None:  # type: ignore[override]
+        """Compiled engines compute all channels between blocks."""
+        return None

@@ -15,7 +15,8 @@ from .gated import (
     global_mean,
     plain_method,
 )
-from .registry import GATED_METHODS, REFUSED, register_gated
+from .registry import GATED_METHODS, REFUSED, register_gated, register_own
+from .us3l import US3L
 
 VICRegDual, VICRegGated = register_gated(
     "vicreg",
@@ -34,10 +35,12 @@ for _name in (
 ):
     if _name in METHODS:  # 1.0.2 lacks some
         register_gated(_name, METHODS[_name])
+register_own("us3l", US3L)
 
 __all__ = [
     "GATED_METHODS",
     "REFUSED",
+    "US3L",
     "BarlowTwinsDual",
     "BarlowTwinsGated",
     "DistilledMethod",

@@ -1,9 +1,9 @@
 """Gating for any solo-learn method that compares views: `class X(Method, DualMethod)`."""
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -43,9 +43,14 @@ class GatedMethod(BaseMethod):
 
     default_views: tuple[str, ...] = ("gated", "dense")
     distilled = False  # whether there is a third pass, see `DistilledMethod`
+    gating_defaults: ClassVar[Mapping[str, Any]] = {}  # where a config's `gating` says nothing
+    several_passes = False  # whether it steps its optimiser itself, after several backward passes
+    # As many training images re-estimate a path's BatchNorm statistics before it is evaluated, unless
+    # the evaluation's config says otherwise.
+    recalibrate = 0
 
     def __init__(self, cfg: DictConfig):
-        self.gating = GatingConfig.from_config(cfg, self.default_views, self.distilled)
+        self.gating = self.gating_config(cfg)
         cfg.backbone.kwargs = {**(cfg.backbone.get("kwargs") or {}), **self.gating.backbone_kwargs}
         check_gated_backbone(cfg)
         self._teacher_passes: deque[tuple[str, Tensor | None, int]] = deque()
@@ -63,6 +68,19 @@ class GatedMethod(BaseMethod):
                 self.path_knn[path] = WeightedKNNClassifier(
                     k=self.knn_k, distance_fx=cfg.knn_eval.distance_func
                 )
+
+    @classmethod
+    def gating_config(cls, cfg: DictConfig) -> GatingConfig:
+        """The group `gating` of a config for this method, complete in the config, too."""
+        return GatingConfig.from_config(cfg, cls.default_views, cls.distilled, cls.gating_defaults)
+
+    @classmethod
+    def check_config(cls, cfg: DictConfig) -> None:
+        """Refuse, before training, what this method cannot do; most can do all of it.
+
+        Args:
+            cfg: complete.
+        """
 
     @property
     def learnable_params(self) -> list[dict[str, Any]]:

@@ -61,6 +61,17 @@ def register_gated(
     return classes[0], classes[1]
 
 
+def register_own(name: str, method: type[GatedMethod]) -> None:
+    """Register a gated method that is no version of one of solo-learn's.
+
+    Args:
+        name: for the key `method` of a config.
+        method: the class.
+    """
+    GATED_METHODS[name] = method
+    register(name, method)
+
+
 def _check(name: str, method: Any) -> None:
     for refused, reason in REFUSED.items():
         for registry in (METHODS, SOLO_METHODS):

@@ -266,7 +266,7 @@ class _FromConfig:
             name
             for name, parameter in names.items()
             if parameter.default is parameter.empty
-            and name not in (*accepted, "self")
+            and name not in (*accepted, *momentum, "self")
             and parameter.kind is not parameter.VAR_KEYWORD
         ]
         if missing:
@@ -274,9 +274,9 @@ class _FromConfig:
         super().__init__(cfg=cfg, **accepted, **momentum)  # type: ignore[call-arg]
 
 
-def _bridged(name: str, **defaults: Any) -> type[BaseMethod]:
+def _bridged(name: str | type, **defaults: Any) -> type[BaseMethod]:
     """1.0.2's class for a method, between the two halves of the bridge."""
-    cls = SOLO_METHODS[name]
+    cls: Any = SOLO_METHODS[name] if isinstance(name, str) else name
     namespace = {
         "__doc__": cls.__doc__ or cls.__init__.__doc__,
         "__module__": __name__,
@@ -295,6 +295,7 @@ NNSiam = _bridged("nnsiam", queue_size=65536)
 BYOL = _bridged("byol")
 MoCoV2Plus = _bridged("mocov2plus", queue_size=65536)
 NNBYOL = _bridged("nnbyol", queue_size=65536)
+MomentumMethod: Any = _bridged(BaseMomentumMethod)
 
 
 def _over_all_processes(loss: Any) -> Any:
@@ -405,6 +406,7 @@ __all__ = [
     "BaseMomentumMethod",
     "FullTransformPipeline",
     "LinearModel",
+    "MomentumMethod",
     "NCropAugmentation",
     "SimCLR",
     "SimSiam",

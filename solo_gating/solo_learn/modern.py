@@ -22,6 +22,8 @@ solo.utils.knn.WeightedKNNClassifier = WeightedKNNClassifier  # for solo-learn's
 
 mend_momentum(BaseMomentumMethod, MomentumUpdater, solo.methods.base)
 
+MomentumMethod = BaseMomentumMethod  # to be derived from; the other line's takes no config
+
 for trained in (BaseMethod, LinearModel):
     trained._OPTIMIZERS["lars"] = LARS
 
@@ -33,6 +35,7 @@ __all__ = [
     "BaseMomentumMethod",
     "FullTransformPipeline",
     "LinearModel",
+    "MomentumMethod",
     "NCropAugmentation",
     "SimCLR",
     "SimSiam",

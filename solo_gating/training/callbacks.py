@@ -57,7 +57,7 @@ class RunProgress(ProgressBar):
         if self._enabled:
             self._bar = tqdm(
                 total=int(trainer.estimated_stepping_batches),
-                initial=trainer.global_step,
+                initial=_steps_done(trainer, pl_module),
                 unit="step",
                 file=sys.stdout if terminal else _Lines(),
                 mininterval=0.5 if terminal else 10,
@@ -76,7 +76,7 @@ class RunProgress(ProgressBar):
         )
         if self._bar._time() - self._bar.last_print_t >= self._bar.mininterval:
             self._bar.set_postfix_str(summary_line(trainer.callback_metrics), refresh=False)
-        self._bar.update(trainer.global_step - self._bar.n)
+        self._bar.update(_steps_done(trainer, pl_module) - self._bar.n)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Close the bar with the last figures."""
@@ -90,6 +90,13 @@ class RunProgress(ProgressBar):
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+def _steps_done(trainer: pl.Trainer, pl_module: pl.LightningModule) -> int:
+    """Of the steps that Lightning has estimated: the optimiser's, or where these are several, batches."""
+    if pl_module.automatic_optimization:
+        return trainer.global_step
+    return trainer.fit_loop.epoch_loop.total_batch_idx + 1
 
 
 class _Lines(io.StringIO):

@@ -29,6 +29,7 @@ from ..config.pretraining import prepare_config, scale_learning_rates
 from ..config.schema import own_copy
 from ..data import evaluation_loader, has_labels, place_of, training_loader
 from ..errors import InputError
+from ..evaluate.evaluation import statistics_loader
 from ..evaluate.table import final_table, format_table
 from ..files import make_folder, read_json, remove_leftovers, write_json
 from ..gates import gate_class
@@ -164,6 +165,7 @@ def _saved(trainer: pl.Trainer, folder: Path) -> Path | None:
 
 def _final_table(cfg: DictConfig, model: Any, device: torch.device) -> dict[str, Any]:
     paths = getattr(model, "trained_paths", (None,))
+    images = getattr(model, "recalibrate", 0)
     # The same seed: as it was before training. Not worth compiling for one pass over the images.
     untrained: Any = build_model(OmegaConf.merge(cfg, {"performance": {"compile": False}}))  # type: ignore[arg-type]
     return final_table(
@@ -175,4 +177,5 @@ def _final_table(cfg: DictConfig, model: Any, device: torch.device) -> dict[str,
         cfg.final_knn.labels_per_class,
         cfg.final_knn.draws,
         cfg.final_knn.budgets,
+        statistics_loader(cfg, images) if images else None,
     )

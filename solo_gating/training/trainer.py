@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 
 from ..errors import InputError
 from ..gates import gate_class
+from ..methods import GATED_METHODS
 from .callbacks import RunProgress, StopAtNonFiniteLoss
 from .checkpoints import Checkpointer, WholeFiles, plain, read_args
 from .logs import CSVLog, next_version
@@ -127,12 +128,16 @@ def _strategy(cfg: DictConfig) -> Any:
     if cfg.strategy != "ddp":
         return cfg.strategy or "auto"
     # While the gates rest, their parameters and the gated BatchNorms have no gradient; nor have
-    # BatchNorms of the dense path that no view takes and gates replace.
+    # BatchNorms of the dense path that no view takes and gates replace. In a method of several backward
+    # passes none reaches all parameters.
     gating: Any = cfg.get("gating") or {}
     kind: Any = gate_class(gating.get("gate", "channel"))
-    replaced = getattr(kind, "has_output_norm", False) and "dense" not in gating.get("views", ())
-    unused = gating.get("warmup_epochs", 0) > 0 or replaced
-    return DDPStrategy(find_unused_parameters=unused)
+    unused = (
+        gating.get("warmup_epochs", 0) > 0,
+        getattr(kind, "has_output_norm", False) and "dense" not in gating.get("views", ()),
+        cfg.method in GATED_METHODS and GATED_METHODS[cfg.method].several_passes,
+    )
+    return DDPStrategy(find_unused_parameters=any(unused))
 
 
 def _wandb(cfg: DictConfig, folder: Path) -> WandbLogger:

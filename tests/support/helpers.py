@@ -35,6 +35,7 @@ METHOD_KWARGS: dict[str, dict[str, Any]] = {
     "mocov3": {"pred_hidden_dim": 8, "temperature": 0.2},
     "nnbyol": {"pred_hidden_dim": 8, "queue_size": 32},
     "dino": {"num_prototypes": 12},
+    "us3l": {"pred_hidden_dim": 8},
     "all4one": {"pred_hidden_dim": 8, "temperature": 0.2, "queue_size": 32},
 }
 
@@ -74,7 +75,7 @@ def _in_group(rank: int, function: Callable[[int], Any], folder: str) -> None:
 
 def tiny_config(method: str = "vicreg_dual", **overrides: Any) -> DictConfig:
     """A complete config of a network of width 4 on 16×16 images; groups of overrides are merged."""
-    gated = method.endswith(("_dual", "_gated", "_distilled"))
+    gated = method.endswith(("_dual", "_gated", "_distilled", "us3l"))
     cfg = {
         "name": "tiny",
         "method": method,

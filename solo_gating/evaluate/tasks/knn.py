@@ -11,6 +11,8 @@
                                 data.val_path, data.format
     threshold=0.4               of the gates (main_policy --calibrate)
     budget=0.3                  that the gates are told, of a network trained for a range
+    recalibrate=2048            BatchNorm statistics of the path at this budget, from so many unlabelled
+                                training images; 0: those of training. Default: 2048 for us3l, else 0
 
 Writes metrics.json into a folder beside the checkpoint (output=...).
 """
@@ -50,9 +52,10 @@ def evaluate_knn(cfg: DictConfig) -> dict[str, Any]:
     _check_neighbors(combinations, len(evaluation.loaders["train"].dataset))  # type: ignore[arg-type]
     rows: dict[str, dict[str, Any]] = {}
     for path in evaluation.paths:
-        train = evaluation.extract_labelled("train", path)
-        _check_neighbors(combinations, int((train.targets >= 0).sum()))
-        val = evaluation.extract_labelled("val", path)
+        with evaluation.of_path(path):
+            train = evaluation.extract_labelled("train", path)
+            _check_neighbors(combinations, int((train.targets >= 0).sum()))
+            val = evaluation.extract_labelled("val", path)
         results = []
         for settings in combinations:
             top1 = knn_top1(

@@ -10,6 +10,7 @@
                                 data.val_path, data.format
     threshold=0.4               of the gates (main_policy --calibrate)
     budget=0.3                  that the gates are told, of a network trained for a range
+    recalibrate=2048            BatchNorm statistics of the path at this budget, as for main_knn
 
 Without --config-name: the images of pre-training. Writes metrics.json and a file for each finished
 classifier into a folder beside the checkpoint (output=...); the same command again trains only the
@@ -61,8 +62,9 @@ def evaluate_linear(cfg: DictConfig) -> dict[str, Any]:
     finished = {path: _finished(evaluation, path) for path in evaluation.paths}
     rows = {}
     for path in evaluation.paths:
-        val = evaluation.extract_labelled("val", path)
-        results = _train_missing(evaluation, path, augmented, val, finished[path])
+        with evaluation.of_path(path):
+            val = evaluation.extract_labelled("val", path)
+            results = _train_missing(evaluation, path, augmented, val, finished[path])
         rows[path] = summarise(results) | flops_row(val, evaluation.encoder)
     train: Any = augmented or evaluation.loaders["train"]
     metrics = evaluation.write(rows, len(train.dataset), train)

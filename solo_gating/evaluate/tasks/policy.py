@@ -11,6 +11,7 @@
                         without gates, whose metrics.json are below the folders
     budget=0.3          that the gates are told, of a network trained for a range; --calibrate and
                         --sweep then turn the threshold only
+    recalibrate=2048    BatchNorm statistics of each position, as for main_knn
     dataset=cifar10     other images than the checkpoint's, from data.train_path, data.val_path
 
 On the validation images: writes policy.json (a file that other commands read; its schema is in
@@ -29,6 +30,7 @@ from torch.utils.data import default_collate
 from ...backbones import TwoPathResNet
 from ...checks import is_number, is_share, require
 from ...config.schema import EVALUATIONS, own_copy
+from ...deploy.calibration import evenly
 from ...errors import InputError
 from ...files import write_bytes, write_csv, write_json
 from ...flops import count_flops
@@ -94,7 +96,8 @@ def evaluate_policy(cfg: DictConfig) -> dict[str, Any]:
             f"{_position(backbone)} gives {setting.share:.4f} of the dense FLOPs on "
             f"{len(images)} training images"
         )
-    found = evaluation.extract("val", "gated")
+    with evaluation.of_path("gated"):
+        found = evaluation.extract("val", "gated")
     policy = policy_of(
         backbone,
         found,
@@ -155,8 +158,7 @@ def _position(backbone: TwoPathResNet) -> str:
 def _calibration_images(evaluation: Evaluation) -> Tensor:
     """Some training images, spread evenly over the set, whose folders may be in order of class."""
     dataset: Any = evaluation.loaders["train"].dataset
-    number = min(evaluation.cfg.calibration_images, len(dataset))
-    chosen = [index * len(dataset) // number for index in range(number)]
+    chosen = evenly(len(dataset), evaluation.cfg.calibration_images)
     images, _ = default_collate([dataset[index] for index in chosen])
     return images
 
@@ -198,8 +200,9 @@ def _sweep(
     backbone: Any = evaluation.encoder.backbone
 
     def accuracy(path: str) -> dict[str, float]:
-        train = evaluation.extract_labelled("train", path)
-        val = evaluation.extract_labelled("val", path)
+        with evaluation.of_path(path):
+            train = evaluation.extract_labelled("train", path)
+            val = evaluation.extract_labelled("val", path)
         figures = {
             "knn_top1": knn_top1((train.features, train.targets), (val.features, val.targets))
         }

@@ -5,6 +5,7 @@
     classes=10 images=5000      of the validation images: the first classes, at most so many images
     path=dense|gated|both       default: both, if both were trained
     budget=0.3                  that the gates are told, of a network trained for a range
+    recalibrate=2048            BatchNorm statistics of the path at this budget, as for main_knn
     dataset=cifar10             other images than the checkpoint's, from data.train_path, data.val_path
 
 Needs `pip install umap-learn` (the extra `umap`). Writes umap.png, umap.csv and metrics.json into a
@@ -53,7 +54,8 @@ def evaluate_umap(cfg: DictConfig) -> dict[str, Any]:
     _check_number(len(evaluation.loaders["val"].dataset))  # type: ignore[arg-type]
     rows, embeddings, chosen = {}, {}, np.empty(0)
     for path in evaluation.paths:
-        found = evaluation.extract("val", path)
+        with evaluation.of_path(path):
+            found = evaluation.extract("val", path)
         rows[path] = flops_row(found, evaluation.encoder)
         chosen, targets = choose(found.targets, cfg.classes, cfg.images)
         _check_number(len(chosen))
