@@ -12,7 +12,7 @@
     dataset=cifar10     other images than the checkpoint's, from data.train_path, data.val_path
 
 On the validation images: writes policy.json (a file that other commands read; its schema is in
-solo_gating/evaluate/policy.py), policy.csv, policy.png and metrics.json, and for a sweep sweep.csv
+solo_gating/policies.py), policy.csv, policy.png and metrics.json, and for a sweep sweep.csv
 and sweep.png, into a folder beside the checkpoint (output=...).
 """
 
@@ -30,13 +30,14 @@ from ...errors import InputError
 from ...files import write_csv, write_json
 from ...plots.policy import draw_policy
 from ...plots.sweep import draw_sweep
+from ...policies import Policy
 from ...process_state import process_state_kept
 from ...texts import aligned
 from ...training.checkpoints import plain
 from ..calibrate import calibrate, lowest_share, sweep
 from ..evaluation import Evaluation, flops_row, prepare_evaluation
 from ..knn import knn_top1
-from ..policy import Policy, policy_of
+from ..policy import policy_of
 
 _SETTINGS = ("calibrate", "calibration_images")
 
