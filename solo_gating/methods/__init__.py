@@ -3,9 +3,11 @@
 `X_dual`: one view gated, one dense. `X_gated`: both gated. `X_distilled`: both dense, and a gated
 pass that regresses to their features. Each is registered in solo-learn's
 `METHODS` under that name, momentum methods as well: there the student's views are meant.
+
+`simreg` and `seed` have no gates: a frozen teacher's students, of the unification paper's Table 3.
 """
 
-from ..solo_learn import METHODS, BarlowTwins, SimCLR, SimSiam, VICReg
+from ..solo_learn import METHODS, BarlowTwins, SimCLR, SimSiam, VICReg, register
 from .gated import (
     DistilledMethod,
     DualMethod,
@@ -16,6 +18,9 @@ from .gated import (
     plain_method,
 )
 from .registry import GATED_METHODS, REFUSED, register_gated
+from .seed import SEED
+from .simreg import SimReg
+from .student import StudentMethod, record_widths
 
 VICRegDual, VICRegGated = register_gated(
     "vicreg",
@@ -34,10 +39,13 @@ for _name in (
 ):
     if _name in METHODS:  # 1.0.2 lacks some
         register_gated(_name, METHODS[_name])
+register("simreg", SimReg)
+register("seed", SEED)
 
 __all__ = [
     "GATED_METHODS",
     "REFUSED",
+    "SEED",
     "BarlowTwinsDual",
     "BarlowTwinsGated",
     "DistilledMethod",
@@ -46,12 +54,15 @@ __all__ = [
     "GatedViewsMethod",
     "SimCLRDual",
     "SimCLRGated",
+    "SimReg",
     "SimSiamDual",
     "SimSiamGated",
+    "StudentMethod",
     "VICRegDual",
     "VICRegGated",
     "check_gated_backbone",
     "global_mean",
     "plain_method",
+    "record_widths",
     "register_gated",
 ]
