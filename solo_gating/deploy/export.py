@@ -70,10 +70,10 @@ from ..evaluate.calibrate import Setting
 from ..evaluate.evaluation import Evaluation, evaluation_of
 from ..evaluate.extract import extract
 from ..evaluate.knn import knn_top1
-from ..evaluate.policy import Policy, read_policy
 from ..evaluate.table import figure
 from ..files import make_folder, write_bytes, write_json
 from ..flops import count_flops
+from ..policies import Policy, read_policy
 from ..process_state import process_state_kept
 from .calibration import MOST_IMAGES, calibration_images, evenly
 from .cpp import files_of

@@ -24,6 +24,8 @@ _VARIANTS = {
     "simsiam": "SimSiam",
     "simsiam_gated": "SimSiam-Gating",
     "simsiam_dual": "SimSiam-Dual",
+    "simreg": "SimReg",
+    "seed": "SEED",
 }
 
 
@@ -75,6 +77,10 @@ def _dual(heading: str, variant: str) -> tuple[_Column, ...]:
     )
 
 
+def _lightweight(heading: str, of: tuple[tuple[str, str], ...]) -> tuple[_Column, ...]:
+    return (_Column(f"{heading}, %", of), _Column(f"{heading}: FLOPs", of, "flops"))
+
+
 _VICREG = (("vicreg", "dense"),)
 _VICREG_GATED = (("vicreg_gated", "gated"),)
 # The dense baseline is the row "dense" of this table.
@@ -91,6 +97,11 @@ _LAYOUTS: dict[str, tuple[_Column, ...]] = {
     "unification-2": (
         _Column("VICReg: dense, %", _VICREG),
         *_dual("VICReg-Dual", "vicreg_dual")[:2],
+    ),
+    "unification-3": (
+        *_lightweight("SimReg", (("simreg", "dense"),)),
+        *_lightweight("SEED", (("seed", "dense"),)),
+        *_lightweight("VICReg-Dual: gated", (("vicreg_dual", "gated"),)),
     ),
     "unification-4": (
         *_dual("BT-Dual", "barlow_dual"),
