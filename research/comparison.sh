@@ -15,7 +15,7 @@ source research/setting.sh
 prepare cifar10
 
 rest="gating.warmup_epochs=$((epochs / 10))"
-channel="gating.sparsity_weight=100 $rest"
+channel="gating.sparsity_weight=100 $rest gating.bound_gradient=all gating.weight_decay=1e-4"  # as in every_budget.sh
 any="vicreg_any_cifar10 $channel"
 slimmable="us3l_cifar10 optimizer.weight_decay=0 scheduler.interval=step method_kwargs.pred_hidden_dim=512"
 declare -A overrides=(
