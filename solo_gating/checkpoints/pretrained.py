@@ -33,9 +33,10 @@ def load_pretrained(backbone: TwoPathResNet, file: str | Path, key: str = "pretr
     weights = dense_weights(backbone, found, f"{key}: {str(file)!r}", f"the network of {kwargs}")
     backbone.load_state_dict(weights, strict=False)
     for block in backbone.gated_blocks:
-        if block.separate_bn:
-            for (_, _, norm), gated in zip(convolutions(block), block.gated_norms, strict=True):
-                gated.load_state_dict(norm.state_dict())
+        for (_, _, norm), gated in zip(convolutions(block), block.gated_norms, strict=True):
+            if gated is not norm:  # of a gate that scales it has no weights
+                known, own = norm.state_dict(), gated.state_dict()
+                gated.load_state_dict({key: known[key] for key in own})
 
 
 def resnet_weights(file: str | Path, key: str) -> tuple[str, dict[str, Tensor]]:
