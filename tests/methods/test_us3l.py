@@ -26,7 +26,7 @@ from solo_gating.main_knn import evaluate_knn
 from solo_gating.main_policy import evaluate_policy
 from solo_gating.training import pretrain as training_pretrain
 
-from ..support.encoders import evaluation_config
+from ..support.encoders import evaluation_config, nothing_twice
 from ..support.helpers import copy_of, random_batch, tiny_config, tiny_model
 from ..training.test_randomness import equal, small_config, trained, write_data
 
@@ -377,7 +377,8 @@ def test_the_dial_is_swept_with_statistics_of_each_width(checkpoint, monkeypatch
     monkeypatch.setattr(Evaluation, "of_path", recorded)
     for name in ("draw_policy", "draw_sweep"):
         monkeypatch.setattr(f"solo_gating.evaluate.tasks.policy.{name}", lambda *args: None)
-    found = evaluated(evaluate_policy, "policy", checkpoint, "sweep=true", "shares=[0.25,1.0]")
+    with nothing_twice():
+        found = evaluated(evaluate_policy, "policy", checkpoint, "sweep=true", "shares=[0.25,1.0]")
     budgets = [point["budget"] for point in found["gated"]["sweep"]]
     assert asked == [("gated", 0.625), ("dense", 0.625), *(("gated", one) for one in budgets)]
     assert len(budgets) == 3
