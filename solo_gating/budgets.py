@@ -51,16 +51,18 @@ class BudgetSchedule:
         high: the upper end.
         anneal_epochs: over so many epochs the lower end falls linearly to its value, from the
             upper end, or for a single budget from 1.
+        hold_epochs: so many epochs earlier it starts there, and stays.
     """
 
     low: float
     high: float
     anneal_epochs: int = 0
+    hold_epochs: int = 0
 
     @property
     def constant(self) -> bool:
         """Whether all steps have the same budget."""
-        return self.low == self.high and self.anneal_epochs == 0
+        return self.low == self.high and self.anneal_epochs == self.hold_epochs == 0
 
     def ends(self, epoch: int) -> Range:
         """The range that an epoch draws from.
@@ -69,7 +71,10 @@ class BudgetSchedule:
             epoch: since the gates were switched on, from 0.
         """
         start = self.high if self.low < self.high else 1.0
-        left = max(0.0, 1 - epoch / self.anneal_epochs) if self.anneal_epochs else 0.0
+        falling = epoch - self.hold_epochs
+        left = 1.0 if falling < 0 else 0.0
+        if self.anneal_epochs:
+            left = min(1.0, max(0.0, 1 - falling / self.anneal_epochs))
         low = self.low + left * (start - self.low)
         return low, max(low, self.high)
 

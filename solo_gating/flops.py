@@ -151,6 +151,20 @@ class BackboneFlops:
         computed = base + (1 - base) * self.channel_shares(channels)
         return (computed * numbers_like(weights, channels)).sum(-1) / sum(weights)
 
+    def as_published(self, channels: Tensor) -> dict[str, float]:
+        """Figures as papers on gates that do more than mask count them, means over images.
+
+        Args:
+            channels: N × L.
+
+        Returns:
+            "gated_share" (of `gated_share`), and where a base is computed in any case "skipped", the
+            share of the rest that is not.
+        """
+        share, base = float(self.gated_share(channels).mean()), float(self.gates[0].base)
+        skipped = {"skipped": (1 - share) / (1 - base)} if base else {}
+        return {"gated_share": share, **skipped}
+
     def channel_shares(self, channels: Tensor) -> Tensor:
         """Numbers of selected channels as shares of those to choose from, ... × L → ... × L."""
         return channels / numbers_like([gate.channels for gate in self.gates], channels)

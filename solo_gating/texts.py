@@ -4,7 +4,7 @@ import html
 import math
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 _LONGEST = 120  # of a text in a picture
 
@@ -65,3 +65,15 @@ def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
 def figure(value: float | None, kind: str) -> str:
     """A figure as text, or a dash for one that does not exist (None or NaN)."""
     return "–" if value is None or math.isnan(value) else format(value, kind)
+
+
+def published_count(kind: str, figures: Mapping[str, float]) -> str:
+    """A line with what `BackboneFlops.as_published` gives."""
+    share = figures["gated_share"]
+    line = (
+        f"counted as papers on {kind} do, every convolution gated and nothing else: {share:.2%}, "
+    )
+    line += f"{1 / share:.2f}× fewer"
+    if "skipped" in figures:
+        line += f" ({figures['skipped']:.2%} of the conditional part skipped)"
+    return line

@@ -185,7 +185,7 @@ class GatedBlock(BlockMixin):
 
 
 def _output_norm(gate: BaseGate | None) -> nn.Module | None:
-    return getattr(gate, "output_norm", None)
+    return gate.output_norm if isinstance(gate, Gate) and gate.has_output_norm else None
 
 
 def _decision(decided: Tensor | Decision) -> Decision:

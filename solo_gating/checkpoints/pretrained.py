@@ -29,9 +29,10 @@ def load_pretrained(backbone: TwoPathResNet, file: str | Path, key: str = "pretr
     weights = _dense_weights(backbone, file, key)
     backbone.load_state_dict(weights, strict=False)
     for block in backbone.gated_blocks:
-        if block.separate_bn:
-            for (_, _, norm), gated in zip(convolutions(block), block.gated_norms, strict=True):
-                gated.load_state_dict(norm.state_dict())
+        for (_, _, norm), gated in zip(convolutions(block), block.gated_norms, strict=True):
+            if gated is not norm:  # of a gate that scales it has no weights
+                known, own = norm.state_dict(), gated.state_dict()
+                gated.load_state_dict({key: known[key] for key in own})
 
 
 def _dense_weights(backbone: TwoPathResNet, file: str | Path, key: str) -> dict[str, Tensor]:

@@ -61,11 +61,12 @@ class GatingConfig:
         budget_anneal: over this share of the run's epochs, once the gates are switched on, the
             lower end of the range falls to its value from the upper end; the budget, where it is a
             number, from 1.
+        budget_hold: the share of the run's epochs before that, in which it stays at the upper end, or 1.
         budget_per_image: whether of a range each image of a step draws, not each step.
         budget_embedding: whether the gates are told the budget of a range. Without it the network
             cannot be set to a budget later; its threshold can.
 
-    The last three and the distillation's are of no published run; a config with a number for a budget
+    The last four and the distillation's are of no published run; a config with a number for a budget
     that leaves them at their defaults does not name them.
     """
 
@@ -88,6 +89,7 @@ class GatingConfig:
     train: str = "all"
     momentum_path: str = "dense"
     budget_anneal: float = 0.0
+    budget_hold: float = 0.0
     budget_per_image: bool = False
     budget_embedding: bool = True
 
@@ -161,12 +163,13 @@ class GatingConfig:
             lambda v: is_share(v) or is_range(v),
             f"a number in (0, 1] or {RANGE}",
         )
-        require(
-            "gating.budget_anneal",
-            self.budget_anneal,
-            lambda v: is_not_negative(v) and v <= 1,
-            "a number from 0 to 1",
-        )
+        for key in ("budget_anneal", "budget_hold"):
+            require(
+                f"gating.{key}",
+                getattr(self, key),
+                lambda v: is_not_negative(v) and v <= 1,
+                "a number from 0 to 1",
+            )
         for key in ("budget_per_image", "budget_embedding"):
             true_or_false(f"gating.{key}", getattr(self, key))
         if self.budget_range and self.budget_per_image and not self.budget_embedding:
@@ -280,8 +283,8 @@ class GatingConfig:
             epochs: of the whole run.
         """
         low, high = self.budget_range or (self.target_budget, self.target_budget)
-        anneal = round(self.budget_anneal * epochs)
-        return BudgetSchedule(low, high, anneal)  # type: ignore[arg-type]
+        anneal, hold = (round(share * epochs) for share in (self.budget_anneal, self.budget_hold))
+        return BudgetSchedule(low, high, anneal, hold)  # type: ignore[arg-type]
 
     @property
     def kind(self) -> type[BaseGate]:
@@ -314,10 +317,11 @@ class GatingConfig:
 _OF_DISTILLATION = ("distillation_weight", "distillation_images")
 _UNPUBLISHED = (
     "budget_anneal",
+    "budget_hold",
     "budget_per_image",
     "budget_embedding",
 )
-_STUDIED = "research/every_budget/ablations.py has methods that do it"
+_STUDIED = "research/ablations.py has methods that do it"
 # Keys of earlier versions, with the values at which their configs record them, and what to say of
 # others.
 _RETIRED: dict[str, tuple[Any, str]] = {

@@ -171,9 +171,13 @@ class Gate(BaseGate):
 
     A kind that scales may have a BatchNorm of its own for the convolution's output, `output_norm`: the
     gated path then goes through it instead of the block's.
+
+    Attributes:
+        has_output_norm: whether its gates have one.
     """
 
-    output_norm: nn.Module | None  # no value here, which would hide a module of this name
+    has_output_norm: ClassVar[bool] = False
+    output_norm: nn.Module
 
     @classmethod
     def positions(cls, convolutions: Sequence[nn.Conv2d]) -> list[int]:
@@ -323,8 +327,14 @@ def make_gate(
 
 
 def _arguments(cls: type[BaseGate]) -> list[str]:
-    """The names of a kind's keyword arguments; "**" for any."""
-    names = []
-    for parameter in list(inspect.signature(cls).parameters.values())[2:]:
-        names.append("**" if parameter.kind is parameter.VAR_KEYWORD else parameter.name)
-    return names
+    """The names of a kind's keyword arguments, with those that it hands on; "**" for any."""
+    names: list[str] = []
+    for owner in cls.__mro__:
+        init = vars(owner).get("__init__")
+        if init is None:
+            continue
+        own = list(inspect.signature(init).parameters.values())[3:]
+        names += [one.name for one in own if one.kind is not one.VAR_KEYWORD]
+        if all(one.kind is not one.VAR_KEYWORD for one in own):
+            return names
+    return [*names, "**"]

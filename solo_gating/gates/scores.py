@@ -1,5 +1,6 @@
 """What gates with weights have in common: a score for each channel, from the block's input."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,6 +36,20 @@ def spatial_mean(x: Tensor) -> Tensor:
     if not torch.is_grad_enabled() or torch.jit.is_tracing():
         return F.adaptive_avg_pool2d(x, 1)
     return x.sum((2, 3), keepdim=True) / (x.shape[2] * x.shape[3])
+
+
+def from_means(x: Tensor, dtype: torch.dtype, scores: Callable[[Tensor], Tensor]) -> Tensor:
+    """What a function makes of the means of x's channels, B × C × 1 × 1, in a dtype despite autocast.
+
+    Decisions are no place for half precision.
+    """
+    if isinstance(x, torch.fx.Proxy):
+        return scores(spatial_mean(x))
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return scores(spatial_mean(x.to(dtype)))
+    return scores(spatial_mean(x))
 
 
 class BudgetEmbedding(nn.Module):
@@ -116,13 +131,7 @@ class ScoringGate(Gate):
             budget: for a gate with an embedding: a number, or one for each image, B; None for
                 `budget`.
         """
-        if isinstance(x, torch.fx.Proxy):
-            return self._logits(spatial_mean(x), budget)
-        device = x.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):  # decisions are no place for half precision
-                return self._logits(spatial_mean(x.to(self.reduce.weight.dtype)), budget)
-        return self._logits(spatial_mean(x), budget)
+        return from_means(x, self.reduce.weight.dtype, lambda means: self._logits(means, budget))
 
     def _logits(self, means: Tensor, budget: Tensor | None) -> Tensor:
         hidden = self.relu(self.norm(self.reduce(means)))

@@ -33,7 +33,7 @@ from ..flops import BackboneFlops, count_flops, count_parameters
 from ..gates.shares import number_of_channels
 from ..process_state import process_state_kept
 from ..terminal import say
-from ..texts import aligned
+from ..texts import aligned, published_count
 from ..training.model import build_method
 
 
@@ -136,6 +136,9 @@ def summarise(backbone: ResNet, flops: BackboneFlops, channels: Tensor | None) -
             gated=float(flops.gated(channels).mean()),
             share=float(flops.share(channels).mean()),
         )
+        if not gates[0].only_masks:
+            metrics["gate"] = gates[0].kind
+            metrics["flops"].update(flops.as_published(channels))
     for name, part in flops.parts.items():
         if name == "stem":
             continue
@@ -180,6 +183,8 @@ def format_report(metrics: dict[str, Any], source: str) -> str:
             f"{parameters['gated_batchnorms']:,} in the gated path's own BatchNorms"
         )
         lines.append(f"gated path: {source}")
+        if "gated_share" in flops:
+            lines.append(published_count(metrics["gate"], flops))
     return "\n".join(lines)
 
 

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from omegaconf import DictConfig
 
 from ..errors import InputError
+from ..gates import gate_class
 from ..methods import GATED_METHODS
 from .callbacks import RunProgress, StopAtNonFiniteLoss
 from .checkpoints import Checkpointer, WholeFiles, plain, read_args
@@ -126,11 +127,15 @@ def _on_cpu(cfg: DictConfig) -> bool:
 def _strategy(cfg: DictConfig) -> Any:
     if cfg.strategy != "ddp":
         return cfg.strategy or "auto"
-    # While the gates rest, their parameters and the gated BatchNorms have no gradient; in a method
-    # of several backward passes none reaches all parameters.
-    resting = (cfg.get("gating") or {}).get("warmup_epochs", 0) > 0
+    # While the gates rest, their parameters and the gated BatchNorms have no gradient; nor have
+    # BatchNorms of the dense path that no view takes and gates replace; and in a method of several
+    # backward passes none reaches all parameters.
+    gating: Any = cfg.get("gating") or {}
+    kind: Any = gate_class(gating.get("gate", "channel"))
+    replaced = getattr(kind, "has_output_norm", False) and "dense" not in gating.get("views", ())
     several = cfg.method in GATED_METHODS and GATED_METHODS[cfg.method].several_passes
-    return DDPStrategy(find_unused_parameters=resting or several)
+    unused = gating.get("warmup_epochs", 0) > 0 or replaced or several
+    return DDPStrategy(find_unused_parameters=unused)
 
 
 def _wandb(cfg: DictConfig, folder: Path) -> WandbLogger:

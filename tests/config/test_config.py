@@ -11,7 +11,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from solo_gating import METHODS, InputError
+from solo_gating import GATED_METHODS, METHODS, InputError
 from solo_gating.checkpoints.reading import check_architecture, read_checkpoint
 from solo_gating.config.compose import composed, config_names
 from solo_gating.config.defaults import DEFAULTS, configs_folder
@@ -41,6 +41,7 @@ REQUIRED = [
         for data in (*CIFAR, "imagenet100")
     ),
     *(f"{method}_dual_{data}" for method in ("byol", "mocov2plus") for data in CIFAR),
+    *(f"simclr_{kind}_{data}" for kind in ("cdg", "scdg", "cgnet", "fbs", "dgc") for data in CIFAR),
     "vicreg_dual_digits",
     "vicreg_any_digits",
 ]
@@ -108,6 +109,7 @@ def test_a_shipped_config_is_complete_and_consistent(name):
     method, data = cfg.name.rsplit("-", 1)
     assert f"{method}_{data}" == name
     own = {"_any_": "_dual_", "gate_encoder_": "vicreg_distilled_"}
+    own |= {f"simclr_{kind}_": "simclr_gated_" for kind in ("fbs", "dgc", "cgnet", "cdg", "scdg")}
     for ours, method_s in own.items():
         name = name.replace(ours, method_s)
     assert name.startswith(cfg.method)
@@ -115,7 +117,7 @@ def test_a_shipped_config_is_complete_and_consistent(name):
     assert cfg.data.num_large_crops == 2
     assert cfg.backbone.name.startswith("resnet18_")
     assert cfg.backbone.kwargs.stem == ("imagenet" if data in ("stl10", "imagenet100") else "cifar")
-    assert ("gating" in cfg) == ("_" in cfg.method)
+    assert ("gating" in cfg) == (cfg.method in GATED_METHODS)
     sizes = {"cifar10": 32, "cifar100": 32, "stl10": 96, "imagenet100": 224}
     if data in sizes:
         assert {view.crop_size for view in cfg.augmentations} == {sizes[data]}

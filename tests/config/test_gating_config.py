@@ -41,6 +41,7 @@ BUDGET = "a number in (0, 1] or a range like [0.05, 0.9]"
         ("separate_bn", "yes", "true or false"),
         ("views", "gated", "a list like [gated, dense]"),
         ("budget_anneal", 1.5, "a number from 0 to 1"),
+        ("budget_hold", -0.1, "a number from 0 to 1"),
         ("budget_per_image", "yes", "true or false"),
         ("budget_embedding", 1, "true or false"),
     ],
@@ -159,12 +160,12 @@ def test_keys_of_earlier_versions_at_their_defaults_say_nothing():
     ("key", "value", "instead"),
     [
         ("open_start", True, "expected is gating.gate_kwargs.bias=4"),
-        ("shuffle_views", True, "research/every_budget/ablations.py has methods that do it"),
-        ("shuffle_views", 0, "research/every_budget/ablations.py has methods that do it"),
+        ("shuffle_views", True, "research/ablations.py has methods that do it"),
+        ("shuffle_views", 0, "research/ablations.py has methods that do it"),
         (
             "budget_sampling",
             "sandwich",
-            "research/every_budget/ablations.py has methods that do it",
+            "research/ablations.py has methods that do it",
         ),
     ],
 )

@@ -102,9 +102,8 @@ def test_a_checkpoint_whose_kind_is_not_registered_says_so(tmp_path):
     (checkpoint,) = (tmp_path / "runs").glob("*/*/last.ckpt")
     with pytest.raises(InputError) as error:
         encoder_of(checkpoint)
-    assert "backbone.kwargs.gate: got 'mine', expected one of channel, fixed, top_k" in str(
-        error.value
-    )
+    known = ", ".join(sorted(GATES))
+    assert f"backbone.kwargs.gate: got 'mine', expected one of {known}" in str(error.value)
 
 
 def test_a_gate_s_own_layers_are_counted(mine):
@@ -125,7 +124,7 @@ def test_a_gate_s_own_layers_are_counted(mine):
 @pytest.mark.parametrize(
     ("gating", "message"),
     [
-        ({"gate": "chanel"}, "gating.gate: got 'chanel', expected one of channel, fixed, top_k"),
+        ({"gate": "chanel"}, "gating.gate: got 'chanel', expected one of "),
         (
             {"gate": "fixed", "gate_kwargs": {"reduction": 4}},
             "gating.gate_kwargs.reduction: no such key of gate 'fixed', expected are count",
@@ -297,3 +296,19 @@ def test_a_gate_that_decides_otherwise_does_not_fold_as_its_base():
             assert torch.equal(ours, theirs.bool())
     finally:
         del GATES["mine"]
+
+
+@pytest.mark.parametrize("kind", ["top_k", "fixed"])
+def test_a_count_is_at_most_all_channels_and_at_least_one(kind):
+    """Stages differ in their width: a count of 12 is all of 8 channels, and 12 of 16."""
+    backbone = backbone_of(kind, gate_kwargs={"count": 12}).train()
+    with backbone.path("gated") as passes:
+        backbone(torch.randn(2, 3, 16, 16))
+    assert [mask.sum(1).unique().tolist() for mask in passes[-1].masks[:4]] == [
+        [8],
+        [8],
+        [12],
+        [12],
+    ]
+    with pytest.raises(InputError, match=r"gating\.gate_kwargs\.count: got 0"):
+        backbone_of(kind, gate_kwargs={"count": 0})

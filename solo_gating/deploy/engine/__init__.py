@@ -7,6 +7,7 @@
 | `known.py` | what `fold` takes for granted is checked here |
 | `fallback.py` | the kernel's computation in PyTorch, where there is no compiler |
 | `integer.py` | the same in int8 |
+| `whole.py` | a backbone as it is, for gates that do more than mask |
 
 The kernel, and what runs it without PyTorch, is the package `solo_gating_runtime`.
 """

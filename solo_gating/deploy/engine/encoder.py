@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from solo_gating_runtime.encoder import MOST_THREADS, Encoder, Kernel
+from solo_gating_runtime.encoder import MOST_THREADS, Encoder, Engine, Kernel
 from solo_gating_runtime.file import from_bytes, read_file, to_bytes, write_file
 from solo_gating_runtime.library import BuildError, chosen_engine
 from solo_gating_runtime.network import MOST_CONVOLUTIONS, Floats, Network
@@ -26,6 +26,7 @@ from .fold import Folded, fold
 from .forks import one_thread_if_forked
 from .integer import IntegerEngine
 from .known import paths_of
+from .whole import WholeEngine
 
 PYTORCH = "pytorch"  # instead of a kernel
 DTYPES = ("float32", "bfloat16", "int8")
@@ -184,7 +185,7 @@ class CompiledEncoder(nn.Module):
             InputError: for an encoder that only PyTorch can run.
         """
         engine = self._encoder.backend
-        if isinstance(engine, TorchEngine) and not engine.is_compilable:
+        if isinstance(engine, (TorchEngine, WholeEngine)) and not engine.is_compilable:
             raise InputError(f"encoder: got one that only PyTorch can run, {_UNKNOWN}")
         return self._encoder.to_bytes()
 
@@ -302,6 +303,12 @@ def compile(
         folded = fold(backbone, path, threshold, budget)
         if dtype == "float32":
             return _compiled(folded, engine)
+        if folded.whole is not None:
+            kind = folded.whole.gates[0].kind
+            raise InputError(
+                f"dtype: got {dtype} for gates of kind {kind!r}, which only PyTorch runs; expected "
+                "float32"
+            )
         rounded, number = _bfloat16, None
         if dtype == "int8":
             if any(folded.modules):
@@ -387,5 +394,9 @@ def _compiled(
             )
     if content is not None:  # PyTorch wants arrays that may be written to
         folded = replace(folded, network=from_bytes(bytearray(content), file))
-    backend = IntegerEngine(folded.network) if net.dtype == "int8" else TorchEngine(folded)
+    backend: Engine = TorchEngine(folded)
+    if folded.whole is not None:
+        backend = WholeEngine(net, folded.whole)
+    elif net.dtype == "int8":
+        backend = IntegerEngine(folded.network)
     return CompiledEncoder(Encoder(net, backend, PYTORCH, threads))

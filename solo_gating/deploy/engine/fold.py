@@ -4,16 +4,17 @@ import copy
 from dataclasses import dataclass
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from solo_gating_runtime.network import Block, Convolution, Embedding, Floats, Network
 from solo_gating_runtime.network import Gate as FoldedGate
 
-from ...backbones import ResNet, checked_path, convolutions
+from ...backbones import ResNet, TwoPathResNet, checked_path, convolutions
 from ...errors import InputError
 from ...gates import Gate
-from .known import check_network, named_blocks
+from .known import check_network, named_blocks, only_pytorch_runs
 
 _GATE_WEIGHTS = ("reduce", "bias", "expand", "shift")
 
@@ -26,16 +27,19 @@ class Folded:
         network: for the kernel.
         modules: for each of its gates None, or the module to decide instead of it, for a gate that
             cannot be folded.
+        whole: for gates that do more than mask, a copy of the backbone; its network is then good for
+            its shapes only.
     """
 
     network: Network
     modules: tuple[Gate | None, ...]
+    whole: TwoPathResNet | None = None
 
     @property
     def is_compilable(self) -> bool:
         """Whether the kernel runs it."""
         known = all(block.is_known for block in self.network.blocks)
-        return known and not any(self.modules)
+        return known and not any(self.modules) and self.whole is None
 
 
 @torch.no_grad()
@@ -79,7 +83,11 @@ def fold(
         threshold=threshold,
         budget=budget,
     )
-    return Folded(network, tuple(modules))
+    whole = None
+    if gated and only_pytorch_runs(backbone):
+        # A copy, as of gates: later changes to the backbone have no effect.
+        whole = cast(TwoPathResNet, copy.deepcopy(backbone)).to("cpu", torch.float32).eval()
+    return Folded(network, tuple(modules), whole)
 
 
 def _of_all_gates(attribute: str, backbone: Any) -> Any:
@@ -95,8 +103,13 @@ def _folded_block(block: Any, path: str, name: str, modules: list[Gate | None]) 
     gates: list[FoldedGate] = []
     if path == "gated":
         norms = getattr(block, "gated_norms", norms)
-        for gate, (_, conv, _) in zip(block.gates, layers, strict=False):
-            folded, module = _folded_gate(gate, conv.out_channels, f"{name}'s gate")
+        masks = all(gate.only_masks for gate in block.gates)
+        for number, (_, conv, _) in enumerate(layers[:-1]):
+            folded, module = _no_gate(conv.out_channels), None
+            if masks:
+                folded, module = _folded_gate(
+                    block.gates[number], conv.out_channels, f"{name}'s gate"
+                )
             gates.append(folded)
             modules.append(module)
     shortcut = None
@@ -118,15 +131,19 @@ def _folded_gate(gate: Gate, channels: int, name: str) -> tuple[FoldedGate, Gate
     with torch.device("cpu"):
         folded = gate.fold() if _fold_is_of_forward(type(gate)) else None
         if folded is None:
-            nothing = _float(torch.zeros(0), name)
-            shift = _float(torch.zeros(channels), name)
-            return FoldedGate(nothing, nothing, nothing, shift), gate.float()
+            return _no_gate(channels), gate.float()
     embedding = None
     if folded.embedding is not None:
         parts = (folded.embedding.weight, folded.embedding.bias, folded.embedding.expand)
         embedding = Embedding(*(_float(part, name) for part in parts))
     weights = {key: _float(getattr(folded, key), name) for key in _GATE_WEIGHTS}
     return FoldedGate(**weights, embedding=embedding, count=folded.count), None
+
+
+def _no_gate(channels: int) -> FoldedGate:
+    """In the place of a gate that the kernel does not run."""
+    nothing = np.zeros(0, np.float32)
+    return FoldedGate(nothing, nothing, nothing, np.zeros(channels, np.float32))
 
 
 def _fold_is_of_forward(kind: type[Gate]) -> bool:

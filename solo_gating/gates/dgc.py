@@ -1,0 +1,88 @@
+"""Dynamic group convolution (DGC): each head of output channels picks its own input channels."""
+
+import torch
+from torch import Tensor, nn
+
+from .base import ConvolutionGate, GatedOutput, register_gate
+from .grouped import check_divides, grouped
+from .scores import from_means
+
+
+@register_gate("dgc")
+class DynamicGroupGate(ConvolutionGate):
+    """H heads of C_out / H output channels; head h convolves g_h · x, most of g_h's entries made 0.
+
+    g_h = relu(F2_h relu(F1_h m)) ∈ R^C_in, from the means m of the convolution's input; F1 has no bias,
+    F2's starts at 1. The round(C_in · (1 − b)) smallest entries become 0 at a budget b, equal ones with
+    them; training adds λ · Σ_h mean(g_h). All heads are one grouped convolution of H · C_in channels.
+
+    Su et al., Dynamic Group Convolution, ECCV 2020; `layers.py` of hellozhuo/dgc. The original's ramp,
+    from no inactive channel at a twelfth of training to all of them at three quarters, is
+    `gating.budget_hold=0.0833` and `gating.budget_anneal=0.6667`. Differences: BatchNorm and ReLU are the
+    block's own, behind the convolutions; shortcuts are plain; the heads' outputs are not shuffled. That
+    is a relabelling: a shuffle that is the same in all blocks of a stage can be undone by permuting the
+    rows, and the next layers' columns, of the weights, as each head may read any channel.
+
+    Args:
+        in_channels: C_in of the convolution.
+        out_channels: C_out.
+        heads: H.
+        squeeze: C_in / rows of F1_h; half of it below 80 channels.
+        penalty_weight: λ.
+
+    Raises:
+        InputError: for numbers of channels that H does not divide.
+    """
+
+    dial = "budget"
+    needs_budget = True
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        heads: int = 4,
+        squeeze: int = 16,
+        penalty_weight: float = 1e-5,
+    ):
+        super().__init__(in_channels, out_channels)
+        check_divides("heads", heads, in_channels, out_channels)
+        hidden = max(1, in_channels // (squeeze if in_channels >= 80 else max(1, squeeze // 2)))
+        # Each a layer for every head, side by side.
+        self.reduce = nn.Conv2d(in_channels, heads * hidden, 1, bias=False)
+        self.expand = nn.Conv2d(heads * hidden, heads * in_channels, 1, groups=heads)
+        for layer in (self.reduce, self.expand):
+            nn.init.kaiming_normal_(layer.weight)
+        nn.init.ones_(self.expand.bias)  # type: ignore[arg-type]
+        self.heads, self.penalty_weight = heads, penalty_weight
+        self.choices = heads * in_channels
+
+    @property
+    def flops(self) -> int:
+        """F1 and F2 of all heads."""
+        return self.reduce.weight.numel() + self.expand.weight.numel()
+
+    def forward(
+        self, x: Tensor, conv: nn.Conv2d, view: int = 0, budget: Tensor | None = None
+    ) -> GatedOutput:
+        """As in `ConvolutionGate`; the shares are zeros and ones, head by head."""
+        scores = from_means(
+            x, self.reduce.weight.dtype, lambda m: self.expand(self.reduce(m).relu()).relu()
+        ).unflatten(1, (self.heads, -1))[..., 0, 0]
+        if budget is None:
+            budget = torch.full((), 1.0 if self.budget is None else self.budget)
+        active = self.active(scores.detach(), budget.to(scores))
+        masked = (x[:, None] * (scores * active).to(x.dtype)[..., None, None]).flatten(1, 2)
+        out = grouped(conv, masked, conv.weight, self.heads)
+        penalty = None
+        if self.training and self.penalty_weight:
+            penalty = self.penalty_weight * scores.mean((0, 2)).sum()
+        return GatedOutput(out, active.flatten(1), penalty)
+
+    def active(self, scores: Tensor, budget: Tensor) -> Tensor:
+        """Scores, B × H × C_in, and a budget or one for each image → ones for those that stay."""
+        inactive = (self.in_channels * (1 - budget)).round().long().reshape(-1, 1, 1)
+        ordered = scores.sort(dim=2).values
+        last = (inactive - 1).clamp(min=0).expand(scores.shape[0], self.heads, 1)
+        return ((scores > ordered.gather(2, last)) | (inactive == 0)).to(scores.dtype)
