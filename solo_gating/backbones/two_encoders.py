@@ -60,10 +60,10 @@ class TwoEncoderResNet(TwoPathResNet):
         """The whole gated encoder."""
         return [self.gated_net]
 
-    def _maps(self, x: Tensor, choice: Choice) -> Tensor:
-        return (
-            self.gated_net._maps(x, choice) if choice.path == "gated" else super()._maps(x, choice)
-        )
+    def _maps(self, x: Tensor, choice: Choice, stages: list[Tensor] | None = None) -> Tensor:
+        if choice.path == "gated":
+            return self.gated_net._maps(x, choice, stages)
+        return super()._maps(x, choice, stages)
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)

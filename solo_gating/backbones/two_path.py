@@ -324,18 +324,18 @@ class TwoPathResNet(ResNet):
                 "that the budget would teach the gates nothing; use use_reentrant=False"
             )
 
-    def _maps(self, x: Tensor, choice: Choice) -> Tensor:
+    def _maps(self, x: Tensor, choice: Choice, stages: list[Tensor] | None = None) -> Tensor:
+        """The last stage's maps; those of every stage are added to a list that is given."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        gates = self.stream_gates if choice.path == "gated" else []
-        if not gates:
-            for stage in self.stages:
-                x = stage(x, choice)
-            return x
-        stem, *streams = masks = [gate(x, choice.budget) for gate in gates]
-        choice.masks.extend(masks)
-        x = apply_mask(x, stem)
-        for stage, stream in zip(self.stages, streams, strict=True):
-            x = stage(x, choice, stream)
+        between: list[tuple[Tensor, ...]] = [()] * len(self.stages)
+        if choice.path == "gated" and (gates := self.stream_gates):
+            stem, *streams = masks = [gate(x, choice.budget) for gate in gates]
+            choice.masks.extend(masks)
+            x, between = apply_mask(x, stem), [(mask,) for mask in streams]
+        for stage, stream in zip(self.stages, between, strict=True):
+            x = stage(x, choice, *stream)
+            if stages is not None:
+                stages.append(x)
         return x
 
     def _pooled(self, maps: Tensor) -> Tensor:

@@ -78,8 +78,10 @@ def solo_learn_args(encoder: Encoder) -> dict[str, Any]:
         )
     method = args["method"]
     if method in GATED_METHODS:
-        plain = plain_method(GATED_METHODS[method])
-        method = next(name for name, cls in METHODS.items() if cls is plain)
+        plain, own = plain_method(GATED_METHODS[method]), method
+        method = next((name for name, cls in METHODS.items() if cls is plain), None)
+        if method is None:
+            raise InputError(f"format: got solo-learn with method {own}, which solo-learn has not")
     depth, _, kind = args["backbone"]["name"].partition("_")
     own = {"width", "stem", "path", "threshold", "budget", "budget_range", "open_start"}
     own |= {"reduction", "temperature", "separate_bn", "gate", "gate_kwargs"}

@@ -51,7 +51,7 @@ without these on those of the folder. export.json says what was made.
 
 import argparse
 import io
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -59,6 +59,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backbones import TwoPathResNet
+from ..backbones.statistics import recalibrated
 from ..checkpoints.encoder import Encoder, encoder_of
 from ..checks import at_least
 from ..config.arguments import command_parser
@@ -75,6 +76,7 @@ from ..files import make_folder, write_bytes, write_json
 from ..flops import count_flops
 from ..policies import Policy, read_policy
 from ..process_state import process_state_kept
+from ..solo_learn import METHODS
 from .calibration import MOST_IMAGES, calibration_images, evenly
 from .cpp import files_of
 from .dense import dense_network, dense_state_dict, solo_learn_args, solo_learn_checkpoint
@@ -136,7 +138,7 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
             key: getattr(backbone, key) for key in _DIALS if getattr(backbone, key) is not None
         }
     else:
-        net, report = _static(options, encoder, size)
+        net, report = _static(options, encoder, size, evaluation)
     report |= {"checkpoint": str(options.checkpoint), "resolution": [size, size]}
     images, real = _examples(evaluation, size)
     after = net
@@ -171,6 +173,13 @@ def _check(options: argparse.Namespace, encoder: Encoder) -> None:
     encoder.paths(options.path)
     if options.path == "dense" and options.policy is not None:
         raise InputError("policy: got one for the dense path, expected path=gated")
+    method = encoder.args.method
+    images = options.evaluate or options.overrides
+    if options.path == "gated" and getattr(METHODS.get(method), "recalibrate", 0) and not images:
+        raise InputError(
+            f"evaluate: missing, method {method!r} has no BatchNorm statistics of narrow widths; expected "
+            "evaluate=true or data.train_path=..., whose images give them"
+        )
     if options.path == "gated" and options.policy is None and options.format not in OURS:
         raise InputError("policy: missing, the gated path needs main_policy's policy.json")
     _check_ours(options)
@@ -237,14 +246,16 @@ def _set_dial(options: argparse.Namespace, backbone: Any) -> None:
 
 
 def _static(
-    options: argparse.Namespace, encoder: Encoder, size: int
+    options: argparse.Namespace, encoder: Encoder, size: int, evaluation: Evaluation | None
 ) -> tuple[nn.Module, dict[str, Any]]:
     backbone: Any = encoder.backbone
     policy = read_policy(options.policy, "policy")
     _turn(backbone, policy)
     flops = count_flops(backbone, (size, size))
     kept = kept_channels(policy, flops, options.keep, options.multiple)
-    net = slice_encoder(backbone, kept, options.gates == "keep")
+    statistics = None if evaluation is None else evaluation.statistics
+    with nullcontext() if statistics is None else recalibrated(backbone, statistics, "gated"):
+        net = slice_encoder(backbone, kept, options.gates == "keep")
     cost = static_flops(net, (size, size))
     return net, {
         "path": "gated",
@@ -252,7 +263,7 @@ def _static(
         "keep": options.keep,
         "gates": options.gates,
         "threshold": policy.threshold,
-        "hidden": [len(indices) for indices in kept.channels],
+        "hidden": net.architecture["hidden"],
         "flops": cost,  # all kept channels computed
         "flops_cut": 1 - cost / flops.dense,
         **({} if policy.budget is None else {"budget": policy.budget}),
@@ -271,7 +282,9 @@ def _accuracies(evaluation: Evaluation, path: str, net: nn.Module) -> dict[str, 
         return knn_top1((train.features, train.targets), (val.features, val.targets))
 
     device = evaluation.fabric.device
-    before, after = accuracy(evaluation.encoder.backbone), accuracy(net.to(device))
+    with evaluation.of_path(path):
+        before = accuracy(evaluation.encoder.backbone)
+    after = accuracy(net.to(device))
     net.to("cpu")
     return {"knn_top1_before": before, "knn_top1_after": after}
 

@@ -106,10 +106,12 @@ def slice_encoder(backbone: TwoPathResNet, kept: Kept, gates: bool) -> SlicedRes
         gates: whether the gates stay, at the backbone's threshold and for good at its budget.
     """
     source, kind = backbone.encoder("gated"), backbone.gates[0]
+    if kind.streams and not gates:
+        return _narrow(backbone, kept)
     if not kind.only_masks:
         raise InputError(
             f"policy: got gates of kind {kind.kind!r}, which do more than choose channels; expected "
-            "a kind whose channels can be removed"
+            + ("gates=drop" if kind.streams else "a kind whose channels can be removed")
         )
     cut = [
         gate.sliced(indices, backbone.budget)
@@ -132,6 +134,32 @@ def slice_encoder(backbone: TwoPathResNet, kept: Kept, gates: bool) -> SlicedRes
     for gate, whole, one in zip(net.gates, backbone.gates, cut, strict=False):
         gate.threshold = whole.threshold
         state |= {f"{names[gate]}.{key}": value for key, value in one["state"].items()}
+    net.load_state_dict(state)
+    return net.eval().requires_grad_(False)
+
+
+def _narrow(backbone: TwoPathResNet, kept: Kept) -> SlicedResNet:
+    """A slimmable encoder at a width, of which the first channels of every layer are kept."""
+    source, between = backbone.encoder("gated"), len(backbone.stream_gates)
+    widths = [len(indices) for indices in kept.channels]
+    wide: list[Any] = [gate.channels for gate in backbone.stream_gates]
+    if any(
+        number * wide[0] != widths[0] * whole for number, whole in zip(widths, wide, strict=False)
+    ):
+        raise InputError(
+            f"policy: got {widths[:between]} channels after stem and stages, expected shares of {wide} "
+            "that are the same; another budget or multiple gives them"
+        )
+    architecture = source.architecture | {"width": widths[0], "hidden": widths[between:]}
+    net = SlicedResNet(**architecture)
+    net.fc = nn.Identity()
+    state = source.dense_state_dict()
+    names = {module: name for name, module in source.named_modules()}
+    for block in backbone.gated_blocks:
+        for key, value in _block_weights(block, [None] * (len(block.gates) + 2)).items():
+            state[f"{names[block]}.{key}"] = value
+    for key, value in net.state_dict().items():
+        state[key] = state[key][tuple(slice(0, size) for size in value.shape)]
     net.load_state_dict(state)
     return net.eval().requires_grad_(False)
 

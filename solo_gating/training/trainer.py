@@ -128,16 +128,14 @@ def _strategy(cfg: DictConfig) -> Any:
     if cfg.strategy != "ddp":
         return cfg.strategy or "auto"
     # While the gates rest, their parameters and the gated BatchNorms have no gradient; nor have
-    # BatchNorms of the dense path that no view takes and gates replace. In a method of several backward
-    # passes none reaches all parameters.
+    # BatchNorms of the dense path that no view takes and gates replace; and in a method of several
+    # backward passes none reaches all parameters.
     gating: Any = cfg.get("gating") or {}
     kind: Any = gate_class(gating.get("gate", "channel"))
-    unused = (
-        gating.get("warmup_epochs", 0) > 0,
-        getattr(kind, "has_output_norm", False) and "dense" not in gating.get("views", ()),
-        cfg.method in GATED_METHODS and GATED_METHODS[cfg.method].several_passes,
-    )
-    return DDPStrategy(find_unused_parameters=any(unused))
+    replaced = getattr(kind, "has_output_norm", False) and "dense" not in gating.get("views", ())
+    several = cfg.method in GATED_METHODS and GATED_METHODS[cfg.method].several_passes
+    unused = gating.get("warmup_epochs", 0) > 0 or replaced or several
+    return DDPStrategy(find_unused_parameters=unused)
 
 
 def _wandb(cfg: DictConfig, folder: Path) -> WandbLogger:

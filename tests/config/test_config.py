@@ -11,7 +11,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from solo_gating import METHODS, InputError
+from solo_gating import GATED_METHODS, METHODS, InputError
 from solo_gating.checkpoints.reading import check_architecture, read_checkpoint
 from solo_gating.config.compose import composed, config_names
 from solo_gating.config.defaults import DEFAULTS, configs_folder
@@ -117,7 +117,7 @@ def test_a_shipped_config_is_complete_and_consistent(name):
     assert cfg.data.num_large_crops == 2
     assert cfg.backbone.name.startswith("resnet18_")
     assert cfg.backbone.kwargs.stem == ("imagenet" if data in ("stl10", "imagenet100") else "cifar")
-    assert ("gating" in cfg) == ("_" in cfg.method)
+    assert ("gating" in cfg) == (cfg.method in GATED_METHODS)
     sizes = {"cifar10": 32, "cifar100": 32, "stl10": 96, "imagenet100": 224}
     if data in sizes:
         assert {view.crop_size for view in cfg.augmentations} == {sizes[data]}

@@ -10,6 +10,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from solo_gating.backbones import create_backbone
 from solo_gating.backbones.statistics import batch_norms, recalibrated, untracked
+from solo_gating.deploy import compile as compile_encoder
 from solo_gating.evaluate.calibrate import calibrate
 from solo_gating.flops import count_flops, selected_channels
 
@@ -149,6 +150,15 @@ def test_the_full_width_is_the_dense_network_bit_for_bit():
             assert torch.equal(net(images()), dense)
         with net.path("gated", budget=0.5):
             assert not torch.equal(net(images()), dense)
+
+
+def test_compiled_it_runs_on_pytorch():
+    net = slimmable().float()
+    with pytest.warns(RuntimeWarning, match="runs on PyTorch"):
+        fast = compile_encoder(net, "gated", budget=0.5)
+    with torch.no_grad(), net.path("gated", budget=0.5):
+        expected = net(images().float())
+    torch.testing.assert_close(fast(images().float()), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_images_of_one_batch_may_have_widths_of_their_own():

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from solo_gating import InputError
+from solo_gating.budgets import WidthSchedule
 from solo_gating.evaluate.extract import extract
 from solo_gating.files import read_json
 from solo_gating.main_knn import evaluate_knn
 from solo_gating.methods import gated
+from solo_gating.training import pretrain
 from solo_gating.training.checkpoints import Checkpointer
 
 from ..support.encoders import VAL, digit_tensors, evaluation_config, loader, tiny_backbone
@@ -156,6 +158,7 @@ def process(rank: int) -> dict[str, Any]:
     results["full disk"] = a_full_disk(rank)
     results["extraction"] = extraction()
     results |= {pipeline: runs(rank, pipeline) for pipeline in PIPELINES}
+    results["us3l"] = us3l_run()
     return results | {"knn": evaluation(Path(os.environ["SHARED_FOLDER"]), 2)}
 
 
@@ -219,6 +222,37 @@ def runs(rank: int, pipeline: str) -> list[Any]:
         dist.barrier()  # the first one writes
         found.append((last_checkpoint(cfg), logged))
     return found
+
+
+def us3l_run() -> dict[str, Any]:
+    """Of both processes together, after `runs`: the widths of each batch, and the weights in the end."""
+    folder = Path(os.environ["SHARED_FOLDER"])
+    cfg = small_config(
+        folder,
+        "us3l",
+        devices=2,
+        strategy="ddp",
+        optimizer={"weight_decay": 0.0},
+        momentum={"base_tau": 0.9, "final_tau": 0.9},
+        checkpoint={"dir": str(folder / "us3l")},
+    )
+    drawn, models = [], []
+    draw, build = WidthSchedule.at, pretrain.build_model
+
+    def recorded(self: WidthSchedule, *place: Any) -> tuple[float, ...]:
+        drawn.append((place, draw(self, *place)))
+        return drawn[-1][1]
+
+    def kept(cfg: Any) -> Any:
+        models.append(build(cfg))
+        return models[-1]
+
+    with (
+        mock.patch.object(WidthSchedule, "at", recorded),
+        mock.patch.object(pretrain, "build_model", kept),
+    ):
+        logged_by(cfg)
+    return {"drawn": drawn, "weights": models[0].state_dict()}
 
 
 def evaluation(folder: Path, processes: int) -> dict[str, Any]:
@@ -292,6 +326,19 @@ def test_two_processes_go_on_like_two_that_were_not_killed(pipeline, two):
     for found in two:
         whole, continued = found[pipeline]
         assert_same(continued, whole)
+
+
+def test_two_processes_train_the_same_widths_and_keep_the_same_weights(two):
+    expected = [
+        ((0, epoch, batch), WidthSchedule(0.25, 3).at(0, epoch, batch))
+        for epoch in range(3)
+        for batch in range(2)
+    ]
+    first, second = (found["us3l"] for found in two)
+    assert first["drawn"] == second["drawn"] == expected
+    for name, value in first["weights"].items():
+        if "running" not in name:  # statistics of each process's images
+            assert torch.equal(value, second["weights"][name]), name
 
 
 def test_two_processes_find_what_one_finds(two):

@@ -1,6 +1,7 @@
 """US3L: a network for every width that its own moving average teaches."""
 
 import math
+import re
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -15,18 +16,22 @@ from omegaconf import OmegaConf
 from torch import nn
 from torch.utils.data import DataLoader
 
-from solo_gating import InputError
+from solo_gating import InputError, main_export
+from solo_gating.backbones import SlicedResNet
+from solo_gating.backbones.statistics import recalibrated
 from solo_gating.budgets import WidthSchedule
 from solo_gating.checkpoints.encoder import encoder_of
 from solo_gating.config.pretraining import prepare_config
 from solo_gating.data import evaluation_loader
-from solo_gating.evaluate.evaluation import Evaluation
+from solo_gating.evaluate.evaluation import Evaluation, statistics_loader
+from solo_gating.files import read_json
+from solo_gating.flops import count_flops
 from solo_gating.losses import group_penalty, nt_xent
 from solo_gating.main_knn import evaluate_knn
 from solo_gating.main_policy import evaluate_policy
 from solo_gating.training import pretrain as training_pretrain
 
-from ..support.encoders import evaluation_config
+from ..support.encoders import evaluation_config, nothing_twice
 from ..support.helpers import copy_of, random_batch, tiny_config, tiny_model
 from ..training.test_randomness import equal, small_config, trained, write_data
 
@@ -377,12 +382,48 @@ def test_the_dial_is_swept_with_statistics_of_each_width(checkpoint, monkeypatch
     monkeypatch.setattr(Evaluation, "of_path", recorded)
     for name in ("draw_policy", "draw_sweep"):
         monkeypatch.setattr(f"solo_gating.evaluate.tasks.policy.{name}", lambda *args: None)
-    found = evaluated(evaluate_policy, "policy", checkpoint, "sweep=true", "shares=[0.25,1.0]")
+    with nothing_twice():
+        found = evaluated(evaluate_policy, "policy", checkpoint, "sweep=true", "shares=[0.25,1.0]")
     budgets = [point["budget"] for point in found["gated"]["sweep"]]
     assert asked == [("gated", 0.625), ("dense", 0.625), *(("gated", one) for one in budgets)]
     assert len(budgets) == 3
     assert found["gated"]["sweep"][-1]["share"] == 1
     assert found["gated"]["sweep"][-1]["knn_top1"] == found["dense"]["knn_top1"]
+
+
+def test_a_width_is_exported_as_a_narrow_network(checkpoint, tmp_path, monkeypatch, call):
+    monkeypatch.setattr("solo_gating.evaluate.tasks.policy.draw_policy", lambda *args: None)
+    output = tmp_path / "policy"
+    evaluated(evaluate_policy, "policy", checkpoint, "budget=0.5", f"output={output}")
+    arguments = [f"checkpoint={checkpoint}", f"policy={output}/policy.json", "multiple=1"]
+    arguments += ["format=torch", f"output={tmp_path}/narrow"]
+    for more, words in (
+        (["gates=drop"], "evaluate: missing, method 'us3l' has no BatchNorm statistics of narrow"),
+        (["evaluate=true"], "gates of kind 'slimmable'.*expected gates=drop"),
+    ):
+        code, _, error = call(main_export, *arguments, *more)
+        assert code == 2
+        assert re.search(words, error), error
+    made: list[Any] = []  # `torch.export` takes long, and is tested elsewhere
+    monkeypatch.setattr(
+        "solo_gating.deploy.export._contents", lambda *given: made.append(given[2]) or {}
+    )
+    code, _, error = call(main_export, *arguments, "gates=drop", "evaluate=true")
+    assert code == 0, error
+    report = read_json(tmp_path / "narrow" / "export.json")
+    assert report["knn_top1_before"] == report["knn_top1_after"]
+    assert report["hidden"] == [2, 2, 4, 4, 8, 8, 16, 16]
+    (narrow,) = made
+    assert isinstance(narrow, SlicedResNet)
+    backbone = encoder_of(checkpoint).backbone
+    cfg = OmegaConf.merge(encoder_of(checkpoint).args, {"data": {"num_workers": 0}})
+    images = next(iter(evaluation_loader(cfg, "val", 8)))[0]
+    backbone.budget = 0.5
+    with torch.no_grad(), recalibrated(backbone, statistics_loader(cfg, 2048), "gated"):
+        with backbone.path("gated"):
+            expected = backbone(images)
+        torch.testing.assert_close(narrow(images), expected[:, :16], rtol=1e-4, atol=1e-5)
+    assert count_flops(narrow, (8, 8)).dense == report["flops"]
 
 
 # What cannot be

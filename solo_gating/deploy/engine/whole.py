@@ -61,11 +61,8 @@ class WholeEngine:
 
     def _one(self, image: Tensor, budget: float | None) -> tuple[list[Tensor], list[Tensor]]:
         """The stages' outputs, and the masks over hidden channels."""
-        encoder = self._encoder
         choice = Choice("gated", None if budget is None else image.new_tensor(budget))
-        x = encoder.maxpool(encoder.relu(encoder.bn1(encoder.conv1(image))))
-        stages = []
-        for stage in encoder.stages:
-            x = stage(x, choice)
-            stages.append(x)
-        return stages, choice.masks if isinstance(self._backbone.gates[0], Gate) else []
+        stages: list[Tensor] = []
+        self._encoder._maps(image, choice, stages)
+        masks = choice.masks[len(self._backbone.stream_gates) :]
+        return stages, masks if isinstance(self._backbone.gates[0], Gate) else []
