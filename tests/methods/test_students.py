@@ -1,5 +1,7 @@
 """Students of a frozen teacher: their losses by hand, the queue, and what happens to the teacher: nothing."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from solo_gating import METHODS
 from solo_gating.checkpoints.encoder import encoder_of
 from solo_gating.checkpoints.teacher import load_teacher
 from solo_gating.config.pretraining import prepare_config, scale_learning_rates
+from solo_gating.deploy.dense import solo_learn_args
 from solo_gating.files import read_json
 from solo_gating.losses import regression_loss, similarity_loss
 from solo_gating.main_knn import evaluate_knn
@@ -259,12 +262,35 @@ def test_a_checkpoint_needs_neither_policy_nor_teacher(method, folder, runs, mon
         cfg = evaluation_config("knn", checkpoint, "normalize=true", "data.num_workers=0")
         metrics = evaluate_knn(cfg)
         assert_refused(lambda: encoder_of(checkpoint, "projector"), "features", "has no projector")
+        assert_refused(
+            lambda: solo_learn_args(encoder_of(checkpoint)), "resnet18_policy", "has not"
+        )
     finally:
         for name in ("dense.pt", "policy.json"):
             (folder / f"{name}-away").rename(folder / name)
     assert metrics["pretraining"]["policy"] == {"target_budget": 0.3, "share": 0.25}
     assert metrics["settings"]["normalize"] is True
     assert metrics["dense"]["flops"] > 0
+
+
+def test_an_args_json_names_widths_and_no_file(folder, runs, tmp_path):
+    """As solo-learn's own script would leave a policy in it: nothing in an args.json is opened."""
+    (checkpoint,) = (folder / "seed-whole").glob("*/*/last.ckpt")
+    args = read_json(checkpoint.parent / "args.json")
+    args["backbone"]["kwargs"] = {"width": 4, "policy": str(folder / "policy.json")}
+    (tmp_path / "args.json").write_text(json.dumps(args))
+    (tmp_path / "last.ckpt").write_bytes(checkpoint.read_bytes())
+    parts = ("backbone.kwargs.policy", "expected backbone.kwargs.hidden")
+    assert_refused(lambda: encoder_of(tmp_path / "last.ckpt"), *parts)
+
+
+def test_paths_may_begin_at_home(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    cfg = run(folder, "simreg", "home")
+    cfg.method_kwargs.teacher, cfg.backbone.kwargs.policy = "~/dense.pt", "~/policy.json"
+    prepare_config(cfg)
+    assert cfg.method_kwargs.teacher == str(folder / "dense.pt")
+    assert len(cfg.backbone.kwargs.hidden) == 8
 
 
 # Configs that cannot be

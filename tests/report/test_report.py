@@ -576,6 +576,7 @@ def test_unusable_files_are_skipped_and_named(store, report):
             ("pretraining", "name"): (True, ["x"]),
             ("pretraining", "target_budget"): (7, "x", [1], {}),
             ("pretraining", "method_kwargs"): ("x", [1]),
+            ("pretraining", "policy"): ("x", [1]),
             ("settings", "threshold"): ("x", None, float("nan")),
             ("settings", "budget"): ("x", 3),
             ("data", "train_images"): (-1, "x", 10**400),
@@ -592,6 +593,13 @@ def test_a_planted_figure_is_skipped(place, value, store):
     (skipped,) = found.skipped
     assert f"`{place[0]}.{place[1]}` is " in skipped.reason
     assert len(skipped.reason) < 400
+
+
+@pytest.mark.parametrize("value", [7, "x", [1], {}])
+def test_a_student_with_a_planted_budget_is_skipped(value, store):
+    run = {**STUDENT, "policy": {"target_budget": value}}
+    found = read_records([store(metrics(), metrics("knn", method="seed", **run))])
+    assert "`pretraining.policy.target_budget` is " in found.skipped[0].reason
 
 
 def test_a_figure_that_does_not_exist_does_not_cost_the_other_ones(store):
