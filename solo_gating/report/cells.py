@@ -89,7 +89,7 @@ def published_tables() -> list[PublishedTable]:
     tables = []
     for table in content["tables"]:
         paper = content["papers"][table["paper"]]
-        source = table.get("source", f"published ({paper['epochs']} epochs)")
+        source = table.get("source") or f"published ({paper['epochs']} epochs)"
         tables.append(
             PublishedTable(
                 identity=table["id"],
@@ -97,6 +97,7 @@ def published_tables() -> list[PublishedTable]:
                 notes=(
                     f"{paper['citation']}.",
                     f"Published: {paper['pretraining']}; {table['evaluation']}.",
+                    *table.get("notes", ()),
                     *(f"The paper contradicts itself: {comment}" for comment in table["comments"]),
                 ),
                 metric=table["metric"],

@@ -248,6 +248,15 @@ def test_every_combination_of_the_papers_is_there_once():
         simsiam = expected["dynamic_channel_selection-1"]
         simsiam.add((dataset, dataset, "simsiam", None, "dense"))
         simsiam |= {(dataset, dataset, "simsiam_gated", b, "gated") for b in budgets}
+    kinds = [f"simclr_gated ({kind} gates)" for kind in ("cdg", "fbs", "dgc", "cgnet", "scdg")]
+    expected["contrastive_dual_gating-1"] = {
+        ("cifar10", "cifar10", kind, None, "gated") for kind in kinds[:4]
+    }
+    for dataset in ("cifar10", "cifar100", "imagenet100"):
+        expected["contrastive_dual_gating-2"] |= {
+            (dataset, dataset, "simclr", None, "dense"),
+            (dataset, dataset, kinds[4], None, "gated"),
+        }
     without_cuts = ("unification-2", "unification-3")
     for identity, found in PUBLISHED.items():
         places = [
@@ -257,6 +266,27 @@ def test_every_combination_of_the_papers_is_there_once():
         for cell in found.cells:  # a cut for every gated figure, but for transfers and students
             has_cut = cell.path == "gated" and identity not in without_cuts
             assert (cell.flops_cut is not None) == has_cut
+
+
+def test_the_poster_s_kinds_stand_in_one_row_whatever_their_budgets(store):
+    def run(kind, cut, **more):
+        gated = {"gated": (60.0, {"linear_top1_std": 0.1, "flops": 3e8, "flops_cut": cut})}
+        gating = {"gate": kind, **more.pop("gating", {})}
+        return metrics(dataset="cifar10", method="simclr_gated", gating=gating, rows=gated, **more)
+
+    contents = [run("fbs", 0.4, target_budget=0.5), run("dgc", 0.5, target_budget=0.47)]
+    found = table(store(*contents), "contrastive_dual_gating-1")
+    assert found.header[:2] == ("data set", "figures")
+    published, measured = (dict(zip(found.header, row.texts, strict=True)) for row in found.rows)
+    assert published["FBS, %"] == "86.91"
+    assert published["CDG: FLOPs cut"] == "52.83 %"  # of a 2.12th
+    assert measured["FBS, %"] == measured["DGC, %"] == "60.00 ± 0.10"
+    assert (measured["FBS: FLOPs cut"], measured["DGC: FLOPs cut"]) == ("40.00 %", "50.00 %")
+    assert measured["CGNet, %"] == "–"
+    found = table(store(run("fbs", 0.6, target_budget=0.3)), "contrastive_dual_gating-1")
+    sources = [row.texts[1] for row in found.rows]
+    assert len(sources) == len(set(sources)) == 4  # both of fbs, each with its budget, and dgc
+    assert any(source.endswith("t_d 30 %") for source in sources)
 
 
 def test_what_papers_repeat_is_the_same_in_every_table():
