@@ -102,7 +102,7 @@ def test_a_checkpoint_whose_kind_is_not_registered_says_so(tmp_path):
     (checkpoint,) = (tmp_path / "runs").glob("*/*/last.ckpt")
     with pytest.raises(InputError) as error:
         encoder_of(checkpoint)
-    assert "backbone.kwargs.gate: got 'mine', expected one of channel, fixed, top_k" in str(
+    assert "backbone.kwargs.gate: got 'mine', expected one of cdg, cgnet, channel, dgc, fbs" in str(
         error.value
     )
 
@@ -125,7 +125,10 @@ def test_a_gate_s_own_layers_are_counted(mine):
 @pytest.mark.parametrize(
     ("gating", "message"),
     [
-        ({"gate": "chanel"}, "gating.gate: got 'chanel', expected one of channel, fixed, top_k"),
+        (
+            {"gate": "chanel"},
+            "gating.gate: got 'chanel', expected one of cdg, cgnet, channel, dgc, fbs",
+        ),
         (
             {"gate": "fixed", "gate_kwargs": {"reduction": 4}},
             "gating.gate_kwargs.reduction: no such key of gate 'fixed', expected are count",
