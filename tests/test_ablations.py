@@ -1,4 +1,4 @@
-"""The study's variants (research/every_budget/ablations.py) do what their names say."""
+"""The study's variants (research/ablations.py) do what their names say."""
 
 import math
 import runpy
@@ -26,7 +26,7 @@ RANGE = [0.05, 0.9]
 @pytest.fixture(scope="module", autouse=True)
 def _registered():
     with mock.patch.dict(METHODS), mock.patch.dict(GATED_METHODS):
-        yield runpy.run_path(str(ROOT / "research" / "every_budget" / "ablations.py"))
+        yield runpy.run_path(str(ROOT / "research" / "ablations.py"))
 
 
 def model_of(method, **kwargs):

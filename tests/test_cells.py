@@ -75,7 +75,7 @@ COMMANDS = {
     "bash_scripts/reproduce/table4.sh": ONE_CELL,
     "bash_scripts/gpu/cifar100.sh": ["600", "DATA"],
     "bash_scripts/validate_cifar.sh": ["DATA"],
-    "research/every_budget/study.sh": ["digits"],
+    "research/every_budget.sh": ["digits"],
 }
 EVALUATIONS = ("main_knn", "main_linear", "main_policy", "study.py evaluate", "validation_table")
 

@@ -41,3 +41,13 @@ def test_curves_name_a_threshold_where_there_is_one(monkeypatch, texts, tmp_path
     monkeypatch.setattr(training, "read_logs", lambda folder: logs)
     training.draw_curves(tmp_path, 0.3, "title", dial)
     assert f"validation{words}" in texts
+
+
+def test_curves_of_a_distilled_run_show_the_variance_that_is_not_explained(
+    monkeypatch, texts, tmp_path
+):
+    names = ("train_vicreg_loss_epoch", "train_budget_loss_epoch", "train_flops_share_epoch")
+    names = (*names, "train_unexplained_variance_epoch", "val_gated_acc1")  # five panels, two rows
+    monkeypatch.setattr(training, "read_logs", lambda folder: {name: {0: 0.5} for name in names})
+    training.draw_curves(tmp_path, 0.3, "title")
+    assert "unexplained variance" in texts

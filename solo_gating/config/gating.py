@@ -311,7 +311,7 @@ _UNPUBLISHED = (
     "budget_per_image",
     "budget_embedding",
 )
-_STUDIED = "research/every_budget/ablations.py has methods that do it"
+_STUDIED = "research/ablations.py has methods that do it"
 # Keys of earlier versions, with the values at which their configs record them, and what to say of
 # others.
 _RETIRED: dict[str, tuple[Any, str]] = {

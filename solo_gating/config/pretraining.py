@@ -135,6 +135,11 @@ def prepare_config(cfg: DictConfig) -> DictConfig:
         check_gated_backbone(cfg)
         if cfg.pretrained is not None and not os.path.isfile(cfg.pretrained):
             raise InputError(f"pretrained: {str(cfg.pretrained)!r} is not a file")
+        if cfg.pretrained is not None and "two_encoders" in cfg.backbone.name:
+            raise InputError(
+                f"backbone.name: got {cfg.backbone.name!r} with pretrained, whose dense encoder's "
+                "weights the gated path shares; expected a backbone *_gated"
+            )
         if gating.momentum_path != "dense" and "momentum" not in cfg:
             raise InputError(
                 f"gating.momentum_path: got {gating.momentum_path!r}, but method {cfg.method!r} has "

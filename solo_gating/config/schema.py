@@ -347,6 +347,7 @@ EVALUATIONS: Mapping[str, Table] = {
         "calibration_images": COUNT,
         "sweep": TRUTH,
         "shares": ANY,
+        "beside": ANY,
     },
     "umap": {
         **_FROZEN,

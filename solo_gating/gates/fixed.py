@@ -7,7 +7,7 @@ import torch.fx
 from torch import Tensor
 
 from .base import FoldedGate, Gate, register_gate
-from .shares import number_of_channels, numbers_of_channels
+from .shares import fixed_count, number_of_channels, numbers_of_channels
 
 
 @register_gate("fixed")
@@ -20,7 +20,7 @@ class FixedGate(Gate):
     Args:
         in_channels: C_in, channels of the block's input; not used.
         out_channels: C, channels that the gated convolution computes.
-        count: a fixed number of channels, whatever the budget; None for ⌈b·C⌉.
+        count: a fixed number of channels, at most C, whatever the budget; None for ⌈b·C⌉.
     """
 
     losses = ()
@@ -29,7 +29,8 @@ class FixedGate(Gate):
 
     def __init__(self, in_channels: int, out_channels: int, *, count: int | None = None):
         super().__init__()
-        self.in_channels, self.channels, self.count = in_channels, out_channels, count
+        self.in_channels, self.channels = in_channels, out_channels
+        self.count = fixed_count(count, out_channels)
 
     @property
     def flops(self) -> int:

@@ -4,8 +4,22 @@ import math
 
 from torch import Tensor
 
+from ..checks import at_least
+
 # 0.3 · 10 may come out as 3.0000001, in particular in float32; that is no reason for a fourth channel.
 _ROUNDING = 1e-3
+
+
+def fixed_count(count: int | None, channels: int) -> int | None:
+    """A kind's argument `count`, at most C; None as it is.
+
+    Raises:
+        InputError: for anything but an integer ≥ 1.
+    """
+    if count is None:
+        return None
+    at_least("gating.gate_kwargs.count", count, 1)
+    return min(count, channels)
 
 
 def number_of_channels(budget: float, channels: int) -> int:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .base import FoldedGate, register_gate
 from .scores import ScoringGate, logistic_noise, straight_through
-from .shares import number_of_channels, numbers_of_channels
+from .shares import fixed_count, number_of_channels, numbers_of_channels
 
 torch.fx.wrap("largest")
 
@@ -56,7 +56,7 @@ class TopKGate(ScoringGate):
         out_channels: C, channels that the gated convolution computes.
         reduction: r, the bottleneck's reduction rate.
         temperature: τ of the gradient.
-        count: a fixed number of channels, whatever the budget; None for ⌈b·C⌉.
+        count: a fixed number of channels, at most C, whatever the budget; None for ⌈b·C⌉.
         bias: of the scores, what it starts at; None for none.
     """
 
@@ -76,7 +76,7 @@ class TopKGate(ScoringGate):
     ):
         super().__init__(in_channels, out_channels, reduction, bias)
         self.temperature = temperature
-        self.count = count
+        self.count = fixed_count(count, out_channels)
 
     def forward(self, x: Tensor, budget: Tensor | None = None) -> Tensor:
         """B × C_in × H × W, and a budget or one for each image → the binary mask, B × C."""

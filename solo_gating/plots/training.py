@@ -48,6 +48,11 @@ def draw_curves(
             ],
         ),
         (
+            "what the gated path lacks of the dense",
+            "unexplained variance, %",
+            [("train_unexplained_variance_epoch", "unexplained variance", {"color": GATED})],
+        ),
+        (
             "FLOPs used by the gated path",
             "share of the dense FLOPs, %",
             [
@@ -77,13 +82,17 @@ def draw_curves(
     if not shown:
         return None
     last = 1 + max(epoch for points in logs.values() for epoch in points)
-    figure = Figure(figsize=(4.2 * len(shown), 3.6), layout="constrained")
-    axes = figure.subplots(1, len(shown), squeeze=False)
-    for axis, (heading, unit, lines) in zip(axes[0], shown, strict=True):
+    columns = len(shown) if len(shown) <= 4 else 3
+    rows = -(-len(shown) // columns)
+    figure = Figure(figsize=(4.2 * columns, 3.6 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flat
+    for axis in axes[len(shown) :]:
+        axis.remove()
+    for axis, (heading, unit, lines) in zip(axes, shown, strict=False):
         for name, label, style in lines:
             if points := sorted(logs.get(name, {}).items()):
                 epochs, values = zip(*points, strict=True)
-                scale = 100 if "flops" in name else 1
+                scale = 100 if "flops" in name or "variance" in name else 1
                 marker = "o" if len(points) == 1 else None
                 axis.plot(
                     [epoch + 1 for epoch in epochs],

@@ -192,11 +192,12 @@ class Found(NamedTuple):
     sweeps: list[Sweep]
 
 
-def read_records(folders: Sequence[Path]) -> Found:
+def read_records(folders: Sequence[Path], key: str = "RUN_DIR") -> Found:
     """All accuracies, and all sweeps of the dial, below some folders.
 
     Args:
         folders: searched recursively; one may lie in another.
+        key: that named them, for messages.
 
     Returns:
         Both, and the files that were skipped. Files of evaluations that give neither ("umap", a
@@ -205,7 +206,7 @@ def read_records(folders: Sequence[Path]) -> Found:
     Raises:
         InputError: for something that is not a folder, or if there is no record at all.
     """
-    files = _metrics_files(folders)
+    files = _metrics_files(folders, key)
     named = ", ".join(repr(str(folder)) for folder in folders)
     found = Found([], [], [])
     for file in files:
@@ -217,14 +218,14 @@ def read_records(folders: Sequence[Path]) -> Found:
                 found.records.extend(_records(file, content))
         except _UnusableError as error:
             found.skipped.append(Skipped(file, str(error)))
-    if not found.records:
+    if not (found.records or found.sweeps):
         why = ""
         if found.skipped:
             first = found.skipped[0]
             why = f"; {str(first.file)!r}: {first.reason}"
         raise InputError(
-            f"RUN_DIR: got {len(files)} metrics.json below {named}, none with the accuracy of a "
-            f"pre-training or of an evaluation (linear, knn){why}"
+            f"{key}: got {len(files)} metrics.json below {named}, none with the accuracy of a "
+            f"pre-training or of an evaluation (linear, knn, a sweep){why}"
         )
     return found._replace(records=_without_copies(_without_superseded(found.records)))
 
@@ -256,17 +257,17 @@ def _sweeps(file: Path, content: dict[str, Any]) -> list[Sweep]:
     ]
 
 
-def _metrics_files(folders: Sequence[Path]) -> list[Path]:
+def _metrics_files(folders: Sequence[Path], key: str) -> list[Path]:
     for folder in folders:
         if not folder.is_dir():
             found = "a file" if folder.exists() else "absent"
-            raise InputError(f"RUN_DIR: {str(folder)!r} is {found}, expected folders of runs")
+            raise InputError(f"{key}: {str(folder)!r} is {found}, expected folders of runs")
     files = {
         file.resolve(): file for folder in folders for file in sorted(folder.rglob("metrics.json"))
     }
     if not files:
         named = ", ".join(repr(str(folder)) for folder in folders)
-        raise InputError(f"RUN_DIR: there is no metrics.json below {named}")
+        raise InputError(f"{key}: there is no metrics.json below {named}")
     return sorted(files.values())
 
 

@@ -461,6 +461,7 @@ def run(tmp_path_factory):
 
 def test_a_checkpoint_end_to_end(run, tmp_path, monkeypatch):
     common = ("--checkpoint", run.checkpoint, "--seconds", 0.1, "--engines", "torch", "ours")
+    common += ("--dtypes", "float32")
     call(monkeypatch, *common, "--output", tmp_path / "own")
     own = json.loads((tmp_path / "own/benchmark.json").read_text())
     assert own["images"] == "random"

@@ -145,6 +145,11 @@ def test_gates_learn_and_the_dense_path_stays_bit_for_bit(train, tmp_path):
         ("vicreg", {"pretrained": __file__}, "has no gates to learn"),
         (
             "vicreg_distilled",
+            {"pretrained": __file__, "backbone": {"name": "resnet18_two_encoders"}},
+            "backbone.name: got 'resnet18_two_encoders' with pretrained",
+        ),
+        (
+            "vicreg_distilled",
             {"pretrained": __file__, "gating": {"train": "gates", "separate_bn": False}},
             "gating.separate_bn=false",
         ),

@@ -159,12 +159,12 @@ def test_keys_of_earlier_versions_at_their_defaults_say_nothing():
     ("key", "value", "instead"),
     [
         ("open_start", True, "expected is gating.gate_kwargs.bias=4"),
-        ("shuffle_views", True, "research/every_budget/ablations.py has methods that do it"),
-        ("shuffle_views", 0, "research/every_budget/ablations.py has methods that do it"),
+        ("shuffle_views", True, "research/ablations.py has methods that do it"),
+        ("shuffle_views", 0, "research/ablations.py has methods that do it"),
         (
             "budget_sampling",
             "sandwich",
-            "research/every_budget/ablations.py has methods that do it",
+            "research/ablations.py has methods that do it",
         ),
     ],
 )

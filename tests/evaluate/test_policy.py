@@ -18,7 +18,9 @@ from solo_gating.files import write_json
 from solo_gating.main_knn import evaluate_knn
 from solo_gating.main_policy import evaluate_policy
 from solo_gating.plots.policy import draw_policy
+from solo_gating.plots.sweeps import draw_sweeps
 from solo_gating.policies import read_policy
+from solo_gating.report.records import read_records
 
 from ..support.encoders import (
     VAL,
@@ -484,6 +486,22 @@ def test_a_sweep_is_written_and_drawn(run, tmp_path, capsys):
     assert picture(tmp_path / "sweep.png").std() > 10
 
 
+def test_a_sweep_is_drawn_beside_its_rivals(run, tmp_path, monkeypatch):
+    """The rivals are the run's own 1-NN table here: what a report of both would draw."""
+    drawn = []
+    monkeypatch.setattr(
+        "solo_gating.evaluate.tasks.policy.draw_sweeps",
+        lambda *found: drawn.append(found) or draw_sweeps(*found),
+    )
+    rivals = run.checkpoint.parent
+    overrides = ["sweep=true", "shares=[0.5]", "calibration_images=32", f"beside=[{rivals}]"]
+    evaluate_policy(policy_config(run, *overrides, f"output={tmp_path}"))
+    ((sweeps, records),) = drawn
+    assert tmp_path / "metrics.json" in [sweep.file for sweep in sweeps]
+    assert records == read_records([rivals]).records
+    assert picture(tmp_path / "sweeps.png").std() > 10
+
+
 def test_the_command_s_flags_calibrate(run, calibrated, tmp_path, monkeypatch):
     checkpoint = f"checkpoint={run.checkpoint}"
     arguments = [checkpoint, "--calibrate", "0.3", f"output={tmp_path}", "accelerator=cpu"]
@@ -504,6 +522,8 @@ def test_the_command_s_flags_calibrate(run, calibrated, tmp_path, monkeypatch):
         ("calibrate=0", ["calibrate: got 0", "a number in (0, 1] or null"]),
         ("calibrate=1.5", ["calibrate: got 1.5"]),
         ("calibrate=low", ["calibrate: got 'low'"]),
+        ("beside=[x]", ["beside: got ['x'] with sweep=false"]),
+        ("beside=3", ["beside: got 3", "a list of folders"]),
         ("sweep=perhaps", ["sweep: got 'perhaps'", "true or false"]),
         ("shares=[]", ["shares: got []", "a list of numbers in (0, 1]"]),
         ("shares=[0.3,2]", ["shares: got [0.3, 2]"]),

@@ -297,3 +297,19 @@ def test_a_gate_that_decides_otherwise_does_not_fold_as_its_base():
             assert torch.equal(ours, theirs.bool())
     finally:
         del GATES["mine"]
+
+
+@pytest.mark.parametrize("kind", ["top_k", "fixed"])
+def test_a_count_is_at_most_all_channels_and_at_least_one(kind):
+    """Stages differ in their width: a count of 12 is all of 8 channels, and 12 of 16."""
+    backbone = backbone_of(kind, gate_kwargs={"count": 12}).train()
+    with backbone.path("gated") as passes:
+        backbone(torch.randn(2, 3, 16, 16))
+    assert [mask.sum(1).unique().tolist() for mask in passes[-1].masks[:4]] == [
+        [8],
+        [8],
+        [12],
+        [12],
+    ]
+    with pytest.raises(InputError, match=r"gating\.gate_kwargs\.count: got 0"):
+        backbone_of(kind, gate_kwargs={"count": 0})

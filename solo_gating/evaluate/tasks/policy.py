@@ -7,6 +7,8 @@
                         take it as threshold=... A network that was trained for a range of budgets
                         is told 0.3 first (budget=...), and the threshold corrects what is left
     --sweep             also 1-NN accuracy against FLOPs, at every share of shares=[0.05,...,1.0]
+    beside=[RUN_DIR]    with --sweep: also sweeps.png, this curve beside those, and beside the networks
+                        without gates, whose metrics.json are below the folders
     budget=0.3          that the gates are told, of a network trained for a range; --calibrate and
                         --sweep then turn the threshold only
     dataset=cifar10     other images than the checkpoint's, from data.train_path, data.val_path
@@ -16,6 +18,7 @@ solo_gating/policies.py), policy.csv, policy.png and metrics.json, and for a swe
 and sweep.png, into a folder beside the checkpoint (output=...).
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,11 +30,13 @@ from ...backbones import TwoPathResNet
 from ...checks import is_number, is_share, require
 from ...config.schema import EVALUATIONS, own_copy
 from ...errors import InputError
-from ...files import write_csv, write_json
+from ...files import write_bytes, write_csv, write_json
 from ...plots.policy import draw_policy
 from ...plots.sweep import draw_sweep
+from ...plots.sweeps import draw_sweeps
 from ...policies import Policy
 from ...process_state import process_state_kept
+from ...report.records import read_records
 from ...texts import aligned
 from ...training.checkpoints import plain
 from ..calibrate import calibrate, lowest_share, sweep
@@ -72,6 +77,7 @@ def evaluate_policy(cfg: DictConfig) -> dict[str, Any]:
         lambda v: isinstance(v, list) and v and all(is_share(share) for share in v),
         "a list of numbers in (0, 1]",
     )
+    beside = _beside(cfg)
     turned = cfg.sweep or cfg.calibrate is not None
     evaluation = prepare_evaluation(
         cfg, "policy", _SETTINGS, ("train", "val") if turned else ("val",)
@@ -105,7 +111,34 @@ def evaluate_policy(cfg: DictConfig) -> dict[str, Any]:
     rows = {"gated": row}
     if cfg.sweep:
         rows["dense"], row["sweep"] = _sweep(evaluation, images, shares, policy.target_budget)
-    return evaluation.write(rows, len(images))
+    written = evaluation.write(rows, len(images))
+    if beside and evaluation.fabric.is_global_zero:
+        _draw_beside(evaluation.folder, beside)
+    return written
+
+
+def _beside(cfg: DictConfig) -> list[Path]:
+    """The folders of rivals, which have something to be drawn."""
+    given: Any = plain(cfg)["beside"]
+    require(
+        "beside",
+        given,
+        lambda v: isinstance(v, list) and all(isinstance(folder, str) for folder in v),
+        "a list of folders with metrics.json files",
+    )
+    if given and not cfg.sweep:
+        raise InputError(f"beside: got {given} with sweep=false, expected sweep=true")
+    folders = [Path(folder).expanduser() for folder in given]
+    if folders:
+        read_records(folders, "beside")
+    return folders
+
+
+def _draw_beside(folder: Path, beside: list[Path]) -> None:
+    found = read_records([folder, *beside], "beside")
+    png = draw_sweeps(found.sweeps, found.records)
+    if png is not None:
+        write_bytes(folder / "sweeps.png", png)
 
 
 def _position(backbone: TwoPathResNet) -> str:

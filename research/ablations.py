@@ -1,6 +1,6 @@
 """Variants of VICReg-Dual-Gating that docs/results/every_budget.md studies and the package does not have.
 
-python research/every_budget/ablations.py --config-name vicreg_dual_cifar10 method=NAME [key=value ...]
+python research/ablations.py --config-name vicreg_dual_cifar10 method=NAME [key=value ...]
 
 is `python -m solo_gating.main_pretrain` that knows their NAMEs, too: see ABLATIONS.
 """

@@ -1,8 +1,8 @@
-"""Helpers of study.sh.
+"""What the studies share: images, evaluation and tables.
 
-python research/every_budget/study.py shrink DATA FOLDER PIXELS   images of DATA's arrays, made smaller
-python research/every_budget/study.py evaluate CHECKPOINT FILE SHARE...
-python research/every_budget/study.py table OUT SHARE...          the table of all runs
+python research/study.py shrink DATA FOLDER PIXELS   images of DATA arrays, made smaller
+python research/study.py evaluate CHECKPOINT FILE SHARE...
+python research/study.py table OUT SHARE...          the table of all runs
 """
 
 import json
