@@ -93,10 +93,10 @@ def _recognised(file: str | Path, path: str, head: bool | None, key: str) -> _Pa
     prefix, weights = resnet_weights(file, key)
     where = f"{key}: {str(file)!r}"
     with torch.device("meta"):  # whatever sizes the file speaks of, it takes no memory
-        shape = _resnet_like(weights, where)
-        found = dense_weights(shape, weights, where, "the ResNet that its first layers look like")
-    net = _resnet_like(weights, where)
-    net.load_state_dict(found)
+        net = _resnet_like(weights, where)
+    found = dense_weights(net, weights, where, "the ResNet that its first layers look like")
+    net.load_state_dict(found, assign=True)
+    net.to(torch.get_default_dtype())
     own = None if head is False else _moco_head(weights, prefix, net.inplanes, where)
     return net, own
 

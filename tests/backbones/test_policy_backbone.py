@@ -66,8 +66,8 @@ def write_policy(file, width=4, name="resnet18_gated", hidden=None):
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_widths_are_the_policy_s(name, tmp_path):
     file = write_policy(tmp_path / "policy.json", name=f"{name}_gated")
-    net = create_backbone(f"{name}_policy", policy=file, width=4, stem="cifar")
     with torch.device("meta"):
+        net = create_backbone(f"{name}_policy", policy=file, width=4, stem="cifar")
         whole = create_backbone(f"{name}_plain", width=4, stem="cifar")
     counted = iter(read_policy(file).blocks)
     for block, like in zip(net.blocks, whole.blocks, strict=True):
