@@ -54,6 +54,8 @@ class CompiledEncoder(nn.Module):
     Attributes:
         path: "gated" or "dense".
         dtype: "float32", "bfloat16" or "int8", of the convolutions' weights.
+        computes: what the convolutions compute in: dtype, or "float32" on an engine that only holds
+            weights in bfloat16.
         engine: what it runs on, such as "avx512" or "pytorch".
         features: F, length of the features.
         channels: for each gate, how many it chooses from.
@@ -64,6 +66,7 @@ class CompiledEncoder(nn.Module):
         self._encoder, self._origin = encoder, origin
         self.path, self.dtype, self.engine = encoder.path, encoder.dtype, encoder.engine
         self.features, self.channels = encoder.features, encoder.channels
+        self.computes = encoder.computes
 
     @property
     def threads(self) -> int:
