@@ -1,9 +1,10 @@
 // Maps and weights in bfloat16, sums in float32.
 //
 // x86: vdpbf16ps adds the product of the upper numbers to a sum, then that of the lower ones; each
-// of the two results is rounded to the nearest, halves to even. (A product has no rounding error.)
-// What is below the least normal float, read or computed, is 0. aarch64: bfdot adds both products
-// at once, and rounds to odd.
+// of the two results is rounded to the nearest, halves to even. (Products are exact, and cannot
+// overflow.) What is below the least normal float, read or computed, is 0.
+//
+// aarch64: bfdot adds both products at once, and rounds to odd.
 
 #pragma once
 
