@@ -669,13 +669,20 @@ class Engine {
     const bool apart = conv.units >= team.size;
     const Team unit_team = apart ? team : alone, pixel_team = apart ? alone : team;
     const int64_t last_unit = unit_team.end(conv.units);
+    const int64_t tiles = shape.tiles.size();
+    // A unit's words are packed before it, or by a tile of the unit before.
+    bool is_packed = false;
+    PackedWeight* to = nullptr;
+    if (conv.rows != nullptr) to = apart ? w.scratch[team.rank].unit.data() : w.unit.data();
+    PackedWeight* next = apart && kPacksAhead && to != nullptr ? to + group : nullptr;
     for (int64_t u = unit_team.begin(conv.units); u < last_unit; ++u) {
       const PackedWeight* words = conv.words;
       if (conv.rows != nullptr) {
-        PackedWeight* to = apart ? w.scratch[team.rank].unit.data() : w.unit.data();
         const int64_t pieces = cut.quads + cut.tails;
-        conv.pack_unit(u, in.channels, in.number, pixel_team.begin(pieces), pixel_team.end(pieces),
-                       to);
+        if (!is_packed) {
+          conv.pack_unit(u, in.channels, in.number, pixel_team.begin(pieces),
+                         pixel_team.end(pieces), to);
+        }
         pixel_team.wait();
         words = to;
       } else {
@@ -693,10 +700,18 @@ class Engine {
           product.shortcut.weights = conv.shortcut + v * kRow * conv.shortcut_words;
           product.shortcut_multiplier = conv.shortcut_multiplier + v * kLanes;
         }
-        const int64_t tiles = shape.tiles.size();
         for (int64_t t = pixel_team.begin(tiles); t < pixel_team.end(tiles); ++t, ++tiles_done) {
           const OuterTileShape& tile = shape.tiles[t];
-          look_ahead(index, u + 1 < last_unit ? u + 1 : -1, tiles_done, in, cut.words, product);
+          const int64_t next_unit = u + 1 < last_unit ? u + 1 : -1;
+          product.packed = nullptr;
+          if (next != nullptr && next_unit >= 0 &&
+              tiles_done == std::min<int64_t>(kGroup, tiles - 1)) {
+            rows_ahead(conv, next_unit, in.channels, product);
+            product.packed = next;
+            product.number = in.number;
+          } else {
+            look_ahead(index, next_unit, tiles_done, in, cut.words, product);
+          }
           const int64_t place = tile.y * columns + tile.x;
           product.main.x = hidden + quads.first() + place * kQuad;
           product.tail = hidden + place;
@@ -706,7 +721,20 @@ class Engine {
         }
       }
       if (conv.rows != nullptr) pixel_team.wait();
+      if (next != nullptr) {
+        std::swap(to, next);
+        is_packed = true;
+      }
     }
+  }
+
+  // Of a unit, every kGroup-th one from the first on.
+  static void rows_ahead(const OuterWeights& conv, int64_t unit, const int32_t* first,
+                         OuterProduct& product) {
+    product.ahead = conv.rows + unit * conv.in_channels * conv.row_size();
+    product.ahead_rows = first;
+    product.ahead_step = kGroup;
+    product.ahead_size = conv.row_size();
   }
 
   // What a tile prefetches: rows of the next unit, or the next block's gate.
@@ -719,10 +747,7 @@ class Engine {
     if (conv.rows == nullptr) return;
     if (next_unit >= 0) {
       if (tile >= kGroup) return;
-      product.ahead = conv.rows + next_unit * conv.in_channels * conv.row_size();
-      product.ahead_rows = in.channels + tile;
-      product.ahead_step = kGroup;
-      product.ahead_size = conv.row_size();
+      rows_ahead(conv, next_unit, in.channels + tile, product);
       return;
     }
     if (index + 1 == net_->blocks.size() || words == 0) return;
@@ -808,7 +833,7 @@ inline void Engine::Workspace::prepare(const Engine& engine, std::shared_ptr<con
       const int64_t quads = ceil_div(stem.kernel * stem.words * kGroup, kQuad);
       fresh.gathered = Storage<Number>(quads * l.stem.conv.width * kQuad);
     }
-    fresh.unit = Storage<PackedWeight>(l.largest_unit);
+    fresh.unit = Storage<PackedWeight>(l.largest_unit * (kPacksAhead ? 2 : 1));
     fresh.weights = Storage<PackedWeight>(l.largest_rows);
     fresh.logits = Buffer(padded_to_partials(l.largest_channels));
     for (std::vector<int32_t>& chosen : fresh.chosen) {

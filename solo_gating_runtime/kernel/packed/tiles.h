@@ -56,6 +56,12 @@ struct Terms {
   const PackedWeight* weights = nullptr;  // word × tap × pair of vectors
 };
 
+// Whether a tile packs the next unit's words while it computes: two rows at a time leave it enough
+// registers.
+constexpr bool kPacksAhead = kGroup == 2;
+
+constexpr int kMostTaps = 9;
+
 // y[p] = Σ · multiplier + bias + shortcut, as a map's number, for a tile of pixels and a group of
 // channels. Sums of floats have no multiplier: they start at the bias, and go on from those of a
 // convolution as shortcut.
@@ -79,6 +85,9 @@ struct OuterProduct {
   const PackedWeight* ahead = nullptr;
   const int32_t* ahead_rows = nullptr;
   int64_t ahead_step = 0, ahead_size = 0;
+  // Where words are packed to, of so many of these rows; null if they are not.
+  PackedWeight* packed = nullptr;
+  int64_t number = 0;
 };
 
 // `Step` is the number of numbers from one pixel of the tile's row to the next one.
@@ -136,13 +145,28 @@ void outer_tile(const OuterProduct& a) {
   }
 
   const PackedWeight* w = a.main.weights;
+  [[maybe_unused]] PackedWeight* packed = a.packed;
   for (int64_t j = 0; j < a.main.words; ++j) {
     const Number* x = a.main.x + j / kWordsInPlane * a.main.quad + j % kWordsInPlane * kGroup;
-    const char* ahead =
-        reinterpret_cast<const char*>(a.ahead + a.ahead_rows[j * a.ahead_step] * a.ahead_size);
-    for (int64_t t = 0; t < a.main.num_taps; ++t, w += kPair * kRow, ahead += 64) {
-      __builtin_prefetch(ahead, 0, 2);
-      add(x + a.main.taps[t], a.main.row, w, step);
+    const PackedWeight* first = a.ahead + a.ahead_rows[j * a.ahead_step] * a.ahead_size;
+    const char* first_bytes = reinterpret_cast<const char*>(first);
+    const auto multiply = [&](auto beside) GATED_INLINE {
+      for (int64_t t = 0; t < a.main.num_taps; ++t, w += kPair * kRow) {
+        beside(t);
+        add(x + a.main.taps[t], a.main.row, w, step);
+      }
+    };
+    if (kPacksAhead && a.packed != nullptr) {
+      static constexpr PackedWeight kZeros[kMostTaps * kRow] = {};
+      const PackedWeight* second =
+          2 * j + 1 < a.number ? a.ahead + a.ahead_rows[2 * j + 1] * a.ahead_size : kZeros;
+      multiply([&](int64_t t) GATED_INLINE {
+        const Row rows[kGroup] = {load_as<Row>(first + t * kRow), load_as<Row>(second + t * kRow)};
+        interleave(rows, packed, packed);
+        packed += kPair * kRow;
+      });
+    } else {
+      multiply([&](int64_t t) GATED_INLINE { __builtin_prefetch(first_bytes + t * 64, 0, 2); });
     }
   }
   if constexpr (Step == kQuad && kGroup == 4) {
