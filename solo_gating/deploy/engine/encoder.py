@@ -275,17 +275,19 @@ def compile(
         path: "gated" or "dense".
         threshold: of the gates; None for the backbone's own.
         budget: that the gates are told, of a network trained for a range; None for the backbone's own.
-        dtype: "float32"; "bfloat16" to hold the convolutions' weights in half of the memory, while sums
-            and activations stay float32; or "int8" to compute in 8-bit integers, much faster, with gates in
-            float32. The last two change results (docs/results/inference_speed.md and
-            docs/results/int8_accuracy.md say how much, `CompiledEncoder.report` for any encoder).
+        dtype: "float32"; "bfloat16" to hold the convolutions' weights and maps in bfloat16 and to sum in
+            float32, twice as fast on a CPU that has instructions for it (on others weights are held in
+            half of the memory, and all else is float32: `CompiledEncoder.computes` says which); or "int8"
+            to compute in 8-bit integers, much faster. Gates stay in float32. The last two change results
+            (docs/results/inference_speed.md and docs/results/int8_accuracy.md say how much,
+            `CompiledEncoder.report` for any encoder).
         calibration: for dtype="int8", some 256 images without labels, to find the range of each map (more
             are not used): a tensor or an array, N × C × H × W, float32, normalised as in training. Of a
             checkpoint also a folder of images, or a list of `key=value` as main_knn takes them,
             `["data.train_path=..."]`, whose training images are taken; `[]` for those of pre-training.
         float_stem: for dtype="int8", whether the first convolution stays in float32.
-        engine: an instruction set ("avx512", "avx2" or "portable") or "pytorch"; None for what the
-            environment's SOLO_GATING_ISA says, or the best that this CPU has.
+        engine: an instruction set (a key of `solo_gating_runtime.library.ENGINES[dtype]`, such as
+            "avx512") or "pytorch"; None for what the environment's SOLO_GATING_ISA says, or the best that this CPU has.
 
     Raises:
         InputError: for a source without that path or of another kind, or values not accepted.
