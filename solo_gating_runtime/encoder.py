@@ -14,7 +14,7 @@ from .checks import checked_budget, checked_threshold, is_int, require
 from .errors import InputError
 from .file import from_bytes, read_file, to_bytes, write_file
 from .forks import is_forked
-from .library import TOO_LARGE, chosen_engine, load_library
+from .library import TOO_LARGE, chosen_engine, computes, load_library
 from .network import Floats, Network
 
 # OpenMP ends the process when it cannot start so many threads as it is told.
@@ -194,7 +194,9 @@ class Encoder:
 
     Attributes:
         path: "gated" or "dense".
-        dtype: of the convolutions: "float32", "bfloat16" or "int8".
+        dtype: of the convolutions' weights: "float32", "bfloat16" or "int8".
+        computes: what the convolutions compute in: dtype, or "float32" on an engine that only holds
+            weights in bfloat16.
         engine: what it runs on, such as "avx512".
         backend: the object that does so.
         features: F, length of the features.
@@ -204,6 +206,7 @@ class Encoder:
 
     def __init__(self, net: Network, engine: Engine, name: str, threads: int | None = None):
         self.path, self.dtype, self.engine = net.path, net.dtype, name
+        self.computes = computes(name, net.dtype)
         self.features, self.channels = net.features, net.hidden
         self.threads = _cpus() if threads is None else threads
         self._net, self.backend = net, engine
@@ -300,8 +303,10 @@ class Encoder:
 
     def description(self) -> str:
         """Its settings in one line."""
+        stored = "" if self.computes == self.dtype else f" (stored; computes in {self.computes})"
         return (
-            f"path={self.path}, dtype={self.dtype}, engine={self.engine}, threads={self.threads}, "
+            f"path={self.path}, dtype={self.dtype}{stored}, engine={self.engine}, "
+            f"threads={self.threads}, "
             f"threshold={self.threshold}" + (f", budget={self.budget}" if self.budget else "")
         )
 

@@ -61,11 +61,20 @@ def _with(build: Build, flags: str, needs: str) -> Build:
     return Build((*build.flags, *flags.split()), (*build.needs, *needs.split()))
 
 
+# As of int8, gates' sums are the same on every CPU.
+_NATIVE_BFLOAT16 = "-DGATED_NATIVE_BFLOAT16 -ffp-contract=off"
+
 # For each dtype of the convolutions, the engines that compute with it, best first.
 ENGINES: dict[str, dict[str, Build]] = {
     "float32": {"avx512": _AVX512, "avx2": _AVX2, "portable": _PORTABLE},
-    # Weights are held in bfloat16; sums and activations are float32.
-    "bfloat16": {"avx512": _AVX512, "avx2": _AVX2, "portable": _PORTABLE},
+    # Those that are not named after it hold weights in bfloat16 and compute in float32.
+    "bfloat16": {
+        "avx512_bf16": _with(_AVX512, f"-mavx512bf16 {_NATIVE_BFLOAT16}", "avx512_bf16"),
+        "avx512": _AVX512,
+        "avx2": _AVX2,
+        "neon_bf16": _with(_PORTABLE, f"-march=armv8.2-a+bf16 {_NATIVE_BFLOAT16}", "bf16"),
+        "portable": _PORTABLE,
+    },
     "int8": {
         "avx512_vnni": _with(_AVX512, "-mavx512vnni", "avx512_vnni"),
         "avx512": _AVX512,
@@ -145,6 +154,16 @@ def _features_on_macos() -> frozenset[str]:
         return frozenset()
     named = [line.partition(": ") for line in done.stdout.splitlines()]
     return frozenset(_MACOS_NAMES[key] for key, _, value in named if value.strip() == "1")
+
+
+def computes(engine: str, dtype: str) -> str:
+    """What an engine's convolutions compute in: the dtype, or "float32" if it only holds weights in it.
+
+    Args:
+        engine: one of `ENGINES`, or another name for PyTorch.
+        dtype: one of `ENGINES`.
+    """
+    return "float32" if dtype == "bfloat16" and not engine.endswith("_bf16") else dtype
 
 
 def supported_engines(dtype: str = "float32") -> tuple[str, ...]:

@@ -413,6 +413,8 @@ AVX512 = AVX2 | {"avx512f", "avx512vl", "avx512dq", "avx512bw"}
         ("float32", AVX2 - {"fma"}, ("portable",)),
         ("float32", {"asimd", "asimddp"}, ("portable",)),
         ("bfloat16", AVX2, ("avx2", "portable")),
+        ("bfloat16", AVX512 | {"avx512_bf16"}, ("avx512_bf16", "avx512", "avx2", "portable")),
+        ("bfloat16", {"asimd", "bf16"}, ("neon_bf16", "portable")),
         ("int8", AVX512 | {"avx512_vnni"}, ("avx512_vnni", "avx512", "avx2", "portable")),
         ("int8", AVX2 | {"avx_vnni"}, ("avx_vnni", "avx2", "portable")),
         ("int8", {"asimd", "asimddp"}, ("neon_dot", "portable")),
