@@ -38,10 +38,11 @@ declare -A overrides=(
     # Students of `any`: its dense path teaches, its policy at 30 % of the FLOPs says the widths.
     [simreg]=simreg_cifar10 [seed]=seed_cifar10
 )
-# The target of τ decides how much is skipped: Φ(τ) of what is not the base, if τ gets there.
+# Their thresholds decide how much is skipped: Φ(τ) of what is not the base. In runs this short they stay
+# near their start, which is therefore their target.
 for kind in cgnet cdg scdg; do
     for target in 0 0.55; do
-        overrides[simclr_${kind}_$target]="simclr_${kind}_cifar10 $rest gating.gate_kwargs.target=$target"
+        overrides[simclr_${kind}_$target]="simclr_${kind}_cifar10 $rest gating.gate_kwargs.target=$target gating.gate_kwargs.init=$target"
     done
 done
 
