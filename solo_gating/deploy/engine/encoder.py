@@ -390,7 +390,7 @@ def _compiled(
             if not folded.is_compilable:
                 raise BuildError(_UNKNOWN)
             kernel = Kernel(net, content or to_bytes(net), name, file)
-            return CompiledEncoder(Encoder(net, kernel, name, threads))
+            return CompiledEncoder(Encoder(net, kernel, kernel.engine, threads))
         except BuildError as error:
             warnings.warn(
                 f"solo-gating runs on PyTorch instead of its own kernel, more slowly: {error}",
