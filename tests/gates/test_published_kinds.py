@@ -327,9 +327,11 @@ def test_heads_convolve_their_own_channels():
                 + gate.expand.bias[second]
             )
             lasso = lasso + scores.mean() / 3
-            least = sorted(scores.tolist())[inactive - 1] if inactive else -1
-            kept = torch.where(scores > least, scores, 0)
-            assert torch.equal(shares[image, second], (scores > least).double())
+            order = sorted(range(16), key=lambda c, s=scores: (-s[c].item(), c))
+            on = torch.zeros(16, dtype=torch.float64)
+            on[order[: 16 - inactive]] = 1
+            kept = scores * on
+            assert torch.equal(shares[image, second], on)
             weight = conv.weight[2 * head : 2 * head + 2]
             expected = F.conv2d((kept[:, None, None] * x[image])[None], weight, None, 2, 1)
             torch.testing.assert_close(out[image, 2 * head : 2 * head + 2], expected[0])
