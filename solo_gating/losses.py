@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def budget_loss(flops_share: Tensor, target_budget: float | Tensor, weight: float = 5.0) -> Tensor:
@@ -88,30 +88,36 @@ def negative_cosine(predicted: Tensor, target: Tensor) -> Tensor:
     return -F.cosine_similarity(predicted, target.detach()).mean()
 
 
-def group_penalty(
-    parameters: Iterable[nn.Parameter], strength: float, slope: float, groups: int = 8
-) -> Tensor:
-    """Σ λ_i · p², a weight decay that is gentler to channels that fewer widths have.
+def output_groups(parameter: Tensor, groups: int = 8) -> Tensor:
+    """The group of each of a parameter's C output channels, from 0; C numbers.
 
-    Kernels and vectors are cut along their output channels into groups of C // `groups` channels, the
-    last of which has the rest; λ_i = λ · (1 − a · i) for the i-th, from 0. Matrices have λ throughout
-    (US3L's `losses/regularizers/GroupReg.py` of megvii-research/US3L-CVPR2023).
+    Kernels and vectors are cut into groups of C // `groups` channels, the last of which has the rest.
+    Matrices are not: all their channels are in the first.
+    """
+    channels = torch.arange(len(parameter), device=parameter.device)
+    group = (channels // max(1, len(parameter) // groups)).clamp(max=groups - 1)
+    return (group * (parameter.dim() != 2)).to(parameter.dtype)
+
+
+def group_penalty(
+    parameters: Iterable[Tensor], groups: Iterable[Tensor], strength: float, slope: float
+) -> Tensor:
+    """Σ λ · (1 − a · i) · p², a weight decay that is gentler to channels that fewer widths have.
+
+    US3L's (`losses/regularizers/GroupReg.py` of megvii-research/US3L-CVPR2023).
 
     Args:
-        parameters: of four, two and one dimensions.
+        parameters: of one dimension or more.
+        groups: i, from `output_groups` of each parameter.
         strength: λ; the gradient is that of a weight decay of 2·λ.
         slope: a.
-        groups: 8 as published.
     """
     terms = []
-    for parameter in parameters:
+    for parameter, group in zip(parameters, groups, strict=True):
         squares = parameter.square()
-        if parameter.dim() != 2:
-            channels = torch.arange(len(parameter), device=parameter.device)
-            group = (channels // max(1, len(parameter) // groups)).clamp(max=groups - 1)
-            squares = squares.flatten(1).sum(1) if parameter.dim() > 1 else squares
-            squares = squares * (1 - slope * group.to(squares.dtype))
-        terms.append(squares.sum())
+        if parameter.dim() > 1:
+            squares = squares.sum(dim=tuple(range(1, parameter.dim())))
+        terms.append(torch.dot(squares, 1 - slope * group))
     return strength * torch.stack(terms).sum()
 
 

@@ -141,6 +141,11 @@ class TwoPathResNet(ResNet):
             "gated": torch.compile(self._run_gated, *args, **kwargs),
         }
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether `compile` has been called."""
+        return bool(self._compiled)
+
     def __getstate__(self) -> dict[str, Any]:
         # Compiled functions hold on to the network that they were made of.
         return {**super().__getstate__(), "_compiled": {}}

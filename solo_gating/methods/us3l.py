@@ -9,14 +9,16 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from ..backbones.narrow import can_be_narrowed, narrowed
 from ..backbones.statistics import untracked
 from ..budgets import WidthSchedule
 from ..errors import InputError
-from ..flops import selected_channels
-from ..losses import group_penalty, negative_cosine, nt_xent
+from ..gates.shares import number_of_channels
+from ..losses import group_penalty, negative_cosine, nt_xent, output_groups
 from ..solo_learn import MomentumMethod
 from .gated import GatedMethod
 
@@ -55,10 +57,9 @@ class US3L(MomentumMethod, GatedMethod):
     of width 1, so that other widths are evaluated with statistics of their own (`recalibrate`). The
     similarities of `simclr` are those within a process's batch.
 
-    A batch costs 8 full forward passes in the first quarter of the epochs. As published, with narrow
-    widths at their share of the FLOPs, it costs 16, 13 and 11 in the others, 12 on average, where a
-    plain two-view method's costs 6. Masks here are multiplied with, so that the time of a step is that
-    of 20 in the last three quarters.
+    A batch costs 8 full forward passes in the first quarter of the epochs, and about 16, 13 and 11 in
+    the others, 12 on average, where a plain two-view method's costs 6. Where backbone, gates or BatchNorms
+    are of another kind (`can_be_narrowed`), masks do the same in the time of 20 passes.
 
     Args:
         cfg: `method_kwargs`: proj_hidden_dim, proj_output_dim, pred_hidden_dim; base_loss, temperature,
@@ -100,6 +101,7 @@ class US3L(MomentumMethod, GatedMethod):
         )
         self.momentum_projector = copy.deepcopy(self.projector).requires_grad_(False)
         self.narrow_predictor = _predictor(out, between)
+        self._groups: dict[bool, list[Tensor]] = {}
         self.predictor = _predictor(out, between) if kwargs["base_loss"] == "byol" else None
 
     @classmethod
@@ -192,7 +194,7 @@ class US3L(MomentumMethod, GatedMethod):
                 torch.clear_autocast_cache()  # which holds the weights as they were before the step
         if narrow:
             self.log("train_narrow_loss", torch.stack(narrow).mean(), on_epoch=True, sync_dist=True)
-            self.log("train_flops_share", torch.stack(shares).mean(), on_epoch=True)
+            self.log("train_flops_share", sum(shares) / len(shares), on_epoch=True)
         self._follow_schedule("step")
         return total
 
@@ -220,7 +222,7 @@ class US3L(MomentumMethod, GatedMethod):
 
     def narrow_loss(
         self, views: list[Tensor], taught: list[Tensor], width: float
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, float]:
         """The loss at a width below 1, and the share of the FLOPs that it takes.
 
         Args:
@@ -228,20 +230,34 @@ class US3L(MomentumMethod, GatedMethod):
             taught: the teacher's projections of each view, B × D.
             width: told to the gates.
         """
-        budget = torch.full((), width, device=views[0].device)
-        path = self.backbone.path("gated", budget=budget)
-        with untracked(self.backbone, self.projector), path as passes:
-            student = [self.narrow_predictor(self.projector(self.backbone(v))) for v in views]
+        with untracked(self.backbone, self.projector):
+            features = [self._narrow_features(view, width) for view in views]
+            student = [self.narrow_predictor(self.projector(one)) for one in features]
         losses = [negative_cosine(s, t) for s, t in _crossed(student, taught)]
-        used = selected_channels(passes[-1].masks)
-        return torch.stack(losses).mean(), self.flops(passes[-1].resolution).share(used).mean()
+        flops = self.flops((views[0].shape[-2], views[0].shape[-1]))
+        used = torch.tensor([number_of_channels(width, gate.channels) for gate in flops.gates])
+        return torch.stack(losses).mean(), float(flops.share(used.double()))
+
+    def _narrow_features(self, images: Tensor, width: float) -> Tensor:
+        """B × 3 × H × W → B × C, of which the first ⌈w·C⌉ are not zero."""
+        if not can_be_narrowed(self.backbone):
+            told = torch.full((), width, device=images.device)
+            with self.backbone.path("gated", budget=told):
+                return self.backbone(images)
+        with narrowed(self.backbone, width), self.backbone.path("dense"):
+            features = self.backbone(images)
+        return F.pad(features, (0, self.features_dim - features.shape[1]))
 
     def _penalty(self, width: float) -> Tensor:
         ramp = min(1.0, self.current_epoch / max(1, self.widths.epochs // 2))
         heads = [self.projector, self.predictor if width == 1 else self.narrow_predictor]
         modules = [self.backbone, *(head for head in heads if head is not None)]
         parameters = [p for module in modules for p in module.parameters()]
-        penalty = group_penalty(parameters, self.penalty, ramp * self.slope)
+        if (width == 1) not in self._groups:
+            self._groups[width == 1] = [output_groups(p) for p in parameters]
+        penalty = group_penalty(
+            parameters, self._groups[width == 1], self.penalty, ramp * self.slope
+        )
         if width == 1:
             self.log("train_group_penalty", penalty.detach(), on_epoch=True)
         return penalty

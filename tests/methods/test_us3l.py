@@ -26,7 +26,7 @@ from solo_gating.data import evaluation_loader
 from solo_gating.evaluate.evaluation import Evaluation, statistics_loader
 from solo_gating.files import read_json
 from solo_gating.flops import count_flops
-from solo_gating.losses import group_penalty, nt_xent
+from solo_gating.losses import group_penalty, nt_xent, output_groups
 from solo_gating.main_knn import evaluate_knn
 from solo_gating.main_policy import evaluate_policy
 from solo_gating.training import pretrain as training_pretrain
@@ -126,13 +126,14 @@ def test_the_penalty_is_gentler_to_later_channels(shape):
     rng = np.random.RandomState(0)
     p = rng.standard_normal(shape)
     expected = sum(s * (one**2).sum() for s, one in zip(strengths(p).tolist(), p, strict=True))
-    found = group_penalty([nn.Parameter(torch.from_numpy(p))], 5e-5, 0.05)
+    parameters = [nn.Parameter(torch.from_numpy(p))]
+    found = group_penalty(parameters, map(output_groups, parameters), 5e-5, 0.05)
     assert found.item() == pytest.approx(expected, rel=1e-12)
 
 
 def test_a_flat_penalty_is_a_weight_decay_of_twice_its_strength():
     parameters = [nn.Parameter(torch.randn(16, 3, dtype=torch.float64)) for _ in range(2)]
-    group_penalty(parameters, 5e-5, 0.0).backward()
+    group_penalty(parameters, map(output_groups, parameters), 5e-5, 0.0).backward()
     torch.testing.assert_close(parameters[1].grad, 1e-4 * parameters[1].detach())
 
 
@@ -182,9 +183,17 @@ def reference_step(model, batch, base, per_width):
 
 
 @pytest.mark.parametrize(
-    ("base", "steps"), [("simclr", "per_width"), ("byol", "per_width"), ("simclr", "per_batch")]
+    ("base", "steps", "masks"),
+    [
+        ("simclr", "per_width", False),
+        ("byol", "per_width", True),
+        ("simclr", "per_batch", False),
+    ],
 )
-def test_a_batch_is_learnt_from_at_each_width(base, steps):
+def test_a_batch_is_learnt_from_at_each_width(base, steps, masks, monkeypatch):
+    """The reference masks; a narrow pass computes no other channels."""
+    if masks:
+        monkeypatch.setattr("solo_gating.methods.us3l.can_be_narrowed", lambda backbone: False)
     ours, theirs = model_of(base), model_of(base)
     ours.step_at_each_width = steps == "per_width"
     with torch.no_grad():
@@ -219,16 +228,15 @@ def test_each_width_sees_the_weights_that_the_one_before_left_in_half_precision_
     model = model_of(dtype=torch.float32)
     off: list[float] = []
 
-    def compare(conv: nn.Module, inputs: Any, out: torch.Tensor) -> None:
-        if out.is_meta:  # FLOPs are counted
-            return
-        expected = F.conv2d(inputs[0].bfloat16(), conv.weight.bfloat16(), padding=2)
+    def compare(layer: nn.Module, inputs: Any, out: torch.Tensor) -> None:
+        weight, bias = layer.weight.bfloat16(), layer.bias.bfloat16()
+        expected = F.linear(inputs[0].bfloat16(), weight, bias)
         off.append((out - expected).abs().max().item())
 
-    model.backbone.conv1.register_forward_hook(compare)
+    model.projector[0].register_forward_hook(compare)
     with torch.autocast("cpu", torch.bfloat16):
         model.training_step(random_batch(dtype=torch.float32), 0)
-    assert off[:6] == [0.0] * 6
+    assert off == [0.0] * 6
 
 
 # Whole runs
