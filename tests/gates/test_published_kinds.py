@@ -315,6 +315,8 @@ def test_heads_convolve_their_own_channels():
     nn.init.normal_(gate.expand.weight)
     budgets = torch.tensor([1.0, 0.45, 0.1], dtype=torch.float64)
     out, shares, penalty = gate(x, conv, 0, budgets)
+    mean, variance = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
+    x = F.relu((x - mean[:, None, None]) / (variance + 1e-5).sqrt()[:, None, None])
     lasso = 0.0
     for image, budget in enumerate(budgets.tolist()):
         inactive = round(16 * (1 - budget))
