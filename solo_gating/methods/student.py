@@ -37,7 +37,6 @@ class StudentMethod(BaseMethod):
         InputError: for a teacher that cannot be used, or of another size.
     """
 
-    large_crops = 1
     has_projector = False  # for `features=projector`: the head is thrown away
     loss_name = ""
     defaults: dict[str, object] = {"teacher_path": "dense", "teacher_head": None}

@@ -8,6 +8,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from solo_gating import METHODS
 from solo_gating.checkpoints.encoder import encoder_of
@@ -30,6 +31,7 @@ from ..support.helpers import (
     write_teacher,
 )
 from ..training.test_randomness import assert_same, equal, small_config, trained, write_data
+from .test_distributed import Step
 
 STUDENTS = ("simreg", "seed")
 
@@ -180,6 +182,20 @@ def test_under_autocast_the_loss_is_in_single_precision(method, teacher):
     assert model.logged[model.loss_name].dtype is torch.float32
     loss.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("method", STUDENTS)
+def test_no_step_waits_for_a_gpu(method, teacher):
+    """With tensors that have no values: what asks for one raises (as in test_no_waiting)."""
+    model = student(method, teacher)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    indices, (view,), targets = one_view(random_batch())
+    state = {f"model.{n}": mode.from_tensor(v) for n, v in model.state_dict().items()}
+    with mode:
+        batch = [indices, [mode.from_tensor(view)], mode.from_tensor(targets)]
+        loss = torch.func.functional_call(Step(model), state, (batch,))
+    with pytest.raises(DataDependentOutputException), mode:
+        float(loss)
 
 
 # The teacher
