@@ -4,8 +4,8 @@
 // All convolutions of a block but the last are dot products over input channels, of the chosen
 // output channels only. The last one adds up the outer products of the hidden map's words with the
 // chosen rows of its weights, which are packed into words for each image; scales, bias and shortcut
-// follow while sums are in registers. What is computed is in `network.py`: bit for bit, whatever the
-// number of threads and the images beside one, and of integers whatever the instructions, too.
+// follow while sums are in registers. What is computed is in `network.py`: bit for bit, whatever
+// the number of threads and the images beside one, and of integers whatever the instructions, too.
 
 #pragma once
 
