@@ -216,6 +216,11 @@ class ConvolutionGate(BaseGate):
 
     base: Fraction = Fraction(0)
 
+    @property
+    def expected_share(self) -> float | None:
+        """Of its choices, the mean share that training leads to; None where the budget says so."""
+        return None
+
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
         self.in_channels, self.out_channels = in_channels, out_channels

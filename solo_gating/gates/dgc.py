@@ -6,22 +6,31 @@ from torch import Tensor, nn
 from .base import ConvolutionGate, GatedOutput, register_gate
 from .grouped import check_divides, grouped
 from .scores import from_means
+from .top_k import largest
+
+# As in top_k.py.
+torch.fx.wrap("largest")
 
 
 @register_gate("dgc")
 class DynamicGroupGate(ConvolutionGate):
-    """H heads of C_out / H output channels; head h convolves g_h · x, most of g_h's entries made 0.
+    """H heads of C_out / H output channels; head h convolves g_h · x', most of g_h's entries made 0.
 
-    g_h = relu(F2_h relu(F1_h m)) ∈ R^C_in, from the means m of the convolution's input; F1 has no bias,
-    F2's starts at 1. The round(C_in · (1 − b)) smallest entries become 0 at a budget b, equal ones with
-    them; training adds λ · Σ_h mean(g_h). All heads are one grouped convolution of H · C_in channels.
+    x' = relu(BN(x)) for the convolution's input x, with a BatchNorm of the gate's own.
+    g_h = relu(F2_h relu(F1_h m)) ∈ R^C_in, from the means m of x'; F1 has no bias, F2's starts at 1. The
+    round(C_in · (1 − b)) smallest entries become 0 at a budget b; training adds λ · Σ_h mean(g_h). All
+    heads are one grouped convolution of H · C_in channels.
 
     Su et al., Dynamic Group Convolution, ECCV 2020; `layers.py` of hellozhuo/dgc. The original's ramp,
     from no inactive channel at a twelfth of training to all of them at three quarters, is
-    `gating.budget_hold=0.0833` and `gating.budget_anneal=0.6667`. Differences: BatchNorm and ReLU are the
-    block's own, behind the convolutions; shortcuts are plain; the heads' outputs are not shuffled. That
-    is a relabelling: a shuffle that is the same in all blocks of a stage can be undone by permuting the
-    rows, and the next layers' columns, of the weights, as each head may read any channel.
+    `gating.budget_hold=0.0833` and `gating.budget_anneal=0.6667`. Differences: shortcuts are plain; of
+    equal entries the first ones stay (in the original none stays, so that a head whose hidden units are
+    all off computes nothing); the heads' outputs are not shuffled. That is a relabelling: a shuffle that
+    is the same in all blocks of a stage can be undone by permuting the rows, and the next layers'
+    columns, of the weights, as each head may read any channel.
+
+    Each layer multiplies its input by scores of it. Where BatchNorm's running statistics lag behind, as
+    after some ten steps, features of unusual images overflow in evaluation.
 
     Args:
         in_channels: C_in of the convolution.
@@ -52,6 +61,7 @@ class DynamicGroupGate(ConvolutionGate):
         # Each a layer for every head, side by side.
         self.reduce = nn.Conv2d(in_channels, heads * hidden, 1, bias=False)
         self.expand = nn.Conv2d(heads * hidden, heads * in_channels, 1, groups=heads)
+        self.norm = nn.BatchNorm2d(in_channels)
         for layer in (self.reduce, self.expand):
             nn.init.kaiming_normal_(layer.weight)
         nn.init.ones_(self.expand.bias)  # type: ignore[arg-type]
@@ -67,6 +77,7 @@ class DynamicGroupGate(ConvolutionGate):
         self, x: Tensor, conv: nn.Conv2d, view: int = 0, budget: Tensor | None = None
     ) -> GatedOutput:
         """As in `ConvolutionGate`; the shares are zeros and ones, head by head."""
+        x = self.norm(x).relu()
         scores = from_means(
             x, self.reduce.weight.dtype, lambda m: self.expand(self.reduce(m).relu()).relu()
         ).unflatten(1, (self.heads, -1))[..., 0, 0]
@@ -82,7 +93,6 @@ class DynamicGroupGate(ConvolutionGate):
 
     def active(self, scores: Tensor, budget: Tensor) -> Tensor:
         """Scores, B × H × C_in, and a budget or one for each image → ones for those that stay."""
-        inactive = (self.in_channels * (1 - budget)).round().long().reshape(-1, 1, 1)
-        ordered = scores.sort(dim=2).values
-        last = (inactive - 1).clamp(min=0).expand(scores.shape[0], self.heads, 1)
-        return ((scores > ordered.gather(2, last)) | (inactive == 0)).to(scores.dtype)
+        number = self.in_channels - (self.in_channels * (1 - budget)).round()
+        of_heads = number.expand(scores.shape[0]).repeat_interleave(self.heads)
+        return largest(scores.flatten(0, 1), of_heads).unflatten(0, (-1, self.heads))

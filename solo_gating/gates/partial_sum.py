@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from fractions import Fraction
+from statistics import NormalDist
 from typing import ClassVar
 
 import torch
@@ -102,6 +103,11 @@ class PartialSumGate(ConvolutionGate):
     def flops(self) -> int:
         """The base's output is there in any case; normalising it is not counted."""
         return 0
+
+    @property
+    def expected_share(self) -> float | None:
+        """1 − Φ(target), as of normally distributed partial sums; None with the budget loss."""
+        return None if "budget" in self.losses else 1 - NormalDist().cdf(self.target)
 
     def sources(self, view: int) -> tuple[int, ...]:
         """The input group that each output group's base reads."""

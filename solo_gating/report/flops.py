@@ -6,7 +6,7 @@
 FLOPs are multiply-accumulates of convolutions for one image of the first view's crop size; BatchNorm,
 ReLU, pooling and the classifier are not counted, the gates are. Without a checkpoint the gated path
 is shown at gating.target_budget, with the same share of channels in every block; if that is a range, at
-its middle or at flops.budget. With a checkpoint it is measured on the first flops.images=1000 validation
+its middle or at flops.budget; of cgnet, cdg and scdg gates at the target of τ. With a checkpoint it is measured on the first flops.images=1000 validation
 images, if there are any (data.val_path); the config is then, unless one is named, the args.json beside
 it. Writes metrics.json into flops.output (default: outputs/flops/<name>).
 """
@@ -64,12 +64,16 @@ def report_flops(cfg: DictConfig) -> dict[str, Any]:
                 budget = backbone.budget
             elif is_range(budget):
                 budget = middle(budget)
-            if backbone.gates[0].dial == "budget":  # a budget is then a share of the channels
+            source = f"at the target budget {budget:g}"
+            expected = getattr(backbone.gates[0], "expected_share", None)
+            if expected is not None:
+                channels = expected * flops.all_channels[None].double()
+                source = "if the gates get to what they are pulled towards"
+            elif backbone.gates[0].dial == "budget":  # a budget is then a share of the channels
                 numbers = [number_of_channels(budget, gate.channels) for gate in flops.gates]
                 channels = torch.tensor([numbers], dtype=torch.float64)
             else:
                 channels = channels_at(flops, budget)
-            source = f"at the target budget {budget:g}"
         else:
             loader = _first_images(cfg)
             channels = extract(backbone, loader, "gated").channels.double()  # type: ignore[union-attr]

@@ -315,6 +315,8 @@ def test_heads_convolve_their_own_channels():
     nn.init.normal_(gate.expand.weight)
     budgets = torch.tensor([1.0, 0.45, 0.1], dtype=torch.float64)
     out, shares, penalty = gate(x, conv, 0, budgets)
+    mean, variance = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
+    x = F.relu((x - mean[:, None, None]) / (variance + 1e-5).sqrt()[:, None, None])
     lasso = 0.0
     for image, budget in enumerate(budgets.tolist()):
         inactive = round(16 * (1 - budget))
@@ -327,9 +329,11 @@ def test_heads_convolve_their_own_channels():
                 + gate.expand.bias[second]
             )
             lasso = lasso + scores.mean() / 3
-            least = sorted(scores.tolist())[inactive - 1] if inactive else -1
-            kept = torch.where(scores > least, scores, 0)
-            assert torch.equal(shares[image, second], (scores > least).double())
+            order = sorted(range(16), key=lambda c, s=scores: (-s[c].item(), c))
+            on = torch.zeros(16, dtype=torch.float64)
+            on[order[: 16 - inactive]] = 1
+            kept = scores * on
+            assert torch.equal(shares[image, second], on)
             weight = conv.weight[2 * head : 2 * head + 2]
             expected = F.conv2d((kept[:, None, None] * x[image])[None], weight, None, 2, 1)
             torch.testing.assert_close(out[image, 2 * head : 2 * head + 2], expected[0])

@@ -29,7 +29,7 @@ from ...backbones.blocks import plain_block
 from ...backbones.resnet import PickingConv2d
 from ...backbones.sliced import sliced_block
 from ...errors import InputError
-from ...gates import GATES, BudgetEmbedding, ChannelGate, Gate, ScoringGate
+from ...gates import GATES, BaseGate, BudgetEmbedding, ChannelGate, Gate, ScoringGate
 
 # The networks, and their blocks.
 _BLOCKS: dict[type[nn.Module], tuple[type[nn.Module], ...]] = {
@@ -77,9 +77,10 @@ def check_network(backbone: nn.Module, path: str) -> None:
     _Inspection(backbone).network(path)
 
 
-def only_pytorch_runs(backbone: Any) -> bool:
+def only_pytorch_runs(backbone: nn.Module) -> bool:
     """Whether the gated path's gates do more than mask: then the backbone runs as it is."""
-    return not all(gate.only_masks for gate in backbone.gates)
+    gates = [module for module in backbone.modules() if isinstance(module, BaseGate)]
+    return not all(gate.only_masks for gate in gates)
 
 
 def named_blocks(encoder: Any) -> Iterator[tuple[str, Any]]:
