@@ -8,11 +8,14 @@ import torch
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
+from solo_gating import InputError
 from solo_gating.backbones import create_backbone
 from solo_gating.backbones.statistics import batch_norms, recalibrated, untracked
 from solo_gating.deploy import compile as compile_encoder
+from solo_gating.deploy.static import Kept, slice_encoder
 from solo_gating.evaluate.calibrate import calibrate
 from solo_gating.flops import count_flops, selected_channels
+from solo_gating.gates.shares import number_of_channels
 
 from ..support.helpers import randomise_norms
 
@@ -150,6 +153,23 @@ def test_the_full_width_is_the_dense_network_bit_for_bit():
             assert torch.equal(net(images()), dense)
         with net.path("gated", budget=0.5):
             assert not torch.equal(net(images()), dense)
+
+
+def kept(net, budget: float) -> Kept:
+    flops = count_flops(net, (16, 16))
+    numbers = [number_of_channels(budget, gate.channels) for gate in flops.gates]
+    return Kept(tuple(map(torch.arange, numbers)), 0.0)
+
+
+def test_sliced_it_is_the_narrow_network():
+    net = slimmable(width=16)
+    sliced = slice_encoder(net, kept(net, 0.5), gates=False).double()
+    narrow = Narrow("resnet18", "cifar", 16, 0.5, net.state_dict()).eval()
+    torch.testing.assert_close(sliced(images(2)), narrow(images(2)), rtol=1e-5, atol=1e-6)
+    with pytest.raises(InputError, match=r"policy: got \[5, 5, 10, 20, 39\] channels after stem"):
+        slice_encoder(net, kept(net, 0.3), gates=False)
+    with pytest.raises(InputError, match=r"gates of kind 'slimmable'.*expected gates=drop"):
+        slice_encoder(net, kept(net, 0.5), gates=True)
 
 
 def test_compiled_it_runs_on_pytorch():
