@@ -4,7 +4,8 @@
 # cifar10 20), PIXELS (cifar10: the images are made smaller first; 16), JOBS (1) runs at once.
 #
 # What a study says: `overrides`, for each variant's name; and `arguments VARIANT SEED`, which sets `run` to
-# the arguments of its training, without those that are set here.
+# the arguments of its training, without those that are set here, and may change `length` (epochs),
+# `run_width` and `projector`.
 
 source bash_scripts/environment.sh
 source bash_scripts/cells.sh
@@ -12,8 +13,9 @@ read -r -a seeds <<<"${SEEDS:-0 1 2}"
 read -r -a shares <<<"${SHARES:-0.1 0.3 0.5 0.8}"
 width=${WIDTH:-16} pixels=${PIXELS:-16}
 
-prepare() { # "digits" or "cifar10", for which DATA is a folder -> data, epochs, common
+prepare() { # "digits" or "cifar10", for which DATA is a folder -> data, epochs, common, projector
     data=$1
+    projector=()
     common=(precision=32-true final_knn.enabled=true knn_eval.enabled=false enable_progress_bar=false)
     case $data in
     digits)
@@ -32,8 +34,8 @@ gaussian_blur:{prob:0.0},solarization:{prob:0.1},equalization:{prob:0.0},horizon
         one_view="augmentations=[$view]"
         common+=(optimization=adamw data.format=npz "data.train_path='$images/train*.npz'"
             "data.val_path='$images/test.npz'" data.pipeline=device "$views"
-            optimizer.batch_size=64 optimizer.lr=6e-3 scheduler.warmup_epochs=$((epochs / 10))
-            method_kwargs.proj_hidden_dim=512 method_kwargs.proj_output_dim=512)
+            optimizer.batch_size=64 optimizer.lr=6e-3 scheduler.warmup_epochs=$((epochs / 10)))
+        projector=(method_kwargs.proj_hidden_dim=512 method_kwargs.proj_output_dim=512)
         ;;
     esac
     out=${OUT:-trained_models/${study}_$data}
@@ -44,11 +46,12 @@ narrow() { # share of the FLOPs -> the width of a dense network that has them
 }
 
 made() { # variant, seed, further arguments: trained and evaluated, unless it is
-    local variant=$1 seed=$2 folder="$out/$1/seed_$2" length=$epochs run_width=$width run=() checkpoint; shift 2
+    local variant=$1 seed=$2 folder="$out/$1/seed_$2" length=$epochs run_width=$width run=() checkpoint
+    local projector=("${projector[@]}"); shift 2
     arguments "$variant" "$seed" || return # `set -e` is off where a failure is waited for
     finished "$folder" >/dev/null ||
         "$python" research/ablations.py --config-name "${run[0]}" name="$variant" seed="$seed" checkpoint.dir="$folder" \
-            auto_resume.enabled=true "${common[@]}" max_epochs="$length" check_val_every_n_epoch="$length" \
+            auto_resume.enabled=true "${common[@]}" "${projector[@]}" max_epochs="$length" check_val_every_n_epoch="$length" \
             "${run[@]:1}" backbone.kwargs.width="$run_width" "$@" || return
     checkpoint=$(finished "$folder")/last.ckpt || { unfinished "$folder"; return 1; }
     evaluated "$folder/accuracies.json" "$checkpoint" ||

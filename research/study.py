@@ -20,7 +20,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from solo_gating.backbones import TwoPathResNet
-from solo_gating.evaluate.calibrate import calibrate
+from solo_gating.evaluate.calibrate import calibrate, lowest_share
 from solo_gating.evaluate.evaluation import evaluation_of
 from solo_gating.evaluate.extract import extract
 from solo_gating.evaluate.knn import knn_top1
@@ -28,6 +28,7 @@ from solo_gating.files import write_json
 from solo_gating.flops import count_flops
 
 CALIBRATION_IMAGES = 512
+OWN = "gated, as trained"
 
 
 def shrink(data: Path, folder: Path, pixels: int) -> None:
@@ -53,12 +54,16 @@ def evaluate(checkpoint: Path, file: Path, shares: list[float]) -> None:
 
     found = {"dense": of_path("dense")}
     if isinstance(backbone, TwoPathResNet):
-        told = backbone.budget_range is not None
+        low, high = backbone.budget_range or (0.0, 0.0)
+        told, dial = high > low, backbone.gates[0].dial
         if not told:
-            found["gated, own threshold"] = of_path("gated")
+            found[OWN] = of_path("gated")
+        if dial is None or (dial == "budget" and not told):  # there is no other position
+            shares = []
         images = torch.cat([images for images, _ in batches["train"]])
         images = images[:: max(1, len(images) // CALIBRATION_IMAGES)][:CALIBRATION_IMAGES]
-        for share in shares:
+        lowest = lowest_share(backbone, (images.shape[-2], images.shape[-1]))
+        for share in [share for share in shares if share >= lowest]:
             calibrate(backbone, images, share, share if told else None).apply(backbone)
             found[column(share)] = of_path("gated")
     write_json(file, found)
@@ -85,13 +90,16 @@ def column(share: float) -> str:
 
 def table(out: Path, shares: list[float]) -> None:
     """Accuracy of each variant, mean ± standard deviation over its seeds."""
-    columns = ["dense", *map(column, shares), "gated, own threshold"]
+    columns = ["dense", *map(column, shares), OWN]
     print("| run | seeds | " + " | ".join(f"{c}: 1-NN / linear" for c in columns) + " |")
     print("|" + "---|" * (len(columns) + 2))
     for folder in sorted(path for path in out.iterdir() if path.is_dir()):
         runs = [json.loads(file.read_text()) for file in sorted(folder.glob("*/accuracies.json"))]
         if runs:
             cells = [cell([run[c] for run in runs if c in run]) for c in columns]
+            if cells[-1]:
+                used = 100 * statistics.mean(run[OWN]["share"] for run in runs)
+                cells[-1] += f" ({used:.0f} %)"
             print(f"| {folder.name} | {len(runs)} | " + " | ".join(cells) + " |")
 
 

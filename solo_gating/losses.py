@@ -1,4 +1,4 @@
-"""The losses of the gates, budget and bound, and what networks of many widths learn from."""
+"""The losses of the gates, budget and bound, and those that compare with what another network says."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -119,3 +119,50 @@ def group_penalty(
             squares = squares.sum(dim=tuple(range(1, parameter.dim())))
         terms.append(torch.dot(squares, 1 - slope * group))
     return strength * torch.stack(terms).sum()
+
+
+def regression_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """mean_i (2 − 2·cos(s_i, t_i)) (SimReg, Navaneet et al. 2021; `simreg.py` of UCDvision/simreg).
+
+    Args:
+        student: s, B × D.
+        teacher: t, B × D; gets no gradient.
+    """
+    s, t = _directions(student, teacher)
+    return (2 - 2 * (s * t).sum(1)).mean()
+
+
+def similarity_loss(
+    student: Tensor,
+    teacher: Tensor,
+    queue: Tensor,
+    student_temperature: float = 0.2,
+    teacher_temperature: float = 1e-4,
+) -> Tensor:
+    """Cross-entropy between the teacher's similarities and the student's (SEED, Fang et al. 2021).
+
+        p_i = softmax([t_i·t_i, t_i·q_1, ..., t_i·q_K] / τ_T)
+        −mean_i Σ_k p_ik · log softmax([s_i·t_i, s_i·q_1, ..., s_i·q_K] / τ_S)_k
+
+    all of length 1 (`seed/builder.py` and `tools/utils.py` of jacobswan1/SEED). As t_i·t_i = 1, the
+    published τ_T = 10⁻⁴ leaves of p little but the first place: the loss is then InfoNCE with the
+    teacher's embedding as the positive one.
+
+    Args:
+        student: s, B × D.
+        teacher: t, B × D; gets no gradient.
+        queue: q, K × D, teacher's embeddings of length 1 from other steps.
+        student_temperature: τ_S.
+        teacher_temperature: τ_T.
+    """
+    s, t = _directions(student, teacher)
+    q = queue.to(t.dtype)
+    of_teacher = torch.cat([(t * t).sum(1, keepdim=True), t @ q.T], dim=1) / teacher_temperature
+    of_student = torch.cat([(s * t).sum(1, keepdim=True), s @ q.T], dim=1) / student_temperature
+    return -(of_teacher.softmax(1) * of_student.log_softmax(1)).sum(1).mean()
+
+
+def _directions(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Both with rows of length 1, in at least float32."""
+    dtype = torch.promote_types(student.dtype, torch.float32)
+    return F.normalize(student.to(dtype)), F.normalize(teacher.detach().to(dtype))

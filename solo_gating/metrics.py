@@ -53,7 +53,8 @@ DEFAULT_SETTINGS: dict[str, dict[str, Any]] = {
 def pretraining_of(args: DictConfig, epochs: int, checkpoint: Path | None) -> dict[str, Any]:
     """The key `pretraining`: method, data, network, length, budget, seed.
 
-    The target budget is a number, or a list of both ends of a range.
+    The target budget is a number, or a list of both ends of a range. A student's `policy` says how many
+    FLOPs the gated encoder used whose channels are its widths.
 
     Args:
         args: a complete pre-training config.
@@ -64,6 +65,8 @@ def pretraining_of(args: DictConfig, epochs: int, checkpoint: Path | None) -> di
     def group(key: str) -> Any:
         return OmegaConf.to_container(args[key], resolve=True) if args.get(key) else None
 
+    policy = OmegaConf.select(args, "backbone.policy")
+    student = {} if policy is None else {"policy": OmegaConf.to_container(policy, resolve=True)}
     return {
         "name": args.get("name"),
         "method": args.method,
@@ -78,6 +81,7 @@ def pretraining_of(args: DictConfig, epochs: int, checkpoint: Path | None) -> di
         "fraction": args.data.get("fraction", -1),
         "seed": args.get("seed"),
         "checkpoint": None if checkpoint is None else str(checkpoint),
+        **student,
     }
 
 

@@ -14,7 +14,7 @@ from .checks import checked_budget, checked_threshold, is_int, require
 from .errors import InputError
 from .file import from_bytes, read_file, to_bytes, write_file
 from .forks import is_forked
-from .library import TOO_LARGE, chosen_engine, load_library
+from .library import TOO_LARGE, chosen_engine, computes, load_first
 from .network import Floats, Network
 
 # OpenMP ends the process when it cannot start so many threads as it is told.
@@ -86,6 +86,7 @@ class Kernel:
 
     Attributes:
         nbytes: size of the weights.
+        engine: the one that runs: another than was asked for where no compiler knows its instructions.
 
     Raises:
         BuildError: if the kernel cannot be had.
@@ -93,7 +94,7 @@ class Kernel:
     """
 
     def __init__(self, net: Network, content: bytes, engine: str, name: str = "file"):
-        self._library = load_library(engine, net.dtype)
+        self._library, self.engine = load_first(engine, net.dtype)
         self._net = net
         message = ctypes.create_string_buffer(_MESSAGE_SIZE)
         opened = self._library.gated_open(content, len(content), message, _MESSAGE_SIZE)
@@ -105,10 +106,10 @@ class Kernel:
         self._own(opened)
         self.nbytes: int = self._library.gated_bytes(opened)
 
-    def _own(self, engine: int) -> None:
-        self._engine = engine
+    def _own(self, opened: int) -> None:
+        self._opened = opened
         self._process = os.getpid()
-        weakref.finalize(self, self._library.gated_close, engine)
+        weakref.finalize(self, self._library.gated_close, opened)
 
     def decide(self, threshold: float, budget: float | None) -> Decisions | None:
         """What the gates go by; None on the dense path.
@@ -123,7 +124,7 @@ class Kernel:
         counts = np.empty(len(self._net.hidden), np.int64)
         told = float("nan") if budget is None else budget
         decide = self._library.gated_decide
-        if decide(self._engine, threshold, told, _address(thresholds), _address(counts)):
+        if decide(self._opened, threshold, told, _address(thresholds), _address(counts)):
             raise MemoryError("there is not enough memory for the gates' decisions")
         return Decisions(thresholds, counts, budget)
 
@@ -148,14 +149,14 @@ class Kernel:
             return results
         if os.getpid() != self._process:
             # Another thread may have been using it when this process was forked.
-            self._own(self._library.gated_share(self._engine))
+            self._own(self._library.gated_share(self._opened))
         thresholds = counts = places = None
         if decisions is not None:
             thresholds, counts = _address(decisions.thresholds), _address(decisions.counts)
         if maps:
             places = (ctypes.c_void_p * len(results.maps))(*map(_address, results.maps))
         failed = self._library.gated_run(
-            self._engine,
+            self._opened,
             _address(images),
             *(number, height, width),
             *(thresholds, counts),
@@ -194,7 +195,9 @@ class Encoder:
 
     Attributes:
         path: "gated" or "dense".
-        dtype: of the convolutions: "float32", "bfloat16" or "int8".
+        dtype: of the convolutions' weights: "float32", "bfloat16" or "int8".
+        computes: what the convolutions compute in: dtype, or "float32" on an engine that only holds
+            weights in bfloat16.
         engine: what it runs on, such as "avx512".
         backend: the object that does so.
         features: F, length of the features.
@@ -204,6 +207,7 @@ class Encoder:
 
     def __init__(self, net: Network, engine: Engine, name: str, threads: int | None = None):
         self.path, self.dtype, self.engine = net.path, net.dtype, name
+        self.computes = computes(name, net.dtype)
         self.features, self.channels = net.features, net.hidden
         self.threads = _cpus() if threads is None else threads
         self._net, self.backend = net, engine
@@ -300,8 +304,10 @@ class Encoder:
 
     def description(self) -> str:
         """Its settings in one line."""
+        stored = "" if self.computes == self.dtype else f" (stored; computes in {self.computes})"
         return (
-            f"path={self.path}, dtype={self.dtype}, engine={self.engine}, threads={self.threads}, "
+            f"path={self.path}, dtype={self.dtype}{stored}, engine={self.engine}, "
+            f"threads={self.threads}, "
             f"threshold={self.threshold}" + (f", budget={self.budget}" if self.budget else "")
         )
 
@@ -364,4 +370,5 @@ def load(file: str | Path, engine: str | None = None) -> Encoder:
     content = read_file(file)
     net = from_bytes(content, str(file), sealed=False)  # the kernel compares the checksum
     name = chosen_engine(engine, net.dtype)
-    return Encoder(net, Kernel(net, content, name, str(file)), name)
+    kernel = Kernel(net, content, name, str(file))
+    return Encoder(net, kernel, kernel.engine)

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,11 +62,20 @@ def _with(build: Build, flags: str, needs: str) -> Build:
     return Build((*build.flags, *flags.split()), (*build.needs, *needs.split()))
 
 
+# As of int8, gates' sums are the same on every CPU.
+_NATIVE_BFLOAT16 = "-DGATED_NATIVE_BFLOAT16 -ffp-contract=off"
+
 # For each dtype of the convolutions, the engines that compute with it, best first.
 ENGINES: dict[str, dict[str, Build]] = {
     "float32": {"avx512": _AVX512, "avx2": _AVX2, "portable": _PORTABLE},
-    # Weights are held in bfloat16; sums and activations are float32.
-    "bfloat16": {"avx512": _AVX512, "avx2": _AVX2, "portable": _PORTABLE},
+    # Those that are not named after it hold weights in bfloat16 and compute in float32.
+    "bfloat16": {
+        "avx512_bf16": _with(_AVX512, f"-mavx512bf16 {_NATIVE_BFLOAT16}", "avx512_bf16"),
+        "avx512": _AVX512,
+        "avx2": _AVX2,
+        "neon_bf16": _with(_PORTABLE, f"-march=armv8.2-a+bf16 {_NATIVE_BFLOAT16}", "bf16"),
+        "portable": _PORTABLE,
+    },
     "int8": {
         "avx512_vnni": _with(_AVX512, "-mavx512vnni", "avx512_vnni"),
         "avx512": _AVX512,
@@ -110,6 +120,10 @@ class _CompilerError(BuildError):
     """No compiler makes the kernel."""
 
 
+class _FlagsError(_CompilerError):
+    """Compilers work, but know no flags for this engine's instructions: another one may do."""
+
+
 @functools.cache
 def cpu_features() -> frozenset[str]:
     """What this CPU can do and its system lets it, by the names of Linux's /proc/cpuinfo."""
@@ -145,6 +159,16 @@ def _features_on_macos() -> frozenset[str]:
         return frozenset()
     named = [line.partition(": ") for line in done.stdout.splitlines()]
     return frozenset(_MACOS_NAMES[key] for key, _, value in named if value.strip() == "1")
+
+
+def computes(engine: str, dtype: str) -> str:
+    """What an engine's convolutions compute in: the dtype, or "float32" if it only holds weights in it.
+
+    Args:
+        engine: one of `ENGINES`, or another name for PyTorch.
+        dtype: one of `ENGINES`.
+    """
+    return "float32" if dtype == "bfloat16" and not engine.endswith("_bf16") else dtype
 
 
 def supported_engines(dtype: str = "float32") -> tuple[str, ...]:
@@ -198,6 +222,39 @@ def _temporary_folder() -> Path:
     return Path(tempfile.gettempdir()).absolute() / f"solo-gating-{os.geteuid()}"
 
 
+def load_first(engine: str, dtype: str) -> tuple[ctypes.CDLL, str]:
+    """The kernel for an engine, or for the best after it whose instructions a compiler knows.
+
+    Args:
+        engine: one of `supported_engines`.
+        dtype: one of `ENGINES`.
+
+    Returns:
+        The library, and its engine's name. There is a warning if it is another one.
+
+    Raises:
+        BuildError: as `load_library`.
+    """
+    names = supported_engines(dtype)
+    names = names[names.index(engine) :] if engine in names else (engine,)
+    first: _FlagsError | None = None
+    for name in names:
+        try:
+            library = load_library(name, dtype)
+        except _FlagsError as error:
+            first = first or error
+            continue
+        if first is not None:
+            warnings.warn(
+                f"solo-gating runs on {name} instead of {engine}, more slowly: {first}",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        return library, name
+    assert first is not None
+    raise first
+
+
 def load_library(engine: str, dtype: str) -> ctypes.CDLL:
     """The kernel for an engine, from the cache or freshly built.
 
@@ -244,15 +301,15 @@ if hasattr(os, "register_at_fork"):
 @functools.cache
 def _load(engine: str, dtype: str, *folders: Path) -> ctypes.CDLL | _CompilerError:
     # Compilers' failures are kept as well, so that they cost their time once.
-    flags = [*compiler_flags(dtype), *ENGINES[dtype][engine].flags]
-    digest = hashlib.sha256(repr((flags, os.environ.get("CXX"))).encode())
+    flags, more = compiler_flags(dtype), [*ENGINES[dtype][engine].flags]
+    digest = hashlib.sha256(repr(([*flags, *more], os.environ.get("CXX"))).encode())
     for source in sorted(SOURCES.rglob("*.*")):
         digest.update(str(source.relative_to(SOURCES)).encode() + source.read_bytes())
     name = f"kernel-{platform.machine()}-{engine}-{dtype}-{digest.hexdigest()[:16]}.so"
     errors: list[BuildError] = []
     for folder in folders:
         try:
-            return _declared(_cached(flags, folder, name))
+            return _declared(_cached(flags, more, folder, name))
         except _FolderError as error:
             errors.append(error)
         except _CompilerError as error:
@@ -260,14 +317,14 @@ def _load(engine: str, dtype: str, *folders: Path) -> ctypes.CDLL | _CompilerErr
     raise errors[0]
 
 
-def _cached(flags: list[str], folder: Path, name: str) -> ctypes.CDLL:
+def _cached(flags: list[str], more: list[str], folder: Path, name: str) -> ctypes.CDLL:
     with _held(folder) as held:
         try:
             _remove_left_overs(held)
             library = _opened(held / name)
             if library is None:
                 with _scratch(held, folder) as scratch:
-                    _build(flags, Path(scratch), held / name)
+                    _build(flags, more, Path(scratch), held / name)
                 library = _opened(held / name)
         except OSError as error:
             reason = str(error).replace(str(held), str(folder))
@@ -352,9 +409,9 @@ def _cannot_be_written(folder: Path, error: OSError) -> _FolderError:
     )
 
 
-def _build(flags: list[str], scratch: Path, target: Path) -> None:
+def _build(flags: list[str], more: list[str], scratch: Path, target: Path) -> None:
     library = scratch / target.name
-    _compile(flags, library)
+    _compile(flags, more, library)
     content = library.read_bytes()
     library.write_bytes(content + hashlib.sha256(content).digest())
     library.chmod(0o755)  # whatever the umask says: for nobody else to write to
@@ -362,7 +419,8 @@ def _build(flags: list[str], scratch: Path, target: Path) -> None:
     os.replace(library, target)
 
 
-def _compile(flags: list[str], target: Path) -> None:
+def _compile(flags: list[str], more: list[str], target: Path) -> None:
+    """Build with flags, those of all engines and `more` of this one's."""
     if named := os.environ.get("CXX", "").strip():
         try:
             candidates = [shlex.split(named)]
@@ -376,9 +434,21 @@ def _compile(flags: list[str], target: Path) -> None:
         )
     # Without OpenMP, which some compilers lack, the kernel runs on one thread.
     attempts = [[*c, *openmp] for openmp in (["-fopenmp"], []) for c in candidates]
-    messages = [_attempt([*a, *flags, str(SOURCES / "kernel.cpp")], target) for a in attempts]
+    source = str(SOURCES / "kernel.cpp")
+    messages = [_attempt([*a, *flags, *more, source], target) for a in attempts]
     if all(messages):
-        raise _CompilerError(f"{candidates[0][0]} failed: {messages[0]}")
+        known = not more or any(_knows(candidate, more, target.parent) for candidate in candidates)
+        works = known or any(_knows(candidate, [], target.parent) for candidate in candidates)
+        kind = _CompilerError if known or not works else _FlagsError
+        raise kind(f"{candidates[0][0]} failed: {messages[0]}")
+
+
+def _knows(compiler: list[str], flags: list[str], folder: Path) -> bool:
+    """Whether a compiler makes an object of nothing."""
+    source, target = folder / "nothing.cpp", folder / "nothing.o"
+    source.touch()
+    target.unlink(missing_ok=True)
+    return _attempt([*compiler, *flags, "-c", str(source)], target) is None
 
 
 def _attempt(command: list[str], target: Path) -> str | None:

@@ -8,6 +8,22 @@ scale for each output channel, and activations are numbers from 0 to 255 with a 
 - a map after its ReLU: q = clamp(⌊value / scale of the map⌉, 0, 255)
 
 ⌊·⌉ rounds to the nearest integer, halves to the even one.
+
+A network in bfloat16 is computed in it by the engines that are named after it (`library.computes`);
+the others widen its weights and compute in float32. Weights, image and maps are bfloat16, the upper
+halves of float32, rounded to the nearest, halves to even:
+
+- image: numbers beyond the largest bfloat16, 3.39e38, count as it
+- convolution: sums of products in float32. AVX512-BF16 adds one product after another, each result
+  rounded to the nearest; NEON adds two at a time and rounds to odd. In which order is up to the
+  engine, but the same for any batch and number of threads
+- a map: min(max(sum, 0), 3.39e38), rounded once, with bias and shortcut in the sum; a sum that is not
+  a number counts as 3.39e38
+- gates, means and the classifier: float32, as in int8; numbers below the least normal float may
+  count as 0
+
+In int8 and in computed bfloat16 an image with NaN or infinity has features of NaN, and masks that are
+false on the gated path and true on the dense one.
 """
 
 import itertools
@@ -134,7 +150,7 @@ class Network:
         stages: the number of blocks in each; () for one stage.
         threshold: of the gates' logits, until another one is set.
         budget: that the gates are told until then; None for gates that are told none.
-        bfloat16: whether the convolutions' float32 weights are to be held in bfloat16.
+        bfloat16: whether the convolutions are to be held, and where possible computed, in bfloat16.
         image_scale: of an int8 network, the image's; None for float32 ones.
         stem_scale: of the map after the stem.
     """

@@ -1,6 +1,7 @@
 """The scripts of many runs, with an interpreter that only pretends: what counts as finished."""
 
 import os
+import re
 import stat
 import subprocess
 
@@ -28,7 +29,7 @@ case "$*" in
     *) exit "$BECOMES" ;;
     esac
     ;;
-*main_knn* | *main_linear*) mkdir -p "$results" && echo '{}' >"$results/metrics.json" ;;
+*main_knn* | *main_linear* | *main_policy*) mkdir -p "$results" && echo '{}' >"$results/metrics.json" ;;
 *"study.py evaluate"*) echo '{}' >"$4" ;;
 esac
 """
@@ -45,7 +46,7 @@ def script(tmp_path):
     for name in ("train.npz", "test.npz"):
         (data / name).touch()
 
-    def run(name, *arguments, becomes, **environment):
+    def run(name, *arguments, becomes, at=None, **environment):
         calls.write_text("")
         done = subprocess.run(
             ["bash", str(ROOT / name), *map(str, arguments)],
@@ -58,6 +59,7 @@ def script(tmp_path):
                 "DATA": str(data),
                 **environment,
             },
+            cwd=at,
             capture_output=True,
             text=True,
             timeout=60,
@@ -67,20 +69,15 @@ def script(tmp_path):
     return run
 
 
+ONE_CELL = ["--datasets", "cifar100", "--budgets", "0.3", "--out", "OUT"]
 COMMANDS = {
-    "bash_scripts/reproduce/table4.sh": [
-        "--datasets",
-        "cifar100",
-        "--budgets",
-        "0.3",
-        "--out",
-        "OUT",
-    ],
+    "bash_scripts/reproduce/table3.sh": ONE_CELL,
+    "bash_scripts/reproduce/table4.sh": ONE_CELL,
     "bash_scripts/gpu/cifar100.sh": ["600", "DATA"],
     "bash_scripts/validate_cifar.sh": ["DATA"],
     "research/every_budget.sh": ["digits"],
 }
-EVALUATIONS = ("main_knn", "main_linear", "study.py evaluate", "validation_table")
+EVALUATIONS = ("main_knn", "main_linear", "main_policy", "study.py evaluate", "validation_table")
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -102,6 +99,7 @@ def test_only_a_run_that_says_so_is_finished(name, script, tmp_path):
     assert "main_pretrain" not in calls
     assert "ablations.py" not in calls
     assert "main_knn" not in calls
+    assert "main_policy" not in calls
 
 
 def test_an_evaluation_of_an_earlier_state_is_made_again(script, tmp_path):
@@ -116,3 +114,29 @@ def test_an_evaluation_of_an_earlier_state_is_made_again(script, tmp_path):
     os.utime(checkpoint, (file.stat().st_mtime + 10,) * 2)
     calls = script(*command, becomes=1)[2]
     assert calls.count("main_knn") == 1
+
+
+def test_students_follow_the_policy_of_their_budget_s_gated_run(script, tmp_path):
+    out, teacher = tmp_path / "out", tmp_path / "moco.pth.tar"
+    teacher.touch()
+    command = ["bash_scripts/reproduce/table3.sh", *ONE_CELL[:-1], out]
+    code, printed, calls = script(
+        *command, becomes="whole", SEED_TEACHER="moco.pth.tar", at=tmp_path
+    )
+    assert code == 0, printed
+    called = [call for call in calls.splitlines() if "main_report" not in call]
+    assert [re.search(r"main_(\w+).*?(\w+)-cifar100", call).groups() for call in called] == [
+        ("pretrain", "vicreg"),
+        ("pretrain", "vicreg_dual"),
+        ("knn", "vicreg_dual"),
+        ("policy", "vicreg_dual"),
+        ("pretrain", "simreg"),
+        ("knn", "simreg"),
+        ("pretrain", "seed"),
+        ("knn", "seed"),
+    ]
+    widths = f"backbone.kwargs.policy={out}/vicreg_dual-cifar100-0.3/policy-cifar100/policy.json"
+    simreg, seed = called[4], called[6]
+    assert f"{widths} method_kwargs.teacher={out}/vicreg-cifar100/method/run/last.ckpt" in simreg
+    assert f"{widths} method_kwargs.teacher={teacher}" in seed
+    assert all("normalize=true" in call for call in called if "main_knn" in call)

@@ -60,7 +60,7 @@ def test_importing_every_module_changes_nothing():
 # What a room may know: itself, and those below it.
 ORDER = (
     *("errors", "checks", "budgets", "transfer", "texts", "terminal", "distributed", "randomness"),
-    *("files", "process_state", "gates", "backbones", "flops", "losses", "solo_learn"),
+    *("files", "policies", "process_state", "gates", "backbones", "flops", "losses", "solo_learn"),
 )
 
 

@@ -103,20 +103,22 @@ run_of() { # name -> folder of its finished run
     echo "$out/$1/METHOD/RUN"
 }
 
-evaluate() { # linear or knn, run's name, data set of evaluation, overrides
+evaluate() { # linear, knn, policy or one with a suffix, run's name, data set of evaluation, overrides
     local kind=$1 name=$2 dataset=$3 folder="$out/$2/$1-$3" of
     shift 3
     of=$(run_of "$name")/last.ckpt
     if evaluated "$folder/metrics.json" "$of"; then echo "$name, $kind on $dataset: done before"; return; fi
     echo "== $name: $kind on $dataset"
     mapfile -t where < <(images "$dataset")
-    run "$python" -m "solo_gating.main_$kind" dataset="$dataset" \
+    run "$python" -m "solo_gating.main_${kind%%_*}" dataset="$dataset" \
         checkpoint="$of" output="$folder" "${where[@]}" \
         ${fraction[@]+"${fraction[@]}"} "$@"
 }
 
 linear() { evaluate linear "$@" ${linear_overrides[@]+"${linear_overrides[@]}"}; }
 knn() { evaluate knn "$@"; }
+knn_normalized() { evaluate knn_normalized "$@" normalize=true; }
+policy() { evaluate policy "$@"; } # its policy.json is then in OUT/NAME/policy-DATASET
 
 against_vicreg_dual() { # config: 1-NN of its runs and of VICReg-Dual-Gating's (Tables 4 to 6)
     local dataset budget method

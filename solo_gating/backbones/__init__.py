@@ -5,6 +5,7 @@
 | `<resnet>_gated` | dense, gated | one encoder; gates choose its channels |
 | `<resnet>_two_encoders` | dense, gated | a dense and a gated one |
 | `<resnet>_plain` | dense | torchvision's, with `width` and `stem` |
+| `<resnet>_policy` | dense | as wide inside its blocks as the channels of a gated one's policy |
 
 <resnet> is resnet18, resnet34, resnet50, resnet101, or what `register_resnet` adds. All names start
 with `resnet` because solo-learn removes `fc` and reads `inplanes` for those.
@@ -20,15 +21,17 @@ from ..checks import one_of, require
 from .blocks import BLOCKS, GatedBasicBlock, GatedBlock, GatedBottleneck, Stage, convolutions
 from .paths import PATHS, ForwardPass, checked_path
 from .resnet import ResNet
-from .sliced import SlicedResNet
+from .sliced import SlicedResNet, resnet_of_policy
 from .two_encoders import TwoEncoderResNet
 from .two_path import GatedResNet, TwoPathResNet
 
-_KINDS: dict[str, type[ResNet]] = {
+_KINDS: dict[str, Callable[..., ResNet]] = {
     "gated": GatedResNet,
     "two_encoders": TwoEncoderResNet,
     "plain": ResNet,
+    "policy": resnet_of_policy,
 }
+_WITHOUT_GATES = ("_plain", "_policy")
 
 # One dictionary for its life: solo-learn's registry is filled from it, and follows it.
 BACKBONES: dict[str, Callable[..., ResNet]] = {}
@@ -36,18 +39,18 @@ _LISTENERS: list[dict[str, Callable[..., ResNet]]] = []
 
 
 def _build(
-    cls: type[ResNet],
+    make: Callable[..., ResNet],
     layers: list[int],
     block: str | type[nn.Module],
     method: str | None = None,
     **kwargs: Any,
 ) -> ResNet:
     """Build a backbone as solo-learn's registry does: `factory(method, **backbone.kwargs)`."""
-    return cls(layers, block=block, **kwargs)
+    return make(layers, block=block, **kwargs)
 
 
 def register_resnet(name: str, block: str | type[nn.Module], layers: list[int]) -> None:
-    """Give a ResNet a name: `<name>_gated`, `<name>_two_encoders` and `<name>_plain`.
+    """Give a ResNet names: `<name>_gated`, `_two_encoders`, `_plain` and `_policy`.
 
     Args:
         name: starts with "resnet".
@@ -61,7 +64,7 @@ def register_resnet(name: str, block: str | type[nn.Module], layers: list[int]) 
     require(
         "register_resnet", name, lambda v: isinstance(v, str) and v.startswith("resnet"), wording
     )
-    made = {f"{name}_{kind}": partial(_build, cls, layers, block) for kind, cls in _KINDS.items()}
+    made = {f"{name}_{kind}": partial(_build, make, layers, block) for kind, make in _KINDS.items()}
     for registry in (BACKBONES, *_LISTENERS):
         registry.update(made)
 
@@ -74,7 +77,7 @@ def keep_registered(registry: dict[str, Callable[..., Any]]) -> None:
 
 def gated_backbones() -> tuple[str, ...]:
     """The names of the backbones with gates."""
-    return tuple(name for name in BACKBONES if not name.endswith("_plain"))
+    return tuple(name for name in BACKBONES if not name.endswith(_WITHOUT_GATES))
 
 
 def create_backbone(name: str, **kwargs: Any) -> ResNet:
@@ -85,7 +88,7 @@ def create_backbone(name: str, **kwargs: Any) -> ResNet:
 
     Args:
         name: one of `BACKBONES`.
-        kwargs: those of its class: `ResNet`, `GatedResNet` or `TwoEncoderResNet`.
+        kwargs: those of its kind: `ResNet`, `GatedResNet`, `TwoEncoderResNet`, `resnet_of_policy`.
 
     Raises:
         InputError: for a name or a value that is not accepted.
@@ -121,4 +124,5 @@ __all__ = [
     "gated_backbones",
     "keep_registered",
     "register_resnet",
+    "resnet_of_policy",
 ]

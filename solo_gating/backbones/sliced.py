@@ -1,12 +1,16 @@
 """ResNets whose blocks compute fewer hidden channels: what is left of a gated encoder."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from ..checks import is_int, require
 from ..errors import InputError
 from ..gates import BaseGate, make_gate
+from ..policies import read_policy
 from .blocks import BLOCKS, BlockMixin, convolutions, mixed
 from .masking import apply_mask
 from .resnet import ResNet
@@ -126,3 +130,69 @@ class SlicedResNet(ResNet):
     def gates(self) -> list[BaseGate]:
         """All gates, in order; none for a static network."""
         return [gate for block in self.blocks for gate in block.gates]
+
+
+POLICY = "backbone.kwargs.policy"
+
+
+def resnet_of_policy(
+    layers: list[int],
+    *,
+    block: str | type[nn.Module] = "basic",
+    policy: str | Path | None = None,
+    hidden: Sequence[int] | None = None,
+    **kwargs: Any,
+) -> SlicedResNet:
+    """A ResNet without gates, as wide inside its blocks as a policy's channels, with fresh weights.
+
+    The student of the unification paper's Table 3: "we combine data dependent + always on channels
+    to get the architecture of student" (its supplementary material, "Learned Policy").
+
+    Args:
+        layers: number of blocks of the four stages.
+        block: as in `ResNet`.
+        policy: a file of main_policy's, of a gated ResNet with these layers, blocks and width.
+        hidden: instead of it, the numbers of channels themselves, as in `SlicedResNet`.
+        kwargs: those of `ResNet`.
+
+    Raises:
+        InputError: for a file that is no policy, a policy of another architecture, or neither or
+            both of them.
+    """
+    if (policy is None) == (hidden is None):
+        raise InputError(
+            f"{POLICY}: got {'no policy' if policy is None else 'a policy and hidden widths'}, "
+            "expected main_policy's policy.json, or backbone.kwargs.hidden"
+        )
+    if policy is not None:
+        hidden = _hidden_of(policy, layers, block, kwargs.get("width", 64))
+    require(
+        "backbone.kwargs.hidden",
+        hidden,
+        lambda v: isinstance(v, Sequence) and all(is_int(number, 1) for number in v),
+        "a list of integers ≥ 1",
+    )
+    return SlicedResNet(layers, hidden=list(hidden), block=block, **kwargs)  # type: ignore[arg-type]
+
+
+def _hidden_of(file: str | Path, layers: list[int], block: Any, width: int) -> list[int]:
+    """A policy's numbers of channels, if it is of a gated ResNet like this."""
+    policy = read_policy(file, POLICY)
+    with torch.device("meta"):
+        whole = ResNet(layers, block=block, width=width)
+    expected = []
+    for stage, blocks in enumerate(whole.stages, 1):
+        for number, one in enumerate(blocks):
+            inner = convolutions(one)[:-1]
+            part = f"layer{stage}.{number}"
+            names = [part] if len(inner) == 1 else [f"{part}.{name}" for name, _, _ in inner]
+            expected += [
+                (n, conv.out_channels) for n, (_, conv, _) in zip(names, inner, strict=True)
+            ]
+    if [(one.name, one.channels) for one in policy.blocks] != expected:
+        raise InputError(
+            f"{POLICY}: {str(file)!r} is of a network with {[one.channels for one in policy.blocks]} "
+            f"channels, expected {[channels for _, channels in expected]}, those of backbone.name and "
+            "backbone.kwargs.width"
+        )
+    return policy.hidden

@@ -105,6 +105,8 @@ def encoder_of(checkpoint: str | Path, head: str = "backbone", key: str = "check
     args = args_beside(path, key)
     if head != "backbone" and args.method not in METHODS:
         raise InputError(f"features: method {shown(args.method)} is not known, expected backbone")
+    if head != "backbone" and not getattr(METHODS[args.method], "has_projector", True):
+        raise InputError(f"features: method {args.method!r} has no projector, expected backbone")
     if args.backbone.name in ("resnet18", "resnet34"):  # the same network, whose FLOPs are known
         args.backbone.name += "_plain"
     with torch.device("meta"):  # whatever sizes the files speak of, it takes no memory

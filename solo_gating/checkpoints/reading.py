@@ -23,6 +23,7 @@ from ..errors import InputError
 from ..files import read_json
 
 LIGHTNING = "a Lightning checkpoint with `state_dict`, as pre-training writes it"
+_BEFORE_ZIP = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -51,7 +52,8 @@ def read_weights(path: str | Path, key: str) -> dict[str, Tensor]:
     """The weights of a checkpoint, or of a file that holds nothing but weights.
 
     Args:
-        path: a checkpoint with `state_dict`, or a bare state dict.
+        path: a checkpoint with `state_dict`, or a bare state dict; also as PyTorch wrote them before
+            1.6 (MoCo's and many of torchvision's).
         key: the config key that names it, for messages.
 
     Returns:
@@ -60,21 +62,21 @@ def read_weights(path: str | Path, key: str) -> dict[str, Tensor]:
     Raises:
         InputError: as `read_checkpoint`.
     """
-    content = _read(path, key)
+    content = _read(path, key, before_zip=True)
     if isinstance(content, dict) and "state_dict" not in content:
         content = {"state_dict": content}
     _check_content(content, f"{key}: {str(path)!r}")
     return content["state_dict"]
 
 
-def _read(path: str | Path, key: str) -> Any:
+def _read(path: str | Path, key: str, before_zip: bool = False) -> Any:
     if not os.path.isfile(path):  # of a path that is too long, too
         raise InputError(f"{key}: {str(path)!r} is not a file")
     cannot = f"{key}: cannot read {str(path)!r} as a checkpoint"
     # Foreign and damaged files make zipfile and torch raise whatever they like; torch's own words
     # advise to run the code in them.
     try:
-        damage = _damage(Path(path))
+        damage = None if before_zip and _is_before_zip(Path(path)) else _damage(Path(path))
     except OSError as error:
         raise InputError(f"{cannot} ({error.strerror})") from error
     except Exception as error:
@@ -92,6 +94,12 @@ def _read(path: str | Path, key: str) -> Any:
             f"{cannot} (it is damaged, or not in the zip format of torch.save)"
         ) from error
     return content
+
+
+def _is_before_zip(file: Path) -> bool:
+    """Whether a file begins as torch.save's did before PyTorch 1.6; such files have no checksums."""
+    with file.open("rb") as opened:
+        return opened.read(len(_BEFORE_ZIP)) == _BEFORE_ZIP
 
 
 def _damage(file: Path) -> str | None:
@@ -227,6 +235,7 @@ _ARGS: dict[str, _Check] = {
     "backbone": _GROUP,
     "backbone.name": _TEXT,
     "backbone.kwargs": _GROUP,
+    "backbone.policy": _GROUP,
     "data": _GROUP,
     "data.dataset": _TEXT,
     "data.num_classes": (lambda v: is_int(v, 1), "an integer ≥ 1"),
@@ -299,6 +308,11 @@ def read_args(file: Path, key: str) -> DictConfig:
             raise InputError(f"{where} lacks {name}, expected solo-learn's args.json")
     for group in _REPEATED:
         _check_finite(content.get(group), f"{where}: {group}")
+    if _select(content, "backbone.kwargs.policy") is not None:
+        raise InputError(
+            f"{where}: backbone.kwargs.policy: got a file, expected backbone.kwargs.hidden, the widths "
+            "in it, which main_pretrain writes"
+        )
     for name, value in (_select(content, "backbone.kwargs") or {}).items():
         if _READING_FILES.fullmatch(name) and value:
             raise InputError(

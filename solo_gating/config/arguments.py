@@ -39,6 +39,7 @@ _TEXTS = (
     *_LISTS,
     *("checkpoint", "resume_from_checkpoint", "checkpoint.dir", "output"),
     *("flops.checkpoint", "flops.output", "name", "wandb.project", "wandb.entity"),
+    *("method_kwargs.teacher", "backbone.kwargs.policy"),
 )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from ..backbones.sliced import POLICY
 from ..budgets import checked_budget
 from ..checkpoints.reading import as_text
 from ..checks import at_least, is_not_negative, no_such_key, one_of, require, shown
@@ -22,11 +23,28 @@ from ..data import (
     count_class_folders,
 )
 from ..errors import InputError
-from ..methods import GATED_METHODS, REFUSED, check_gated_backbone, plain_method
+from ..methods import (
+    GATED_METHODS,
+    REFUSED,
+    StudentMethod,
+    check_gated_backbone,
+    plain_method,
+    record_widths,
+)
 from ..solo_learn import METHODS, BaseMethod, BaseMomentumMethod, VICReg, with_momentum
 from .defaults import DEFAULTS
 from .gating import GatingConfig
-from .schema import METHOD_KWARGS, METHOD_NEEDS, PRETRAINING, QUEUE_SIZE, QUEUES, VIEW, check_values
+from .schema import (
+    METHOD_KWARGS,
+    METHOD_NEEDS,
+    PATH_OR_NULL,
+    PRETRAINING,
+    QUEUE_SIZE,
+    QUEUES,
+    VIEW,
+    at_home,
+    check_values,
+)
 
 _OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {
     "sgd": {"momentum": 0.9},
@@ -75,6 +93,7 @@ def prepare_config(cfg: DictConfig) -> DictConfig:
         )
     one_of("method", cfg.method, [m for m in METHODS if m not in ("base", "linear")])
     one_of("backbone.name", cfg.backbone.name, BaseMethod._BACKBONES)
+    _check_policy(cfg)
     one_of("data.dataset", cfg.data.dataset, DATASETS)
     one_of("data.format", cfg.data.format, FORMATS)
     one_of("data.pipeline", cfg.data.pipeline, PIPELINES)
@@ -95,7 +114,13 @@ def prepare_config(cfg: DictConfig) -> DictConfig:
     for view in cfg.augmentations:
         crops[view.crop_size == big] += view.num_crops
     cfg.data.num_large_crops, cfg.data.num_small_crops = crops[True], crops[False]
-    if crops[True] != 2 and cfg.method.split("_")[0] not in ("wmse", "mae"):
+    if issubclass(METHODS[cfg.method], StudentMethod):
+        if list(crops.values()) != [1, 0]:
+            raise InputError(
+                f"augmentations: got {crops[True]} crops of {big} pixels and {crops[False]} others, "
+                f"{cfg.method!r} takes 1, which teacher and student see"
+            )
+    elif crops[True] != 2 and cfg.method.split("_")[0] not in ("wmse", "mae"):
         raise InputError(
             f"augmentations: got {crops[True]} crops of {big} pixels, {cfg.method!r} compares 2"
         )
@@ -132,6 +157,15 @@ def prepare_config(cfg: DictConfig) -> DictConfig:
             f"{', '.join(sorted(GATED_METHODS))}"
         )
     return cfg
+
+
+def _check_policy(cfg: DictConfig) -> None:
+    """The file of a student's widths, if one is named; then the widths take its place."""
+    file = cfg.backbone.kwargs.get("policy")
+    PATH_OR_NULL.check(POLICY, file)
+    if file is not None:
+        at_home(cfg, POLICY, file)
+    record_widths(cfg)
 
 
 def _check_statistics(cfg: DictConfig) -> None:
@@ -174,6 +208,8 @@ def _check_method_kwargs(cfg: DictConfig) -> None:
                 OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
             )
             METHOD_KWARGS[key].check(f"method_kwargs.{key}", value)
+            if METHOD_KWARGS[key] is PATH_OR_NULL:
+                at_home(cfg, f"method_kwargs.{key}", value)
         elif known:
             raise no_such_key(f"method_kwargs.{key}", [f"method_kwargs.{k}" for k in METHOD_KWARGS])
     for key in METHOD_NEEDS.get(_solo_name(cfg.method), ()):

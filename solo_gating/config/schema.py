@@ -15,6 +15,7 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ..backbones import PATHS
 from ..checkpoints.reading import LARGEST_SIDE, as_text, literal
 from ..checks import Kind, is_int, is_not_negative, is_number, is_positive, no_such_key, shown
 from ..errors import InputError
@@ -175,6 +176,7 @@ PRETRAINING: Table = {
     "accumulate_grad_batches": COUNT,
     "backbone.name": ANY,
     "backbone.kwargs": GROUP,
+    "backbone.policy": GROUP,  # what a run records of it
     "data.dataset": ANY,
     "data.train_path": PATHS_OR_NULL,
     "data.val_path": PATHS_OR_NULL,
@@ -222,7 +224,7 @@ PRETRAINING: Table = {
     **dict.fromkeys(("finetune", "wandb_cfg", "hydra"), ANY),
 }
 
-# Of solo-learn's methods, on both lines; those of one's own may have others.
+# Of solo-learn's methods, on both lines, and of our students; those of one's own may have others.
 METHOD_KWARGS: Table = {
     **dict.fromkeys(
         ("sim_loss_weight", "var_loss_weight", "cov_loss_weight", "lamb", "scale_loss"),
@@ -246,6 +248,9 @@ METHOD_KWARGS: Table = {
         NOT_NEGATIVE,
     ),
     **dict.fromkeys(("freeze_last_layer", "clip_grad", "whitening_eps", "mask_ratio"), ANY),
+    "teacher": PATH_OR_NULL,
+    "teacher_path": among(*PATHS),
+    "teacher_head": TRUTH.or_null(),
     # Known to `config`.
     "statistics_images": ANY,
     # Of us3l.
@@ -266,9 +271,10 @@ METHOD_NEEDS: Mapping[str, tuple[str, ...]] = {
     "ressl": (*_HEAD, "temperature_q", "temperature_k"),
     "dino": (*_HEAD, "num_prototypes"),
     "mae": ("decoder_embed_dim", "decoder_depth", "decoder_num_heads"),
+    **dict.fromkeys(("simreg", "seed"), ("teacher",)),
 }
 # Those whose queue is filled by whole steps; and its size where a config says none.
-QUEUES = ("mocov2plus", "nnclr", "nnsiam", "nnbyol", "ressl", "all4one")
+QUEUES = ("mocov2plus", "nnclr", "nnsiam", "nnbyol", "ressl", "all4one", "seed")
 QUEUE_SIZE = 65536
 
 # Of an entry of `augmentations`, which `data.check_augmentations` has completed.
@@ -421,7 +427,7 @@ def check_values(cfg: DictConfig, table: Table) -> None:
             continue
         table[key].check(key, value)
         if table[key] in (PATH, PATH_OR_NULL, PATHS_OR_NULL):
-            _at_home(cfg, key, value)
+            at_home(cfg, key, value)
 
 
 def _leaves(
@@ -447,7 +453,14 @@ def _below(group: str, table: Table) -> str:
     return ", ".join(keys)
 
 
-def _at_home(cfg: DictConfig, key: str, value: Any) -> None:
+def at_home(cfg: DictConfig, key: str, value: Any) -> None:
+    """Write out a path's `~`, in place.
+
+    Args:
+        cfg: a config.
+        key: of the path, or of a list of them.
+        value: what it has.
+    """
     if isinstance(value, list) and any(path.startswith("~") for path in value):
         OmegaConf.update(cfg, key, literal([os.path.expanduser(path) for path in value]))
     elif isinstance(value, str) and value.startswith("~"):

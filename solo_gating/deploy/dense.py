@@ -5,7 +5,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from ..backbones import ResNet
+from ..backbones import ResNet, SlicedResNet
 from ..checkpoints.encoder import Encoder
 from ..checkpoints.reading import read_checkpoint
 from ..errors import InputError
@@ -44,7 +44,8 @@ def dense_network(encoder: Encoder) -> ResNet:
 
 def dense_resnet(backbone: ResNet) -> ResNet:
     """The dense path of a backbone without `fc`, as a ResNet of its own in evaluation mode."""
-    net = ResNet(**backbone.architecture)
+    cls = SlicedResNet if isinstance(backbone, SlicedResNet) else ResNet
+    net = cls(**backbone.architecture)
     net.fc = nn.Identity()
     net.load_state_dict(backbone.dense_state_dict())
     return net.eval().requires_grad_(False)
@@ -57,11 +58,14 @@ def solo_learn_args(encoder: Encoder) -> dict[str, Any]:
         encoder: of a run with a ResNet of width 64, the only one that solo-learn has.
 
     Raises:
-        InputError: for another width, or a stem that solo-learn would not build.
+        InputError: for another width or widths of its own, or a stem that solo-learn would not build.
     """
     args: Any = OmegaConf.to_container(encoder.args, resolve=True)
     kwargs = args["backbone"].get("kwargs") or {}
     width, stem = kwargs.get("width", 64), kwargs.get("stem", "imagenet")
+    if isinstance(encoder.backbone, SlicedResNet):
+        name = args["backbone"]["name"]
+        raise InputError(f"format: got solo-learn with backbone {name!r}, which solo-learn has not")
     if width != 64:
         raise InputError(
             f"format: got solo-learn with an encoder of width {width}; solo-learn has 64 only"

@@ -71,10 +71,10 @@ from ..evaluate.calibrate import Setting
 from ..evaluate.evaluation import Evaluation, evaluation_of
 from ..evaluate.extract import extract
 from ..evaluate.knn import knn_top1
-from ..evaluate.policy import Policy, read_policy
 from ..evaluate.table import figure
 from ..files import make_folder, write_bytes, write_json
 from ..flops import count_flops
+from ..policies import Policy, read_policy
 from ..process_state import process_state_kept
 from ..solo_learn import METHODS
 from .calibration import MOST_IMAGES, calibration_images, evenly
@@ -323,6 +323,7 @@ def _compiled(
         files = {"encoder.sgx": fast.to_bytes()}
     report |= {
         "dtype": fast.dtype,
+        "computes": fast.computes,
         "float_stem": options.float_stem,
         "bytes": len(files["encoder.sgx"]),
         "mean": list(mean),
@@ -454,6 +455,8 @@ def format_export(report: dict[str, Any]) -> str:
 
 def _of_our_engine(report: dict[str, Any]) -> str:
     parts = [report["dtype"]]
+    if report["computes"] != report["dtype"]:
+        parts.append(f"which is stored, and computed in {report['computes']} here")
     if "calibration_images" in report:
         parts.append(f"calibrated on {report['calibration_images']} images")
     if report["float_stem"]:

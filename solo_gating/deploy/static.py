@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from ..backbones import SlicedResNet, TwoPathResNet, convolutions
 from ..errors import InputError
-from ..evaluate.policy import Policy
 from ..flops import BackboneFlops, count_flops
+from ..policies import Policy
 
 KEEP = "dynamic, always_on or top:SHARE"
 
@@ -55,7 +55,7 @@ def kept_channels(policy: Policy, flops: BackboneFlops, keep: str, multiple: int
         raise InputError(f"multiple: got {multiple}, expected an integer ≥ 1")
     selected = [torch.tensor(block.selected) for block in policy.blocks]
     if keep == "dynamic":
-        numbers = [int((counts > 0).sum()) for counts in selected]
+        numbers = policy.hidden
     elif keep == "always_on":
         numbers = [int((counts == policy.images).sum()) for counts in selected]
     elif top := re.fullmatch(r"top:(0?\.\d+|1(\.0*)?)", keep):

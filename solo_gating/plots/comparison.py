@@ -12,6 +12,7 @@ from matplotlib.lines import Line2D
 
 from ..files import png_of
 from ..report.cells import Cell
+from ..report.records import STUDENTS
 from ..report.tables import DATASETS, transfer_name, variant_name
 from ..texts import in_picture
 from .style import DENSE, GATED, NEUTRAL
@@ -27,7 +28,11 @@ _COLOURS = {
     "simsiam_gated": "black",
 }
 _MARKERS = "osD^vP*X"  # of one measured source after the other; published points are circles
-_METRICS = {"linear": "linear evaluation", "knn": "1-NN"}
+_METRICS = {
+    "linear": "linear evaluation",
+    "knn": "1-NN",
+    "knn_normalized": "1-NN, features of length 1",
+}
 # Dense encoders all have 100 % of the FLOPs. So as not to hide each other they stand side by side
 # in a strip of their own, right of the axis's end.
 _STRIP, _STEP = 106, 4
@@ -39,7 +44,7 @@ def draw_accuracy_flops(published: Iterable[Cell], measured: Iterable[Cell]) -> 
     """Draw one panel for each metric and pair of data sets with a measured gated encoder.
 
     Runs without the invariance loss (Table 6) are left out: a few percent of accuracy would
-    flatten everything else.
+    flatten everything else. So are students (Table 3), which are no paths of an encoder.
 
     Args:
         published: the papers' figures; those of the methods that were measured are drawn.
@@ -84,7 +89,8 @@ def _order(panel: _Panel) -> tuple[bool, bool, list[int], _Panel]:
 
 def _is_drawn(cell: Cell) -> bool:
     known = cell.path == "dense" or cell.flops_cut is not None
-    return known and not cell.variant.endswith("_no_invariance")
+    students = cell.variant.startswith(STUDENTS)  # whose path is dense, and whose FLOPs are not all
+    return known and not students and not cell.variant.endswith("_no_invariance")
 
 
 def _share(cell: Cell) -> float:

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from ..evaluate.policy import Policy
 from ..files import write_picture
+from ..policies import Policy
 from ..texts import in_picture
 
 # Okabe and Ito's colour-blind safe palette, dark enough to be told apart in grey.

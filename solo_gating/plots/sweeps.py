@@ -89,7 +89,7 @@ def _rivals(records: Iterable[Record]) -> dict[_Panel, dict[str, list[Record]]]:
     found: dict[_Panel, dict[str, list[Record]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
         plain = record.pretraining.get("gating") is None and record.flops is not None
-        if plain and record.metric == "knn" and record.as_in_the_papers:
+        if plain and record.published_metric == "knn":
             found[_panel(record)][_name(record)].append(record)
     return found
 

@@ -31,7 +31,7 @@ class Cell:
         variant: the method, see `Record.variant`.
         target_budget: t_d; None for a method without gates.
         path: "dense" or "gated".
-        metric: "linear" or "knn".
+        metric: as `Record.published_metric`.
         source: "published (500 epochs)", "measured (5 epochs, width 16)": cells with the same
             source may stand in one row.
         value: top-1 accuracy in percent; the mean, of several runs.
@@ -72,7 +72,7 @@ class PublishedTable:
         identity: names the table in `published.json` and to the layouts.
         title: with the paper and the table's number.
         notes: citation, settings, and where the paper contradicts itself.
-        metric: "linear" or "knn".
+        metric: as `Record.published_metric`.
         cells: its figures.
     """
 
@@ -89,7 +89,7 @@ def published_tables() -> list[PublishedTable]:
     tables = []
     for table in content["tables"]:
         paper = content["papers"][table["paper"]]
-        source = f"published ({paper['epochs']} epochs)"
+        source = table.get("source") or f"published ({paper['epochs']} epochs)"
         tables.append(
             PublishedTable(
                 identity=table["id"],
@@ -97,6 +97,7 @@ def published_tables() -> list[PublishedTable]:
                 notes=(
                     f"{paper['citation']}.",
                     f"Published: {paper['pretraining']}; {table['evaluation']}.",
+                    *table.get("notes", ()),
                     *(f"The paper contradicts itself: {comment}" for comment in table["comments"]),
                 ),
                 metric=table["metric"],
@@ -128,11 +129,11 @@ def measured_cells(records: Iterable[Record]) -> list[Cell]:
     the same seed are not averaged either: they differ in something that their files do not say.
 
     Args:
-        records: 1-NN records with other settings than the papers' are left out.
+        records: kNN records with other settings than the papers' are left out.
     """
     alike: dict[str, list[Record]] = defaultdict(list)
     for record in records:
-        if record.as_in_the_papers:
+        if record.published_metric is not None:
             key = [_place(record), _conditions(record), _run(record)]
             alike[json.dumps(key, sort_keys=True)].append(record)
     groups: list[tuple[list[Record], str]] = []
@@ -148,7 +149,7 @@ def measured_cells(records: Iterable[Record]) -> list[Cell]:
 def _place(record: Record) -> tuple[Any, ...]:
     """Where a table has it, but for the path."""
     return (
-        record.metric,
+        record.published_metric,
         record.pretraining["dataset"],
         record.data["dataset"],
         record.variant,

@@ -14,6 +14,7 @@ from ..files import UnreadableError, json_content
 from ..metrics import ACCURACIES, DEFAULT_SETTINGS
 
 PATHS = ("dense", "gated")
+STUDENTS = ("simreg", "seed")  # of Table 3
 _LARGEST_COUNT = 10**12
 
 
@@ -54,15 +55,27 @@ class Record:
 
     @property
     def target_budget(self) -> float | None:
-        """t_d; of a range of budgets the one that the gates were told in this evaluation."""
-        target: Any = self.pretraining.get("target_budget")
+        """t_d; of a range of budgets the one that the gates were told in this evaluation.
+
+        Of a student that of the gated encoder whose policy its widths are.
+        """
+        policy: dict[str, Any] = self.pretraining.get("policy") or {}
+        target: Any = policy.get("target_budget", self.pretraining.get("target_budget"))
         return self.settings.get("budget", middle(target)) if is_range(target) else target
 
     @property
-    def as_in_the_papers(self) -> bool:
-        """Whether it is a linear accuracy, or 1-NN as in the papers' Tables 4 to 6."""
-        wanted = {"k": 1, "distance": "euclidean", "normalize": False, "features": "backbone"}
-        return self.metric == "linear" or all(self.settings[k] == v for k, v in wanted.items())
+    def published_metric(self) -> str | None:
+        """The metric of the papers that it belongs to, whatever its other settings; None for none.
+
+        "linear"; "knn", 1-NN as in Tables 4 to 6; "knn_normalized", the same with features of length 1,
+        as in Table 3.
+        """
+        if self.metric == "linear":
+            return "linear"
+        wanted = {"k": 1, "distance": "euclidean", "features": "backbone"}
+        if any(self.settings[key] != value for key, value in wanted.items()):
+            return None
+        return "knn_normalized" if self.settings["normalize"] else "knn"
 
     @property
     def images(self) -> str:
@@ -133,7 +146,7 @@ def variant_of(pretraining: dict[str, Any]) -> str:
     name = method
     if gated and backbone.endswith("_two_encoders"):
         name += "_two_encoders"
-    elif backbone not in (("resnet18_gated",) if gated else ("resnet18", "resnet18_plain")):
+    elif backbone not in _usual_backbones(method, gated):
         name += f" ({backbone})"
     if (pretraining.get("method_kwargs") or {}).get("sim_loss_weight") == 0:
         name += "_no_invariance"
@@ -144,6 +157,13 @@ def variant_of(pretraining: dict[str, Any]) -> str:
     if is_range(pretraining.get("target_budget")):
         name += " (range of budgets)"
     return name
+
+
+def _usual_backbones(method: str, gated: bool) -> tuple[str, ...]:
+    """The papers' ResNet-18 by its names here."""
+    if gated:
+        return ("resnet18_gated",)
+    return ("resnet18_policy",) if method in STUDENTS else ("resnet18", "resnet18_plain")
 
 
 @dataclass(frozen=True)
@@ -324,9 +344,12 @@ def _pretraining(content: dict[str, Any]) -> dict[str, Any]:
     for key in ("epochs", "width"):
         _count(found, key, where)
     _optional(found, "seed", where)
-    budget = found.get("target_budget")
-    if not (budget is None or is_share(budget) or is_range(budget)):
-        _refuse(found, "target_budget", where, "a number in (0, 1] or a range of two")
+    for key, group in ((where, found), (f"{where}.policy", found.get("policy") or {})):
+        if not isinstance(group, dict):
+            _refuse(found, "policy", where, "an object")
+        budget = group.get("target_budget")
+        if not (budget is None or is_share(budget) or is_range(budget)):
+            _refuse(group, "target_budget", key, "a number in (0, 1] or a range of two")
     for key in ("name", "checkpoint"):
         value = found.get(key)
         if not (value is None or isinstance(value, str) or (key == "name" and is_number(value))):
@@ -433,7 +456,7 @@ def _accuracy(row: dict[str, Any], key: str, path: str) -> float:
 
 def _without_superseded(records: list[Record]) -> list[Record]:
     """Leave out a pre-training's own 1-NN where an evaluation of the same checkpoint has it."""
-    evaluated = [r for r in records if r.metric == "knn" and r.as_in_the_papers and not r.own]
+    evaluated = [r for r in records if r.published_metric == "knn" and not r.own]
     return [
         record
         for record in records

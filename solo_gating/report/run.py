@@ -80,7 +80,7 @@ def compose(
                 (
                     "Filled: measured. Hollow and dashed: published, for the methods that were "
                     "measured. Dense encoders, with 100 % of the FLOPs, stand side by side at the "
-                    "right. Runs without the invariance loss are not drawn.",
+                    "right. Runs without the invariance loss, and students, are not drawn.",
                 ),
                 picture=Picture(PICTURE, png, "Accuracy against FLOPs, a panel for each data set"),
             )

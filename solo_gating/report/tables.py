@@ -1,7 +1,8 @@
 """Tables of published and measured figures, in the papers' layout."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .cells import Cell, PublishedTable, unusual_settings
 from .records import Record
@@ -24,6 +25,11 @@ _VARIANTS = {
     "simsiam": "SimSiam",
     "simsiam_gated": "SimSiam-Gating",
     "simsiam_dual": "SimSiam-Dual",
+    "simclr": "SimCLR",
+    "simclr_gated": "SimCLR-Gating",
+    "us3l": "US3L",
+    "simreg": "SimReg",
+    "seed": "SEED",
 }
 
 
@@ -75,6 +81,15 @@ def _dual(heading: str, variant: str) -> tuple[_Column, ...]:
     )
 
 
+def _lightweight(heading: str, of: tuple[tuple[str, str], ...]) -> tuple[_Column, ...]:
+    return (_Column(f"{heading}, %", of), _Column(f"{heading}: FLOPs", of, "flops"))
+
+
+def _under_simclr(heading: str, kind: str) -> tuple[_Column, ...]:
+    gated = ((f"simclr_gated ({kind} gates)", "gated"),)
+    return (_Column(f"{heading}, %", gated), _Column(f"{heading}: FLOPs cut", gated, "flops_cut"))
+
+
 _VICREG = (("vicreg", "dense"),)
 _VICREG_GATED = (("vicreg_gated", "gated"),)
 # The dense baseline is the row "dense" of this table.
@@ -92,6 +107,11 @@ _LAYOUTS: dict[str, tuple[_Column, ...]] = {
         _Column("VICReg: dense, %", _VICREG),
         *_dual("VICReg-Dual", "vicreg_dual")[:2],
     ),
+    "unification-3": (
+        *_lightweight("SimReg", (("simreg", "dense"),)),
+        *_lightweight("SEED", (("seed", "dense"),)),
+        *_lightweight("VICReg-Dual: gated", (("vicreg_dual", "gated"),)),
+    ),
     "unification-4": (
         *_dual("BT-Dual", "barlow_dual"),
         *_dual("VICReg-Dual", "vicreg_dual"),
@@ -104,6 +124,16 @@ _LAYOUTS: dict[str, tuple[_Column, ...]] = {
         *_dual("with invariance", "vicreg_dual"),
         *_dual("without invariance", "vicreg_dual_no_invariance"),
     ),
+    "contrastive_dual_gating-1": (
+        *_under_simclr("CDG", "cdg"),
+        *_under_simclr("FBS", "fbs"),
+        *_under_simclr("DGC", "dgc"),
+        *_under_simclr("CGNet", "cgnet"),
+    ),
+    "contrastive_dual_gating-2": (
+        _Column("SimCLR: dense, %", (("simclr", "dense"),)),
+        *_under_simclr("SCDG", "scdg"),
+    ),
     "dynamic_channel_selection-1": (
         _Column("accuracy, %", _SIMSIAM),
         _Column("FLOPs", _SIMSIAM, "flops"),
@@ -112,6 +142,8 @@ _LAYOUTS: dict[str, tuple[_Column, ...]] = {
 }
 # Where the baseline, which has no budget, has columns of its own, all rows of a data set show it.
 _BASELINE_IN_EVERY_ROW = ("unification-1", "unification-2")
+# Their rows are of no target budget: how much is computed follows from something else.
+_WITHOUT_BUDGETS = ("contrastive_dual_gating-1", "contrastive_dual_gating-2")
 
 
 def compare(published: PublishedTable, measured: Sequence[Cell]) -> Table | None:
@@ -139,6 +171,9 @@ def compare(published: PublishedTable, measured: Sequence[Cell]) -> Table | None
     ]
     if not taken:
         return None
+    budgets = published.identity not in _WITHOUT_BUDGETS
+    if not budgets:
+        taken = _without_budgets(taken)
     transfer = any(start != end for start, end in places)
     in_every_row = published.identity in _BASELINE_IN_EVERY_ROW
     paper = published.cells[0].source
@@ -150,15 +185,35 @@ def compare(published: PublishedTable, measured: Sequence[Cell]) -> Table | None
         heading = transfer_name(start, end)
         for (budget, source), cells in _lines(here, paper, in_every_row):
             figures = (_show(_first(cells, column.of), column.figure) for column in columns)
-            texts = (heading, _budget_text(budget, in_every_row), source, *figures)
+            told = (_budget_text(budget, in_every_row),) if budgets else ()
+            texts = (heading, *told, source, *figures)
             rows.append(Row(source != paper, texts))
     first = "from → to" if transfer else "data set"
     return Table(
         published.title,
         published.notes,
-        (first, "t_d", "figures", *(column.heading for column in columns)),
+        (first, *(("t_d",) if budgets else ()), "figures", *(column.heading for column in columns)),
         tuple(rows),
     )
+
+
+def _without_budgets(cells: Sequence[Cell]) -> list[Cell]:
+    """Cells of no budget; where several would have one place, their sources name it."""
+    places = Counter(_placed(cell) for cell in cells)
+    return [
+        replace(
+            cell,
+            target_budget=None,
+            source=cell.source
+            if places[_placed(cell)] == 1
+            else f"{cell.source}, t_d {_budget_text(cell.target_budget, True)}",
+        )
+        for cell in cells
+    ]
+
+
+def _placed(cell: Cell) -> tuple[str, ...]:
+    return cell.trained_on, cell.evaluated_on, cell.variant, cell.path, cell.source
 
 
 _Line = dict[tuple[str, str], Cell]

@@ -21,6 +21,8 @@ SSL_LOSSES = (
     "train_nnsiam_loss",
     "train_vibcreg_loss",
     "train_wmse_loss",
+    "train_simreg_loss",
+    "train_seed_loss",
 )
 _LABELS = {
     **{f"{name}_step": "ssl" for name in SSL_LOSSES},

@@ -31,20 +31,34 @@ typedef int32_t Mask __attribute__((vector_size(kLanes * sizeof(float))));
 
 using Lanes = std::make_index_sequence<kLanes>;
 
+// Integers of 32 bits.
+using Words = Mask;
+
 // For what inner loops consist of: compilers inline less in larger sources, and sums would leave
 // their registers.
 #define GATED_INLINE __attribute__((always_inline))
 
-GATED_INLINE inline Vec load(const float* from) {
-  Vec value;
+template <class Vector>
+GATED_INLINE inline Vector load_as(const void* from) {
+  Vector value;
   std::memcpy(&value, from, sizeof value);
   return value;
 }
+
+GATED_INLINE inline Vec load(const float* from) { return load_as<Vec>(from); }
 
 // bfloat16 is the upper half of a float.
 struct Bfloat16 {
   uint16_t upper;
 };
+
+// Rounded to the nearest, halves to the even one.
+inline uint16_t to_bfloat16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  const bool is_nan = value != value;
+  return static_cast<uint16_t>((is_nan ? bits | 0x400000 : bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
 
 GATED_INLINE inline Vec load(const Bfloat16* from) {
   typedef uint16_t Half __attribute__((vector_size(kLanes * sizeof(uint16_t))));
@@ -106,8 +120,9 @@ GATED_INLINE inline Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
 // The larger of two; NaN if one of them is.
 GATED_INLINE inline Vec maximum_or_nan(Vec a, Vec b) { return ((a > b) | (a != a)) ? a : b; }
 
-template <size_t... Index>
-GATED_INLINE inline Vec shuffle(Vec a, Vec b) {
+// Of Vec, Words.
+template <size_t... Index, class Vector>
+GATED_INLINE inline Vector shuffle(Vector a, Vector b) {
 #if defined(__clang__)
   return __builtin_shufflevector(a, b, static_cast<int>(Index)...);
 #else
@@ -117,25 +132,25 @@ GATED_INLINE inline Vec shuffle(Vec a, Vec b) {
 
 // One step of a transposing sum: lane i becomes the sum of the lanes i and i ^ Bit of `a`, or of
 // `b` where i has the bit. (The first of the two is a blend, which is cheaper than a shuffle.)
-template <size_t Bit, size_t... I>
-GATED_INLINE inline Vec merge(Vec a, Vec b, std::index_sequence<I...>) {
+template <size_t Bit, class Vector, size_t... I>
+GATED_INLINE inline Vector merge(Vector a, Vector b, std::index_sequence<I...>) {
   return shuffle<((I & Bit ? kLanes : 0) + I)...>(a, b) +
          shuffle<((I & Bit ? kLanes : 0) + (I ^ Bit))...>(a, b);
 }
 
-template <size_t Bit, size_t... I>
-GATED_INLINE inline Vec fold(Vec a, std::index_sequence<I...>) {
+template <size_t Bit, class Vector, size_t... I>
+GATED_INLINE inline Vector fold(Vector a, std::index_sequence<I...>) {
   return a + shuffle<(I ^ Bit)...>(a, a);
 }
 
 // Lane i of the result is the sum of the i-th vector's lanes i, i + End, i + 2 · End, ..., for
 // i < Count ≤ End.
-template <int Count, size_t End = kLanes, size_t Bit = 1>
-GATED_INLINE inline Vec sums(const Vec* vectors) {
+template <int Count, size_t End = kLanes, size_t Bit = 1, class Vector>
+GATED_INLINE inline Vector sums(const Vector* vectors) {
   if constexpr (Bit == End) {
     return vectors[0];
   } else {
-    Vec merged[(Count + 1) / 2];
+    Vector merged[(Count + 1) / 2];
 #pragma GCC unroll 16
     for (int i = 0; i < Count / 2; ++i) {
       merged[i] = merge<Bit>(vectors[2 * i], vectors[2 * i + 1], Lanes{});

@@ -16,7 +16,14 @@ from solo_gating import BaseMethod, __main__
 from solo_gating.main_pretrain import pretrain
 from solo_gating.solo_learn import LINE, LinearModel
 
-from ..support.helpers import randomise_norms, tiny_config, tiny_model, write_images
+from ..support.helpers import (
+    randomise_norms,
+    student_config,
+    tiny_config,
+    tiny_model,
+    write_images,
+    write_teacher,
+)
 
 
 def test_the_dense_path_is_what_main_linear_loads_for_resnet18(tmp_path):
@@ -82,6 +89,26 @@ def small_stem(tmp_path_factory):
     return folder, model.backbone.eval()
 
 
+def by_main_linear(folder, monkeypatch, path, *words):
+    """The backbone that solo-learn's `main_linear.py` loads, through the plugin."""
+    script = Path(solo.__file__).parents[1] / "main_linear.py"
+    if not script.is_file():
+        pytest.skip("solo-learn is installed without its scripts")
+    trained = []
+    monkeypatch.setattr(
+        LinearModel, "on_fit_end", lambda self: trained.append(self.backbone), raising=False
+    )
+    words = (*words, "+backbone.kwargs.stem=cifar", "+backbone.kwargs.width=4")
+    arguments = [str(script), "--config-path", str(folder), "--config-name", "linear", *words]
+    monkeypatch.setattr("sys.argv", ["solo_gating", "--path", path, *arguments])
+    monkeypatch.setattr("sys.path", [*sys.path])
+    monkeypatch.chdir(folder)
+    with mock.patch.dict(BaseMethod._BACKBONES):
+        __main__.main()
+    (found,) = trained
+    return found.eval()
+
+
 @pytest.mark.skipif(LINE == "legacy", reason="1.0.2's scripts are not bridged")
 @pytest.mark.parametrize(
     ("path", "backbone"),
@@ -90,21 +117,24 @@ def small_stem(tmp_path_factory):
 def test_solo_learn_s_main_linear_is_told_the_stem(path, backbone, small_stem, monkeypatch):
     """docs/guide/solo_learn.md: `backbone.name=... +backbone.kwargs.stem=cifar`, through the plugin."""
     folder, expected = small_stem
-    script = Path(solo.__file__).parents[1] / "main_linear.py"
-    if not script.is_file():
-        pytest.skip("solo-learn is installed without its scripts")
-    trained = []
-    monkeypatch.setattr(
-        LinearModel, "on_fit_end", lambda self: trained.append(self.backbone), raising=False
-    )
-    words = [f"backbone.name={backbone}", "+backbone.kwargs.stem=cifar", "+backbone.kwargs.width=4"]
-    arguments = [str(script), "--config-path", str(folder), "--config-name", "linear", *words]
-    monkeypatch.setattr("sys.argv", ["solo_gating", "--path", path, *arguments])
-    monkeypatch.setattr("sys.path", [*sys.path])
-    monkeypatch.chdir(folder)
-    with mock.patch.dict(BaseMethod._BACKBONES):
-        __main__.main()
-    (found,) = trained
+    found = by_main_linear(folder, monkeypatch, path, f"backbone.name={backbone}")
     images = torch.randn(4, 3, 16, 16)
     with torch.no_grad(), expected.path(path):
-        torch.testing.assert_close(found.eval()(images), expected(images))
+        torch.testing.assert_close(found(images), expected(images))
+
+
+@pytest.mark.skipif(LINE == "legacy", reason="1.0.2's scripts are not bridged")
+def test_solo_learn_s_main_linear_is_told_a_student_s_widths(small_stem, monkeypatch, tmp_path):
+    folder, _ = small_stem
+    hidden = [2, 4, 5, 8, 1, 16, 9, 32]
+    teacher = write_teacher(tmp_path / "teacher.pt")
+    backbone = {"name": "resnet18_policy", "kwargs": {"hidden": hidden}}
+    student = tiny_model(student_config("simreg", teacher, backbone=backbone), dtype=None)
+    randomise_norms(student.backbone)
+    torch.save({"state_dict": student.state_dict()}, tmp_path / "last.ckpt")
+    words = ["backbone.name=resnet18_policy", f"+backbone.kwargs.hidden={hidden}"]
+    words.append(f"pretrained_feature_extractor={tmp_path / 'last.ckpt'}")
+    found = by_main_linear(folder, monkeypatch, "dense", *words)
+    images = torch.randn(4, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(found(images), student.backbone.eval()(images))

@@ -96,15 +96,23 @@ def test_the_defaults_are_solo_learn_s():
     assert {key: ours[key] for key in both} == {key: theirs[key] for key in both}
 
 
+STUDENTS = ("simreg", "seed")
 SIZES = {"cifar10": 32, "cifar100": 32, "stl10": 96, "imagenet100": 224, "custom": 12}
+
+
+def completed(name):
+    """A shipped config with the files that only the user has."""
+    cfg = shipped(name)
+    if name.startswith("gate_encoder"):
+        cfg.pretrained = __file__
+    if cfg.method in STUDENTS:
+        cfg.method_kwargs.teacher = __file__
+    return prepare_config(cfg)
 
 
 @pytest.mark.parametrize("name", config_names())
 def test_a_shipped_config_is_complete_and_consistent(name):
-    cfg = shipped(name)
-    if name.startswith("gate_encoder"):  # whose weights only the user has
-        cfg.pretrained = __file__
-    cfg = prepare_config(cfg)
+    cfg = completed(name)
     assert {view.crop_size for view in cfg.augmentations} == {SIZES[cfg.data.dataset]}
     method, data = cfg.name.rsplit("-", 1)
     assert f"{method}_{data}" == name
@@ -114,7 +122,7 @@ def test_a_shipped_config_is_complete_and_consistent(name):
         name = name.replace(ours, method_s)
     assert name.startswith(cfg.method)
     assert data == ("digits" if cfg.data.dataset == "custom" else cfg.data.dataset)
-    assert cfg.data.num_large_crops == 2
+    assert cfg.data.num_large_crops == (1 if cfg.method in STUDENTS else 2)
     assert cfg.backbone.name.startswith("resnet18_")
     assert cfg.backbone.kwargs.stem == ("imagenet" if data in ("stl10", "imagenet100") else "cifar")
     assert ("gating" in cfg) == (cfg.method in GATED_METHODS)
@@ -123,7 +131,36 @@ def test_a_shipped_config_is_complete_and_consistent(name):
         assert {view.crop_size for view in cfg.augmentations} == {sizes[data]}
 
 
+ONE_VIEW = {"augmentations[0].num_crops": 1, "augmentations[0].rrc.crop_min_scale": 0.2}
 PUBLISHED = {
+    # run.sh of UCDvision/simreg, main.py and tools/opts.py of jacobswan1/SEED
+    "simreg_cifar100": {
+        **ONE_VIEW,
+        "max_epochs": 130,
+        "optimizer.lr": 0.05,
+        "optimizer.batch_size": 256,
+        "optimizer.weight_decay": 1e-4,
+        "optimizer.kwargs.momentum": 0.9,
+        "scheduler.warmup_epochs": 0,
+        "augmentations[0].color_jitter.prob": 0,
+        "augmentations[0].gaussian_blur.prob": 0,
+        "augmentations[0].horizontal_flip.prob": 0.5,
+    },
+    "seed_cifar100": {
+        **ONE_VIEW,
+        "max_epochs": 200,
+        "optimizer.lr": 0.03,
+        "optimizer.batch_size": 256,
+        "optimizer.weight_decay": 1e-4,
+        "optimizer.kwargs.momentum": 0.9,
+        "scheduler.warmup_epochs": 5,
+        "method_kwargs.queue_size": 65536,
+        "method_kwargs.student_temperature": 0.2,
+        "method_kwargs.teacher_temperature": 1e-4,
+        "augmentations[0].color_jitter.prob": 0.8,
+        "augmentations[0].color_jitter.saturation": 0.4,
+        "augmentations[0].gaussian_blur.prob": 0.5,
+    },
     "vicreg_dual_cifar100": {
         "optimizer.lr": 0.3,
         "optimizer.name": "lars",
@@ -223,7 +260,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_values(name):
-    cfg = prepare_config(shipped(name))
+    cfg = completed(name)
     assert {key: OmegaConf.select(cfg, key) for key in PUBLISHED[name]} == PUBLISHED[name]
 
 

@@ -116,6 +116,10 @@ def test_rounding_is_measured_on_validation_images(dtype, run_of_a_range, tmp_pa
     code, out, err = call(main_export, f"checkpoint={run.checkpoint}", *options, "output=out")
     assert (code, err) == (0, "")
     report = json.loads((tmp_path / "out" / "export.json").read_text())
+    # As on a CPU without instructions for bfloat16.
+    assert report["computes"] == ("int8" if dtype == "int8" else "float32")
+    assert ("bfloat16, which is stored, and computed in float32" in out) == (dtype != "int8")
+    assert "what rounding changed, on 31 validation images:" in out
     assert report["budget"] == 0.2
     assert report.get("calibration_images") == (96 if dtype == "int8" else None)
     fast = deploy.load(tmp_path / "out" / "encoder.sgx")

@@ -26,11 +26,12 @@ from solo_gating.deploy.onnx import openvino_runner, to_onnx
 from solo_gating.deploy.others_int8 import gates_of, onnx_int8, openvino_int8
 from solo_gating.deploy.static import kept_channels, slice_encoder, static_flops
 from solo_gating.evaluate.extract import extract
-from solo_gating.evaluate.policy import policy_of, read_policy
+from solo_gating.evaluate.policy import policy_of
 from solo_gating.files import write_json
 from solo_gating.flops import count_flops
 from solo_gating.gates import ChannelGate
 from solo_gating.main_export import main
+from solo_gating.policies import read_policy
 
 from ..support.encoders import digit_tensors, digits, enliven, run_config, save_run
 

@@ -23,7 +23,7 @@ from solo_gating.deploy.dense import solo_learn_args
 from solo_gating.deploy.static import kept_channels, slice_encoder
 from solo_gating.evaluate.calibrate import calibrate, lowest_share, mean_share, sweep
 from solo_gating.evaluate.extract import extract
-from solo_gating.evaluate.policy import policy_of, read_policy
+from solo_gating.evaluate.policy import policy_of
 from solo_gating.evaluate.table import format_table
 from solo_gating.flops import count_flops, count_parameters
 from solo_gating.gates import BudgetEmbedding
@@ -33,6 +33,7 @@ from solo_gating.main_policy import evaluate_policy
 from solo_gating.main_pretrain import pretrain
 from solo_gating.main_report import write_report
 from solo_gating.plots.training import draw_curves
+from solo_gating.policies import read_policy
 from solo_gating.report.cells import measured_cells
 from solo_gating.report.records import read_records
 

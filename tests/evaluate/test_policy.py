@@ -13,12 +13,13 @@ from torch import nn
 from solo_gating import InputError, main_policy
 from solo_gating.evaluate.calibrate import Setting, calibrate, lowest_share, mean_share, sweep
 from solo_gating.evaluate.extract import extract
-from solo_gating.evaluate.policy import policy_of, read_policy
+from solo_gating.evaluate.policy import policy_of
 from solo_gating.files import write_json
 from solo_gating.main_knn import evaluate_knn
 from solo_gating.main_policy import evaluate_policy
 from solo_gating.plots.policy import draw_policy
 from solo_gating.plots.sweeps import draw_sweeps
+from solo_gating.policies import read_policy
 from solo_gating.report.records import read_records
 
 from ..support.encoders import (

@@ -23,7 +23,15 @@ from solo_gating.training import pretrain
 from solo_gating.training.checkpoints import Checkpointer
 
 from ..support.encoders import VAL, digit_tensors, evaluation_config, loader, tiny_backbone
-from ..support.helpers import default_dtype, of_two_processes, random_batch, tiny_config, tiny_model
+from ..support.helpers import (
+    default_dtype,
+    of_two_processes,
+    random_batch,
+    student_config,
+    tiny_config,
+    tiny_model,
+    write_teacher,
+)
 from ..training.test_randomness import (
     assert_same,
     last_checkpoint,
@@ -127,12 +135,26 @@ def gradients(method: str, rows: slice, parallel: bool) -> tuple[dict[str, Tenso
     return found, model.logged["train_flops_share"]
 
 
+def student_steps(folder: Path, rows: slice, parallel: bool) -> tuple[dict[str, Tensor], Tensor]:
+    """Of SEED's second step, and the queue behind it."""
+    with default_dtype(torch.float64):
+        model = tiny_model(student_config("seed", folder / "teacher.pt"))
+        synchronise(model)
+        step = DistributedDataParallel(Step(model)) if parallel else Step(model)
+        for number in range(2):
+            indices, views, targets = random_batch(2 * BATCH, seed=number)
+            model.zero_grad()
+            step([indices[rows], [views[0][rows]], targets[rows]]).backward()
+    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, model.queue
+
+
 def process(rank: int) -> dict[str, Any]:
     rows = slice(rank * BATCH, (rank + 1) * BATCH)
     with default_dtype(torch.float64):
         results = {method: gradients(method, rows, parallel=True) for method in METHODS}
         with mock.patch.object(gated, "global_mean", lambda values: values):
             results[LOCAL] = gradients("vicreg_dual", rows, parallel=True)
+    results["seed"] = student_steps(Path(os.environ["SHARED_FOLDER"]), rows, parallel=True)
     results["full disk"] = a_full_disk(rank)
     results["extraction"] = extraction()
     results |= {pipeline: runs(rank, pipeline) for pipeline in PIPELINES}
@@ -249,6 +271,7 @@ def folder(tmp_path_factory):
 def two(folder):
     """What both processes found."""
     write_data(folder, processes=2)
+    write_teacher(folder / "teacher.pt")
     return of_two_processes(process, folder)
 
 
@@ -275,6 +298,16 @@ def test_two_processes_give_the_gradients_of_one(method, two):
         assert distance(found, expected) < 1e-5
         assert its_share.item() == pytest.approx(share.item(), rel=1e-10)
     assert any(".gate." in name for name in expected)
+
+
+def test_two_processes_have_one_queue(two, folder):
+    """That of one process with the whole batch: of two steps, in the order of the processes."""
+    expected, queue = student_steps(folder, slice(None), parallel=False)
+    assert len(queue) == 2 * 2 * BATCH
+    for rank in range(2):
+        found, its_queue = two[rank]["seed"]
+        assert distance(found, expected) < 1e-8
+        torch.testing.assert_close(its_queue, queue, rtol=1e-12, atol=0)
 
 
 def test_a_budget_of_each_process_s_own_share_would_differ(two):

@@ -139,6 +139,9 @@ def published_cell(identity, *place):
         ("unification-2", "cifar100", "stl10", "vicreg", None, "dense", 70.37, None, None),
         ("unification-2", "cifar100", "imagenet100", "vicreg_dual", 0.5, "gated", 40.68, None, None),
         ("unification-2", "imagenet100", "cifar10", "vicreg_dual", 0.3, "gated", 49.41, None, None),
+        ("unification-3", "cifar100", "cifar100", "simreg", 0.1, "dense", 37.32, None, None),
+        ("unification-3", "imagenet100", "imagenet100", "seed", 0.5, "dense", 67.50, None, None),
+        ("unification-3", "cifar100", "cifar100", "vicreg_dual", 0.3, "gated", 58.49, None, None),
         ("unification-4", "cifar100", "cifar100", "barlow_dual", 0.1, "dense", 53.64, None, None),
         ("unification-4", "stl10", "stl10", "barlow_dual", 0.5, "gated", 77.10, None, 48.32),
         ("unification-4", "stl10", "stl10", "vicreg_dual", 0.1, "gated", 76.45, None, 78.27),
@@ -219,6 +222,12 @@ def test_every_combination_of_the_papers_is_there_once():
         expected["unification-2"].add((*transfer, "vicreg", None, "dense"))
         for budget in three if transfer[0] == "cifar100" else two:
             expected["unification-2"] |= {(*transfer, dual, budget, path) for path in both}
+    for dataset, budgets in (("cifar100", three), ("imagenet100", two)):
+        expected["unification-3"] |= {
+            (dataset, dataset, *method, budget, path)
+            for method, path in ((["simreg"], "dense"), (["seed"], "dense"), ([dual], "gated"))
+            for budget in budgets
+        }
     for number, other in (
         (4, "barlow_dual"),
         (5, "vicreg_dual_two_encoders"),
@@ -239,14 +248,45 @@ def test_every_combination_of_the_papers_is_there_once():
         simsiam = expected["dynamic_channel_selection-1"]
         simsiam.add((dataset, dataset, "simsiam", None, "dense"))
         simsiam |= {(dataset, dataset, "simsiam_gated", b, "gated") for b in budgets}
+    kinds = [f"simclr_gated ({kind} gates)" for kind in ("cdg", "fbs", "dgc", "cgnet", "scdg")]
+    expected["contrastive_dual_gating-1"] = {
+        ("cifar10", "cifar10", kind, None, "gated") for kind in kinds[:4]
+    }
+    for dataset in ("cifar10", "cifar100", "imagenet100"):
+        expected["contrastive_dual_gating-2"] |= {
+            (dataset, dataset, "simclr", None, "dense"),
+            (dataset, dataset, kinds[4], None, "gated"),
+        }
+    without_cuts = ("unification-2", "unification-3")
     for identity, found in PUBLISHED.items():
         places = [
             (c.trained_on, c.evaluated_on, c.variant, c.target_budget, c.path) for c in found.cells
         ]
         assert sorted(map(repr, places)) == sorted(map(repr, expected[identity]))
-        for cell in found.cells:  # a cut for every gated figure, but for the transfers
-            has_cut = cell.path == "gated" and identity != "unification-2"
+        for cell in found.cells:  # a cut for every gated figure, but for transfers and students
+            has_cut = cell.path == "gated" and identity not in without_cuts
             assert (cell.flops_cut is not None) == has_cut
+
+
+def test_the_poster_s_kinds_stand_in_one_row_whatever_their_budgets(store):
+    def run(kind, cut, **more):
+        gated = {"gated": (60.0, {"linear_top1_std": 0.1, "flops": 3e8, "flops_cut": cut})}
+        gating = {"gate": kind, **more.pop("gating", {})}
+        return metrics(dataset="cifar10", method="simclr_gated", gating=gating, rows=gated, **more)
+
+    contents = [run("fbs", 0.4, target_budget=0.5), run("dgc", 0.5, target_budget=0.47)]
+    found = table(store(*contents), "contrastive_dual_gating-1")
+    assert found.header[:2] == ("data set", "figures")
+    published, measured = (dict(zip(found.header, row.texts, strict=True)) for row in found.rows)
+    assert published["FBS, %"] == "86.91"
+    assert published["CDG: FLOPs cut"] == "52.83 %"  # of a 2.12th
+    assert measured["FBS, %"] == measured["DGC, %"] == "60.00 ± 0.10"
+    assert (measured["FBS: FLOPs cut"], measured["DGC: FLOPs cut"]) == ("40.00 %", "50.00 %")
+    assert measured["CGNet, %"] == "–"
+    found = table(store(run("fbs", 0.6, target_budget=0.3)), "contrastive_dual_gating-1")
+    sources = [row.texts[1] for row in found.rows]
+    assert len(sources) == len(set(sources)) == 4  # both of fbs, each with its budget, and dgc
+    assert any(source.endswith("t_d 30 %") for source in sources)
 
 
 def test_what_papers_repeat_is_the_same_in_every_table():
@@ -416,7 +456,13 @@ def test_a_copy_counts_once(store):
 
 
 @pytest.mark.parametrize(
-    "difference", [{"k": 5}, {"distance": "cosine"}, {"normalize": True}, {"features": "projector"}]
+    "difference",
+    [
+        {"k": 5},
+        {"distance": "cosine"},
+        {"normalize": True, "k": 5},
+        {"features": "projector"},
+    ],
 )
 def test_only_the_papers_nearest_neighbours_enter_their_tables(difference, store, call):
     root = store(metrics("knn", settings=KNN | difference))
@@ -424,6 +470,61 @@ def test_only_the_papers_nearest_neighbours_enter_their_tables(difference, store
     assert [r.value for r in records] == [60.25, 59.75]
     assert measured_cells(records) == []
     assert call(root)[0] == 0  # they are in the flat table
+
+
+STUDENT = {
+    "backbone": "resnet18_policy",
+    "target_budget": None,
+    "policy": {"target_budget": 0.3, "share": 0.33},
+    "method_kwargs": {"teacher": "vicreg/last.ckpt"},
+}
+
+
+def test_students_stand_in_table_3_under_the_budget_of_their_policy(store):
+    """Beside the gated path with features of length 1; other 1-NN figures are not there."""
+    normalized = KNN | {"normalize": True}
+    root = store(
+        metrics("knn", settings=normalized),
+        metrics("knn"),
+        *(
+            metrics(
+                "knn",
+                settings=settings,
+                rows={"dense": (value, {"flops": 2.5e8})},
+                method=method,
+                epochs=epochs,
+                **STUDENT,
+            )
+            for method, epochs, settings, value in (
+                ("simreg", 130, normalized, 45.0),
+                ("seed", 200, normalized, 36.0),
+                ("seed", 200, KNN, 1.0),
+            )
+        ),
+    )
+    found = rows(table(root, "unification-3"), "CIFAR-100", "30 %")
+    assert {
+        source: [text for text in row.values() if text != "–"][3:] for source, row in found.items()
+    } == {
+        "published": ["45.71", "35.29", "58.49"],
+        "measured (130 epochs, width 64)": ["45.00", "2.500E8"],
+        "measured (200 epochs, width 64)": ["36.00", "2.500E8"],
+        "measured (500 epochs, width 64)": ["59.75", "2.300E8"],
+    }
+    _, measured = rows(table(root, "unification-4"), "CIFAR-100", "30 %").values()
+    assert measured["VICReg-Dual: gated, %"] == "59.75"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"backbone": "resnet18_plain"}, {"backbone": "resnet34_policy"}, {"method": "vicreg"}],
+)
+def test_other_students_stand_in_no_published_table(change, store):
+    run = {"method": "simreg", **STUDENT, **change}
+    root = store(
+        metrics("knn", settings=KNN | {"normalize": True}, rows={"dense": (4.0, {})}, **run)
+    )
+    assert [table(root, identity) for identity in PUBLISHED] == [None] * len(PUBLISHED)
 
 
 def test_each_combination_of_a_knn_evaluation_counts(store):
@@ -505,6 +606,7 @@ def test_unusable_files_are_skipped_and_named(store, report):
             ("pretraining", "name"): (True, ["x"]),
             ("pretraining", "target_budget"): (7, "x", [1], {}),
             ("pretraining", "method_kwargs"): ("x", [1]),
+            ("pretraining", "policy"): ("x", [1]),
             ("settings", "threshold"): ("x", None, float("nan")),
             ("settings", "budget"): ("x", 3),
             ("data", "train_images"): (-1, "x", 10**400),
@@ -521,6 +623,13 @@ def test_a_planted_figure_is_skipped(place, value, store):
     (skipped,) = found.skipped
     assert f"`{place[0]}.{place[1]}` is " in skipped.reason
     assert len(skipped.reason) < 400
+
+
+@pytest.mark.parametrize("value", [7, "x", [1], {}])
+def test_a_student_with_a_planted_budget_is_skipped(value, store):
+    run = {**STUDENT, "policy": {"target_budget": value}}
+    found = read_records([store(metrics(), metrics("knn", method="seed", **run))])
+    assert "`pretraining.policy.target_budget` is " in found.skipped[0].reason
 
 
 def test_a_figure_that_does_not_exist_does_not_cost_the_other_ones(store):

@@ -122,7 +122,7 @@ def test_two_processes_at_once(cache):
 
     def build():
         library._compile = lambda *arguments: (both.wait(60), compile_kernel(*arguments))
-        library._cached([], cache, "kernel.so")
+        library._cached([], [], cache, "kernel.so")
 
     processes = [context.Process(target=build) for _ in range(2)]
     for process in processes:
@@ -163,6 +163,29 @@ def test_a_compiler_that_fails(cache, monkeypatch):
     compiler.write_text("#!/bin/sh\nexit 0\n")  # and makes nothing
     library._load.cache_clear()
     compiled_with_warning(r"failed: no message \(exit status 0\)")
+
+
+def test_a_compiler_that_knows_no_flags_of_an_engine(cache, monkeypatch):
+    monkeypatch.delenv("SOLO_GATING_ISA")
+    monkeypatch.setattr(library, "cpu_features", lambda: frozenset(AVX512))
+    compiler = cache.parent / "compiler"
+    fake = compiler.read_text().splitlines()
+    fake[1:1] = ['case "$*" in *-mavx512f*) echo "error: unknown -mavx512f" >&2; exit 1;; esac']
+    compiler.write_text("\n".join(fake))
+    message = r"on avx2 instead of avx512, more slowly: .* failed: error: unknown -mavx512f"
+    for _ in range(2):
+        with pytest.warns(RuntimeWarning, match=message):
+            fast = deploy.compile(encoder())
+        assert fast.engine == "avx2"
+    assert [file.name.split("-")[2] for file in cache.iterdir()] == ["avx2"]
+    # One that knows them and fails has another reason.
+    compiler.write_text(
+        '#!/bin/sh\ncase "$*" in *nothing.o) touch "$(echo "$*" | sed "s/.* //")"; '
+        'exit 0;; esac\necho "error: no" >&2\nexit 1\n'
+    )
+    library._load.cache_clear()
+    shutil.rmtree(cache)
+    compiled_with_warning("PyTorch instead of its own kernel, more slowly: .* failed: error: no")
 
 
 @pytest.mark.parametrize("command", ["c++ 'half", "''"])
@@ -413,6 +436,8 @@ AVX512 = AVX2 | {"avx512f", "avx512vl", "avx512dq", "avx512bw"}
         ("float32", AVX2 - {"fma"}, ("portable",)),
         ("float32", {"asimd", "asimddp"}, ("portable",)),
         ("bfloat16", AVX2, ("avx2", "portable")),
+        ("bfloat16", AVX512 | {"avx512_bf16"}, ("avx512_bf16", "avx512", "avx2", "portable")),
+        ("bfloat16", {"asimd", "bf16"}, ("neon_bf16", "portable")),
         ("int8", AVX512 | {"avx512_vnni"}, ("avx512_vnni", "avx512", "avx2", "portable")),
         ("int8", AVX2 | {"avx_vnni"}, ("avx_vnni", "avx2", "portable")),
         ("int8", {"asimd", "asimddp"}, ("neon_dot", "portable")),

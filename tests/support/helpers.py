@@ -16,7 +16,7 @@ import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from solo_gating import METHODS
+from solo_gating import METHODS, create_backbone
 
 ROOT = Path(__file__).parents[2]
 
@@ -113,6 +113,27 @@ def tiny_config(method: str = "vicreg_dual", **overrides: Any) -> DictConfig:
         },
     }
     return OmegaConf.merge(cfg, overrides)
+
+
+def student_config(method: str, teacher: Path, **overrides: Any) -> DictConfig:
+    """As `tiny_config`, of a student with one view; the queue, where there is one, holds 16."""
+    kwargs = {"teacher": str(teacher)} | ({"queue_size": 16} if method == "seed" else {})
+    cfg = tiny_config(
+        method,
+        data={"num_large_crops": 1},
+        augmentations=[{"crop_size": 16, "num_crops": 1, "horizontal_flip": {"prob": 0.5}}],
+    )
+    cfg.method_kwargs = kwargs
+    return OmegaConf.merge(cfg, overrides)
+
+
+def write_teacher(file: Path, width: int = 8) -> Path:
+    """A ResNet-18's weights under torchvision's names, with statistics as after some training."""
+    torch.manual_seed(1)
+    net = create_backbone("resnet18_plain", width=width, stem="cifar")
+    randomise_norms(net)
+    torch.save(net.state_dict(), file)
+    return file
 
 
 STEPS = 3  # in an epoch of a `run_config`

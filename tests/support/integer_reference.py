@@ -94,7 +94,7 @@ def _run_one(
             elif not finite:
                 own.append(np.zeros(channels, bool))
             else:
-                own.append(_decide(block.gates[index], x, scale, threshold, budget))
+                own.append(decide(block.gates[index], _means(x, scale), threshold, budget))
         masks += own
         x = _block(block, x, scale, own)
         scale = _f64(block.scales[-1])
@@ -102,7 +102,7 @@ def _run_one(
     features = _means(x, scale)
     if net.linear is not None:
         weight, bias = net.linear
-        features = np.float32([_dot(features, row) for row in weight]) + bias
+        features = np.float32([dot(features, row) for row in weight]) + bias
     if not finite:
         features = np.full_like(features, np.nan)
     return Result(features, tuple(masks), tuple(maps), stem)
@@ -145,14 +145,12 @@ def _block(block: Block, x: Bytes, x_scale: np.float64, masks: Sequence[Mask]) -
     return _to_bytes(_scaled(_sums(last, h), m, bias / out_scale) + shortcut)
 
 
-def _decide(
-    gate: Gate, x: Bytes, scale: np.float64, threshold: float, budget: float | None
-) -> Mask:
-    means = _means(x, scale)
+def decide(gate: Gate, means: Floats, threshold: float, budget: float | None) -> Mask:
+    """What a gate decides, from the means of its block's input."""
     logits = np.zeros(len(gate.shift), np.float32)
     for k in range(len(gate.bias)):
-        hidden = _dot(means, gate.reduce[k]) + gate.bias[k]
-        if hidden > 0:
+        hidden = dot(means, gate.reduce[k]) + gate.bias[k]
+        if not hidden <= 0:  # NaN, of a network in bfloat16, stays NaN
             logits = logits + hidden * gate.expand[:, k]
     shift = _shift(gate, budget)
     if gate.count is None:
@@ -184,28 +182,28 @@ def _shift(gate: Gate, budget: float | None) -> NDArray[np.float64]:
 
 def _sums(conv: Convolution, x: Bytes, outside: int = 0) -> NDArray[np.int64]:
     """C_out × H × W, Σ q · w; float64 products and sums of integers below 2⁵³ are exact."""
-    windows = _windows(conv, x.astype(np.float64), outside)
+    seen = windows(conv, x.astype(np.float64), outside)
     weight = conv.weight.astype(np.float64)
-    return np.einsum("chwij,ocij->ohw", windows, weight, optimize=True).astype(np.int64)
+    return np.einsum("chwij,ocij->ohw", seen, weight, optimize=True).astype(np.int64)
 
 
 def _float32_sums(conv: Convolution, image: Floats) -> Floats:
     """The same in float32: over input channels, rows and columns of the kernel, one by one."""
-    windows = _windows(conv, image, 0)
-    channels, height, width, kernel, _ = windows.shape
+    seen = windows(conv, image, 0)
+    channels, height, width, kernel, _ = seen.shape
     sums = np.zeros((len(conv.bias), height, width), np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
         for c, i, j in np.ndindex(channels, kernel, kernel):
-            sums = sums + windows[c, :, :, i, j] * conv.weight[:, c, i, j, None, None]
+            sums = sums + seen[c, :, :, i, j] * conv.weight[:, c, i, j, None, None]
     return sums
 
 
-def _windows(conv: Convolution, x: NDArray, outside: int) -> NDArray:
+def windows(conv: Convolution, x: NDArray, outside: int) -> NDArray:
     """C × H_out × W_out × k × k."""
     pad, kernel = conv.padding, conv.weight.shape[-1]
     padded = np.pad(x, ((0, 0), (pad, pad), (pad, pad)), constant_values=outside)
-    windows = np.lib.stride_tricks.sliding_window_view(padded, (kernel, kernel), axis=(1, 2))
-    return windows[:, :: conv.stride, :: conv.stride]
+    seen = np.lib.stride_tricks.sliding_window_view(padded, (kernel, kernel), axis=(1, 2))
+    return seen[:, :: conv.stride, :: conv.stride]
 
 
 def _scaled(sums: NDArray[np.int64], m: NDArray, b: NDArray) -> Floats:
@@ -230,7 +228,8 @@ def _means(x: Bytes, scale: np.float64) -> Floats:
     return x.sum(axis=(1, 2), dtype=np.int64).astype(np.float32) * np.float32(scale / pixels)
 
 
-def _dot(a: Floats, b: Floats) -> np.float32:
+def dot(a: Floats, b: Floats) -> np.float32:
+    """Of all engines: 16 partial sums, folded i with i + 8, i + 4, i + 2, i + 1."""
     partial = [np.float32(0)] * 16
     for i in range(len(a)):
         partial[i % 16] = partial[i % 16] + a[i] * b[i]

@@ -28,8 +28,6 @@ ROUNDED = {"bfloat16": 0.2, "int8": 0.4}
 _RARE = 50
 # How near the channels computed come to the share that was asked for.
 _NEAR = 2e-4
-# Engines of ours that compute in bfloat16; the others only hold weights in it.
-_NATIVE_BFLOAT16 = ("avx512_bf16", "neon_bf16")
 
 
 @dataclass(frozen=True)
@@ -206,7 +204,7 @@ def _ours(
             say(f"{OURS} in {dtype} is left out: {error}")
             continue
         possible.append(dtype)
-        if dtype == "bfloat16" and dense.engine not in _NATIVE_BFLOAT16:
+        if dense.computes != dtype:
             continue
         more = _checked("dense", dtype, dense(images), case.dense.features)
         call = partial(dense, images)

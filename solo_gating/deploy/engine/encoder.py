@@ -55,6 +55,8 @@ class CompiledEncoder(nn.Module):
     Attributes:
         path: "gated" or "dense".
         dtype: "float32", "bfloat16" or "int8", of the convolutions' weights.
+        computes: what the convolutions compute in: dtype, or "float32" on an engine that only holds
+            weights in bfloat16.
         engine: what it runs on, such as "avx512" or "pytorch".
         features: F, length of the features.
         channels: for each gate, how many it chooses from.
@@ -65,6 +67,7 @@ class CompiledEncoder(nn.Module):
         self._encoder, self._origin = encoder, origin
         self.path, self.dtype, self.engine = encoder.path, encoder.dtype, encoder.engine
         self.features, self.channels = encoder.features, encoder.channels
+        self.computes = encoder.computes
 
     @property
     def threads(self) -> int:
@@ -273,17 +276,19 @@ def compile(
         path: "gated" or "dense".
         threshold: of the gates; None for the backbone's own.
         budget: that the gates are told, of a network trained for a range; None for the backbone's own.
-        dtype: "float32"; "bfloat16" to hold the convolutions' weights in half of the memory, while sums
-            and activations stay float32; or "int8" to compute in 8-bit integers, much faster, with gates in
-            float32. The last two change results (docs/results/inference_speed.md and
-            docs/results/int8_accuracy.md say how much, `CompiledEncoder.report` for any encoder).
+        dtype: "float32"; "bfloat16" to hold the convolutions' weights and maps in bfloat16 and to sum in
+            float32, twice as fast on a CPU that has instructions for it (on others weights are held in
+            half of the memory, and all else is float32: `CompiledEncoder.computes` says which); or "int8"
+            to compute in 8-bit integers, much faster. Gates stay in float32. The last two change results
+            (docs/results/inference_speed.md and docs/results/int8_accuracy.md say how much,
+            `CompiledEncoder.report` for any encoder).
         calibration: for dtype="int8", some 256 images without labels, to find the range of each map (more
             are not used): a tensor or an array, N × C × H × W, float32, normalised as in training. Of a
             checkpoint also a folder of images, or a list of `key=value` as main_knn takes them,
             `["data.train_path=..."]`, whose training images are taken; `[]` for those of pre-training.
         float_stem: for dtype="int8", whether the first convolution stays in float32.
-        engine: an instruction set ("avx512", "avx2" or "portable") or "pytorch"; None for what the
-            environment's SOLO_GATING_ISA says, or the best that this CPU has.
+        engine: an instruction set (a key of `solo_gating_runtime.library.ENGINES[dtype]`, such as
+            "avx512") or "pytorch"; None for what the environment's SOLO_GATING_ISA says, or the best that this CPU has.
 
     Raises:
         InputError: for a source without that path or of another kind, or values not accepted.
@@ -385,7 +390,7 @@ def _compiled(
             if not folded.is_compilable:
                 raise BuildError(_UNKNOWN)
             kernel = Kernel(net, content or to_bytes(net), name, file)
-            return CompiledEncoder(Encoder(net, kernel, name, threads))
+            return CompiledEncoder(Encoder(net, kernel, kernel.engine, threads))
         except BuildError as error:
             warnings.warn(
                 f"solo-gating runs on PyTorch instead of its own kernel, more slowly: {error}",

@@ -15,7 +15,7 @@
     dataset=cifar10     other images than the checkpoint's, from data.train_path, data.val_path
 
 On the validation images: writes policy.json (a file that other commands read; its schema is in
-solo_gating/evaluate/policy.py), policy.csv, policy.png and metrics.json, and for a sweep sweep.csv
+solo_gating/policies.py), policy.csv, policy.png and metrics.json, and for a sweep sweep.csv
 and sweep.png, into a folder beside the checkpoint (output=...).
 """
 
@@ -37,6 +37,7 @@ from ...flops import count_flops
 from ...plots.policy import draw_policy
 from ...plots.sweep import draw_sweep
 from ...plots.sweeps import draw_sweeps
+from ...policies import Policy
 from ...process_state import process_state_kept
 from ...report.records import read_records
 from ...texts import aligned, published_count
@@ -44,7 +45,7 @@ from ...training.checkpoints import plain
 from ..calibrate import calibrate, lowest_share, sweep
 from ..evaluation import Evaluation, flops_row, prepare_evaluation
 from ..knn import knn_top1
-from ..policy import Policy, policy_of
+from ..policy import policy_of
 
 _SETTINGS = ("calibrate", "calibration_images")
 

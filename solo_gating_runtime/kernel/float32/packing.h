@@ -18,14 +18,7 @@ namespace gated {
 
 inline void assign(float& to, float value) { to = value; }
 
-// Rounded to the nearest, halves to the even one.
-inline void assign(Bfloat16& to, float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  const bool is_nan = value != value;
-  to.upper =
-      static_cast<uint16_t>((is_nan ? bits | 0x400000 : bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
+inline void assign(Bfloat16& to, float value) { to.upper = to_bfloat16(value); }
 
 // A convolution's weights, in one of four orders, in which channels are padded with zeros to a
 // multiple of kLanes in the first two only:

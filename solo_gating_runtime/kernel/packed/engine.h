@@ -1,11 +1,11 @@
-// A ResNet on 32-bit words of 8-bit numbers, in which each image computes only the channels that
+// A ResNet on 32-bit words of several numbers, in which each image computes only the channels that
 // its gates choose.
 //
 // All convolutions of a block but the last are dot products over input channels, of the chosen
 // output channels only. The last one adds up the outer products of the hidden map's words with the
 // chosen rows of its weights, which are packed into words for each image; scales, bias and shortcut
-// follow while sums are in registers. What is computed is in `network.py`, bit for bit, whatever
-// the instructions, the number of threads and the images beside one.
+// follow while sums are in registers. What is computed is in `network.py`: bit for bit, whatever the
+// number of threads and the images beside one, and of integers whatever the instructions, too.
 
 #pragma once
 
@@ -27,6 +27,9 @@
 
 namespace gated {
 
+// Of a map, as a file has it.
+inline float map_scale(float scale) { return kIntegers ? scale : 1.0f; }
+
 struct PackedBlock {
   std::vector<DotWeights> dots;
   OuterWeights last;
@@ -34,18 +37,18 @@ struct PackedBlock {
   float in_scale = 0.0f, out_scale = 0.0f;
 
   PackedBlock(const Block& block, float in, Arena& arena)
-      : last(block, in, block.scales[block.num_convolutions - 2],
-             block.scales[block.num_convolutions - 1], block.num_gates > 0, arena),
+      : last(block, in, map_scale(block.scales[block.num_convolutions - 2]),
+             map_scale(block.scales[block.num_convolutions - 1]), block.num_gates > 0, arena),
         in_scale(in),
-        out_scale(block.scales[block.num_convolutions - 1]) {
+        out_scale(map_scale(block.scales[block.num_convolutions - 1])) {
     float scale = in;
     for (int64_t k = 0; k + 1 < block.num_convolutions; ++k) {
       const Convolution& conv = block.convolutions[k];
       const int64_t channels =
           k == 0 ? map_channels(conv.in_channels) : up_to(conv.in_channels, kQuad);
-      dots.emplace_back(conv, scale, block.scales[k], channels, k > 0 && block.num_gates > 0,
-                        arena);
-      scale = block.scales[k];
+      const float out = map_scale(block.scales[k]);
+      dots.emplace_back(conv, scale, out, channels, k > 0 && block.num_gates > 0, arena);
+      scale = out;
     }
     for (int64_t g = 0; g < block.num_gates; ++g) {
       gates.emplace_back(block.gates[g], block.first().in_channels,
@@ -61,8 +64,8 @@ struct PackedNetwork {
   const float* linear_bias = nullptr;
 
   PackedNetwork(const Network& net, Arena& arena)
-      : stem(net.stem, net.image_scale, net.stem_scale, arena) {
-    float scale = net.stem_scale;
+      : stem(net.stem, map_scale(net.image_scale), map_scale(net.stem_scale), arena) {
+    float scale = map_scale(net.stem_scale);
     for (const Block& block : net.blocks) {
       blocks.emplace_back(block, scale, arena);
       scale = blocks.back().out_scale;
@@ -88,10 +91,10 @@ class Engine {
 
   // What one thread needs for itself.
   struct Scratch {
-    Storage<Number> rows;      // the last three rows of the stem's convolution, and their maximum
-    Storage<Number> gathered;  // a row's words
-    Storage<Weight8> unit;     // packed words
-    Storage<Weight8> weights;  // of chosen inputs
+    Storage<Number> rows;        // the last three rows of the stem's convolution, and their maximum
+    Storage<Number> gathered;    // a row's words
+    Storage<PackedWeight> unit;  // packed words
+    Storage<PackedWeight> weights;  // of chosen inputs
     Buffer logits;
     std::vector<int32_t> chosen[kMostConvolutions - 1];
     bool finite = true;  // whether this thread's part of the image is
@@ -106,7 +109,7 @@ class Engine {
     std::vector<Storage<Number>> quads;
     Storage<Number> between[2];  // hidden maps that dot products read, in turn
     Storage<Number> gathered;    // what a shortcut reads
-    Storage<Weight8> unit;       // packed words that all threads use
+    Storage<PackedWeight> unit;  // packed words that all threads use
     Buffer means;
     std::vector<Scratch> scratch;  // for each thread
 
@@ -215,7 +218,7 @@ class Engine {
             }
             continue;
           }
-          const Words pixel = quantised_pixel(value * broadcast(stem.scale));
+          const Words pixel = pixel_words(value, stem.scale);
           if (channels == 3) {
             pixels[c] = pixel;
             continue;
@@ -235,17 +238,6 @@ class Engine {
     team.wait();
     return std::all_of(w.scratch.begin(), w.scratch.begin() + team.size,
                        [](const Scratch& one) { return one.finite; });
-  }
-
-  // ⌊value⌉ + 128 in 0 … 255.
-  static Words quantised_pixel(Vec value) {
-    const Vec least = broadcast(-128.0f), most = broadcast(127.0f);
-    value = value > least ? value : least;
-    value = value < most ? value : most;
-    value += 12582912.0f;  // as in quantise
-    Words bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    return (bits & 0xff) ^ 128;
   }
 
   // ----------------------------------------------------------------------------------------------
@@ -370,7 +362,7 @@ class Engine {
           Vec value = sum[p] + bias;
           value = (value > zero ? value : zero) * scale;
           Number lanes[kLanes];
-          const Numbers numbers = quantise(value);
+          const Numbers numbers = to_numbers(value);
           std::memcpy(lanes, &numbers, sizeof numbers);
           // Lanes are in a group's order.
           const bool alone = v + 1 == channels / kLanes && v % kPair == 0;
@@ -490,24 +482,15 @@ class Engine {
     // Channels are added up in whole rows of numbers, those of the next pixel, too.
     const int64_t pieces = ceil_div(map.channels, kRow);
     for (int64_t i = team.begin(pieces); i < team.end(pieces); ++i) {
-      int32_t sums[kRow] = {};
-      HalfSums halves;
-      int64_t room = kMostHalves;
+      MapSums sums;
       for (int64_t y = 1; y <= map.grid.height; ++y) {
-        const Number* pixel = x + (y * (map.grid.width + 2) + 1) * map.channels + i * kRow;
-        for (int64_t left = map.grid.width; left > 0;) {
-          const int64_t count = std::min(left, room);
-          for (int64_t p = 0; p < count; ++p, pixel += map.channels) halves.add(pixel);
-          left -= count;
-          room -= count;
-          if (room > 0) continue;
-          halves.flush(sums);
-          room = kMostHalves;
-        }
+        const Number* row = x + (y * (map.grid.width + 2) + 1) * map.channels;
+        sums.add(row + i * kRow, map.channels, map.grid.width);
       }
-      halves.flush(sums);
+      float result[kRow];
+      sums.store(result);
       for (int64_t c = i * kRow; c < std::min((i + 1) * kRow, map.channels); ++c) {
-        means[c] = static_cast<float>(sums[c - i * kRow]) * share;
+        means[c] = result[c - i * kRow] * share;
       }
     }
   }
@@ -588,7 +571,7 @@ class Engine {
       if (first == last) continue;
       const bool more = i + 1 < pieces && (!by_channel || (i + 1) * all < end);
       float multiplier[kQuad], bias[kQuad];
-      const Weight8* soon[kQuad];
+      const PackedWeight* soon[kQuad];
       for (int64_t m = 0; m < number; ++m) {
         const int64_t j = std::min(i * kQuad + m, out.number - 1);
         const int64_t c = out.channels[j];
@@ -605,7 +588,7 @@ class Engine {
         }
       }
       if (conv.chosen_inputs) {
-        Weight8* rows = w.scratch[team.rank].weights.data();
+        PackedWeight* rows = w.scratch[team.rank].weights.data();
         for (int64_t m = 0; m < number; ++m) {
           choose_inputs(conv, product.weights[m], in, channels, product.run, rows);
           product.weights[m] = rows;
@@ -628,7 +611,7 @@ class Engine {
         } else if (next != nullptr && next->rows != nullptr && ahead < 2 * number) {
           const int32_t c = out.channels[std::min(i * kQuad + ahead - number, out.number - 1)];
           product.ahead = reinterpret_cast<const char*>(next->rows + c * next->row_size());
-          product.ahead_step = next->row_size() * sizeof(Weight8) / steps;
+          product.ahead_step = next->row_size() * sizeof(PackedWeight) / steps;
         }
         product.pixel = at.pixel.data() + tiles[t].first;
         product.position = at.position.data() + tiles[t].first;
@@ -639,8 +622,8 @@ class Engine {
   }
 
   // An output channel's weights of the chosen inputs only, as rows of the kernel.
-  static void choose_inputs(const DotWeights& conv, const Weight8* weights, const Choice& in,
-                            int64_t channels, int64_t run, Weight8* to) {
+  static void choose_inputs(const DotWeights& conv, const PackedWeight* weights, const Choice& in,
+                            int64_t channels, int64_t run, PackedWeight* to) {
     const int64_t step = up_to(conv.in_channels, kRow);
     std::fill_n(to, conv.kernel * run, 0);
     for (int64_t y = 0; y < conv.kernel; ++y) {
@@ -686,13 +669,20 @@ class Engine {
     const bool apart = conv.units >= team.size;
     const Team unit_team = apart ? team : alone, pixel_team = apart ? alone : team;
     const int64_t last_unit = unit_team.end(conv.units);
+    const int64_t tiles = shape.tiles.size();
+    // A unit's words are packed before it, or by a tile of the unit before.
+    bool is_packed = false;
+    PackedWeight* to = nullptr;
+    if (conv.rows != nullptr) to = apart ? w.scratch[team.rank].unit.data() : w.unit.data();
+    PackedWeight* next = apart && kPacksAhead && to != nullptr ? to + group : nullptr;
     for (int64_t u = unit_team.begin(conv.units); u < last_unit; ++u) {
-      const Weight8* words = conv.words;
+      const PackedWeight* words = conv.words;
       if (conv.rows != nullptr) {
-        Weight8* to = apart ? w.scratch[team.rank].unit.data() : w.unit.data();
         const int64_t pieces = cut.quads + cut.tails;
-        conv.pack_unit(u, in.channels, in.number, pixel_team.begin(pieces), pixel_team.end(pieces),
-                       to);
+        if (!is_packed) {
+          conv.pack_unit(u, in.channels, in.number, pixel_team.begin(pieces),
+                         pixel_team.end(pieces), to);
+        }
         pixel_team.wait();
         words = to;
       } else {
@@ -710,10 +700,18 @@ class Engine {
           product.shortcut.weights = conv.shortcut + v * kRow * conv.shortcut_words;
           product.shortcut_multiplier = conv.shortcut_multiplier + v * kLanes;
         }
-        const int64_t tiles = shape.tiles.size();
         for (int64_t t = pixel_team.begin(tiles); t < pixel_team.end(tiles); ++t, ++tiles_done) {
           const OuterTileShape& tile = shape.tiles[t];
-          look_ahead(index, u + 1 < last_unit ? u + 1 : -1, tiles_done, in, cut.words, product);
+          const int64_t next_unit = u + 1 < last_unit ? u + 1 : -1;
+          product.packed = nullptr;
+          if (next != nullptr && next_unit >= 0 &&
+              tiles_done == std::min<int64_t>(kGroup, tiles - 1)) {
+            rows_ahead(conv, next_unit, in.channels, product);
+            product.packed = next;
+            product.number = in.number;
+          } else {
+            look_ahead(index, next_unit, tiles_done, in, cut.words, product);
+          }
           const int64_t place = tile.y * columns + tile.x;
           product.main.x = hidden + quads.first() + place * kQuad;
           product.tail = hidden + place;
@@ -723,7 +721,20 @@ class Engine {
         }
       }
       if (conv.rows != nullptr) pixel_team.wait();
+      if (next != nullptr) {
+        std::swap(to, next);
+        is_packed = true;
+      }
     }
+  }
+
+  // Of a unit, every kGroup-th one from the first on.
+  static void rows_ahead(const OuterWeights& conv, int64_t unit, const int32_t* first,
+                         OuterProduct& product) {
+    product.ahead = conv.rows + unit * conv.in_channels * conv.row_size();
+    product.ahead_rows = first;
+    product.ahead_step = kGroup;
+    product.ahead_size = conv.row_size();
   }
 
   // What a tile prefetches: rows of the next unit, or the next block's gate.
@@ -736,21 +747,18 @@ class Engine {
     if (conv.rows == nullptr) return;
     if (next_unit >= 0) {
       if (tile >= kGroup) return;
-      product.ahead = conv.rows + next_unit * conv.in_channels * conv.row_size();
-      product.ahead_rows = in.channels + tile;
-      product.ahead_step = kGroup;
-      product.ahead_size = conv.row_size();
+      rows_ahead(conv, next_unit, in.channels + tile, product);
       return;
     }
     if (index + 1 == net_->blocks.size() || words == 0) return;
     const GateWeights& gate = net_->blocks[index + 1].gates[0];
     const int64_t row = conv.taps * 64, bytes = gate.hidden * (gate.in + gate.out) * sizeof(float);
     if ((tile + 1) * words * row > bytes || words > static_cast<int64_t>(all_.size())) return;
-    product.ahead = reinterpret_cast<const Weight8*>(gate.reduce) +
-                    tile * words * row / static_cast<int64_t>(sizeof(Weight8));
+    product.ahead = reinterpret_cast<const PackedWeight*>(gate.reduce) +
+                    tile * words * row / static_cast<int64_t>(sizeof(PackedWeight));
     product.ahead_rows = all_.data();
     product.ahead_step = 1;
-    product.ahead_size = row / static_cast<int64_t>(sizeof(Weight8));
+    product.ahead_size = row / static_cast<int64_t>(sizeof(PackedWeight));
   }
 
   // ----------------------------------------------------------------------------------------------
@@ -765,7 +773,7 @@ class Engine {
       for (int64_t i = 0; i < map.grid.width; ++i) {
         const Number* pixel = x + ((y + 1) * (map.grid.width + 2) + i + 1) * map.channels;
         float* first = to + y * map.grid.width + i;
-        for (int64_t c = 0; c < channels; ++c) first[c * pixels] = pixel[c] * scale;
+        for (int64_t c = 0; c < channels; ++c) first[c * pixels] = to_float(pixel[c]) * scale;
       }
     }
     team.wait();
@@ -802,7 +810,7 @@ inline void Engine::Workspace::prepare(const Engine& engine, std::shared_ptr<con
       float_image = Buffer(l.stem.image_size);
     } else {
       image = Storage<Number>(l.stem.image_size);
-      std::fill_n(image.data(), l.stem.image_size, 128);
+      std::fill_n(image.data(), l.stem.image_size, kOutside);
     }
     maps.clear();
     for (const MapLayout& map : l.maps) maps.emplace_back(map.size());
@@ -810,7 +818,7 @@ inline void Engine::Workspace::prepare(const Engine& engine, std::shared_ptr<con
     for (const QuadShape& shape : l.quads) quads.emplace_back(shape.size());
     for (Storage<Number>& map : between) map = Storage<Number>(l.largest_between);
     gathered = Storage<Number>(l.largest_gathered);
-    unit = Storage<Weight8>(l.largest_unit);
+    unit = Storage<PackedWeight>(l.largest_unit);
     means = Buffer(padded_to_partials(l.largest_channels));
     scratch.clear();
     layout = std::move(wanted);
@@ -825,8 +833,8 @@ inline void Engine::Workspace::prepare(const Engine& engine, std::shared_ptr<con
       const int64_t quads = ceil_div(stem.kernel * stem.words * kGroup, kQuad);
       fresh.gathered = Storage<Number>(quads * l.stem.conv.width * kQuad);
     }
-    fresh.unit = Storage<Weight8>(l.largest_unit);
-    fresh.weights = Storage<Weight8>(l.largest_rows);
+    fresh.unit = Storage<PackedWeight>(l.largest_unit * (kPacksAhead ? 2 : 1));
+    fresh.weights = Storage<PackedWeight>(l.largest_rows);
     fresh.logits = Buffer(padded_to_partials(l.largest_channels));
     for (std::vector<int32_t>& chosen : fresh.chosen) {
       chosen.resize(l.largest_channels + kBeyond);

@@ -25,8 +25,14 @@ inline int64_t map_channels(int64_t channels) { return up_to(channels, kLanes); 
 constexpr int64_t kUnit = kRow;
 constexpr int64_t kUnitGroups = std::max<int64_t>(1, kUnit / kGroupChannels);
 
+inline PackedWeight packed_weight(const Convolution& conv, int64_t index) {
+  if constexpr (kIntegers) return conv.quantised[index];
+  return to_bfloat16(conv.weight[index]);
+}
+
 // A convolution of so many input channels adds up at most 255 · 127 each time.
 inline void check_sums(const Convolution& conv) {
+  if (!kIntegers) return;
   const int64_t terms = conv.in_channels * conv.kernel * conv.kernel;
   if (terms * 255 * 127 > INT32_MAX) throw std::length_error("too many input channels");
 }
@@ -59,8 +65,8 @@ inline const float* in_order(const std::vector<float>& numbers, Arena& arena) {
 // The column of a unit's rows that word `lane` of the q-th interleaved vector holds.
 inline std::vector<int64_t> columns_of_words() {
   Row rows[kGroup] = {};
-  Weight8 numbers[kRow], words[4 * kRow];
-  for (int64_t i = 0; i < kRow; ++i) numbers[i] = static_cast<Weight8>(i);
+  PackedWeight numbers[kRow], words[4 * kRow];
+  for (int64_t i = 0; i < kRow; ++i) numbers[i] = static_cast<PackedWeight>(i);
   for (Row& row : rows) std::memcpy(&row, numbers, sizeof row);
   interleave(rows, words, words + 2 * kRow);
   std::vector<int64_t> columns;
@@ -69,6 +75,7 @@ inline std::vector<int64_t> columns_of_words() {
 }
 
 // float(multiplier), float(bias) of a convolution from a map of scale `in` to one of scale `out`.
+// Floats have none, and all are 1.
 struct Factors {
   std::vector<float> multiplier, bias;
 };
@@ -76,7 +83,8 @@ struct Factors {
 inline Factors factors(const Convolution& conv, double in, double out) {
   Factors f;
   for (int64_t c = 0; c < conv.out_channels; ++c) {
-    f.multiplier.push_back(static_cast<float>(in * conv.scale[c] / out));
+    const double scale = kIntegers ? conv.scale[c] : 1.0;
+    f.multiplier.push_back(static_cast<float>(in * scale / out));
     f.bias.push_back(static_cast<float>(conv.bias[c] / out));
   }
   return f;
@@ -88,7 +96,7 @@ struct DotWeights {
   int64_t in_channels = 0, out_channels = 0, kernel = 0, stride = 0;
   bool chosen_inputs = false;
   int64_t row = 0;  // of one output channel
-  const Weight8* weights = nullptr;
+  const PackedWeight* weights = nullptr;
   std::vector<float> multiplier, bias;
 
   DotWeights(const Convolution& conv, double in, double out, int64_t channels, bool chosen_inputs,
@@ -103,12 +111,12 @@ struct DotWeights {
     const int64_t step = chosen_inputs ? up_to(in_channels, kRow) : channels;
     const int64_t run = chosen_inputs ? kernel * step : run_of(kernel, channels);
     row = kernel * run;
-    weights = arena.add<Weight8>(out_channels * row, [&](Weight8* to) {
+    weights = arena.add<PackedWeight>(out_channels * row, [&](PackedWeight* to) {
       for (int64_t c = 0; c < out_channels; ++c) {
         for (int64_t d = 0; d < in_channels; ++d) {
           for (int64_t t = 0; t < taps; ++t) {
             to[c * row + t / kernel * run + t % kernel * step + d] =
-                conv.quantised[(c * in_channels + d) * taps + t];
+                packed_weight(conv, (c * in_channels + d) * taps + t);
           }
         }
       }
@@ -141,11 +149,12 @@ struct Cut {
 // Outer products with chosen input channels: unit × input channel × kernel element × its columns.
 struct OuterWeights {
   int64_t in_channels = 0, out_channels = 0, kernel = 0, taps = 0, units = 0;
-  const Weight8* rows = nullptr;   // null if all inputs are computed
-  const Weight8* words = nullptr;  // of all input channels, then: group × step × pair of vectors
+  const PackedWeight* rows = nullptr;  // null if all inputs are computed
+  const PackedWeight* words =
+      nullptr;  // of all input channels, then: group × step × pair of vectors
   const float* multiplier = nullptr;
   const float* bias = nullptr;
-  const Weight8* shortcut = nullptr;  // group × word × pair of vectors
+  const PackedWeight* shortcut = nullptr;  // group × word × pair of vectors
   int64_t shortcut_words = 0;
   const float* shortcut_multiplier = nullptr;
   float ratio = 0.0f;
@@ -162,12 +171,12 @@ struct OuterWeights {
     units = up_to(map_channels(out_channels), kUnit) / kUnit;
     const int64_t size = units * in_channels * row_size();
     if (chosen) {
-      rows = arena.add<Weight8>(size, [&](Weight8* to) { pack_rows(conv, to); });
+      rows = arena.add<PackedWeight>(size, [&](PackedWeight* to) { pack_rows(conv, to); });
     } else {
       const Cut cut(in_channels, kernel);
       const int64_t unit = kUnitGroups * cut.steps(kernel) * kPair * kRow;
-      words = arena.add<Weight8>(units * unit, [&](Weight8* to) {
-        Storage<Weight8> all_rows(size);
+      words = arena.add<PackedWeight>(units * unit, [&](PackedWeight* to) {
+        Storage<PackedWeight> all_rows(size);
         std::vector<int32_t> all;
         for (int64_t c = 0; c < in_channels; ++c) all.push_back(c);
         pack_rows(conv, all_rows.data());
@@ -200,10 +209,10 @@ struct OuterWeights {
   // Pieces `begin` to `end` of a unit's words of the chosen input channels, a piece being a quad or
   // a tail: group × step × pair of vectors.
   void pack_unit(int64_t unit, const int32_t* chosen, int64_t number, int64_t begin, int64_t end,
-                 Weight8* to) const {
+                 PackedWeight* to) const {
     const Cut cut(number, kernel);
     const int64_t group = cut.steps(kernel) * kPair * kRow;
-    const Weight8* from = rows + unit * in_channels * row_size();
+    const PackedWeight* from = rows + unit * in_channels * row_size();
     const auto row = [&](int64_t j) { return from + chosen[j] * row_size(); };
     // Steps of a group are a unit's first or only half.
     const auto put = [&](const Row* four, int64_t step) {
@@ -211,7 +220,7 @@ struct OuterWeights {
     };
     const auto fetch = [&](int64_t j) {
       const char* soon = reinterpret_cast<const char*>(row(j));
-      const int64_t bytes = row_size() * sizeof(Weight8);
+      const int64_t bytes = row_size() * sizeof(PackedWeight);
       for (int64_t e = 0; e < bytes; e += kCacheLine) __builtin_prefetch(soon + e);
     };
     constexpr int64_t kWords = kQuad / kGroup;
@@ -219,7 +228,7 @@ struct OuterWeights {
     for (int64_t q = begin; q < std::min(end, cut.quads); ++q) {
       for (int64_t j = (q + 2) * kQuad; j < std::min((q + 3) * kQuad, number); ++j) fetch(j);
       for (int64_t word = q * kWords; word < std::min((q + 1) * kWords, cut.words); ++word) {
-        const Weight8* from_row[kGroup];
+        const PackedWeight* from_row[kGroup];
         const int64_t first = word * kGroup, there = std::min<int64_t>(kGroup, whole - first);
         for (int64_t k = 0; k < kGroup; ++k) from_row[k] = row(first + (k < there ? k : 0));
         for (int64_t t = 0; t < taps; ++t) {
@@ -246,7 +255,7 @@ struct OuterWeights {
   }
 
  private:
-  void pack_rows(const Convolution& conv, Weight8* to) const {
+  void pack_rows(const Convolution& conv, PackedWeight* to) const {
     const std::vector<int64_t> order = group_order(out_channels), columns = columns_of_words();
     for (size_t i = 0; i < order.size(); ++i) {
       if (order[i] < 0) continue;
@@ -254,7 +263,7 @@ struct OuterWeights {
       for (int64_t d = 0; d < in_channels; ++d) {
         for (int64_t t = 0; t < taps; ++t) {
           to[(unit * in_channels + d) * row_size() + t * kUnit + column] =
-              conv.quantised[(order[i] * in_channels + d) * taps + t];
+              packed_weight(conv, (order[i] * in_channels + d) * taps + t);
         }
       }
     }
@@ -263,16 +272,17 @@ struct OuterWeights {
   void pack_shortcut(const Convolution& conv, Arena& arena) {
     const std::vector<int64_t> order = group_order(out_channels);
     shortcut_words = up_to(conv.in_channels, kGroup) / kGroup;
-    shortcut = arena.add<Weight8>(order.size() * shortcut_words * kGroup, [&](Weight8* to) {
-      for (size_t i = 0; i < order.size(); ++i) {
-        if (order[i] < 0) continue;
-        const int64_t group = i / kGroupChannels, lane = i % kGroupChannels;
-        for (int64_t d = 0; d < conv.in_channels; ++d) {
-          const int64_t word = (group * shortcut_words + d / kGroup) * kGroupChannels + lane;
-          to[word * kGroup + d % kGroup] = conv.quantised[order[i] * conv.in_channels + d];
-        }
-      }
-    });
+    shortcut =
+        arena.add<PackedWeight>(order.size() * shortcut_words * kGroup, [&](PackedWeight* to) {
+          for (size_t i = 0; i < order.size(); ++i) {
+            if (order[i] < 0) continue;
+            const int64_t group = i / kGroupChannels, lane = i % kGroupChannels;
+            for (int64_t d = 0; d < conv.in_channels; ++d) {
+              const int64_t word = (group * shortcut_words + d / kGroup) * kGroupChannels + lane;
+              to[word * kGroup + d % kGroup] = packed_weight(conv, order[i] * conv.in_channels + d);
+            }
+          }
+        });
   }
 };
 
@@ -282,7 +292,7 @@ struct StemWeights {
   int64_t words = 0;  // of a row of the kernel
   bool floats = false;
   float scale = 0.0f;  // what pixels, or a float32 stem's sums, are multiplied with
-  const Weight8* weights = nullptr;
+  const PackedWeight* weights = nullptr;
   const float* multiplier = nullptr;
   const float* bias = nullptr;
   const float* float_weights = nullptr;  // group of channels × input channel × tap × its channels
@@ -293,7 +303,7 @@ struct StemWeights {
         kernel(conv.kernel),
         stride(conv.stride),
         padding(conv.padding),
-        floats(conv.weight != nullptr) {
+        floats(kIntegers && conv.weight != nullptr) {
     const int64_t taps = kernel * kernel;
     const std::vector<int64_t> order = group_order(out_channels);
     if (floats) {
@@ -314,27 +324,28 @@ struct StemWeights {
     check_sums(conv);
     scale = 1.0f / static_cast<float>(image_scale);
     words = up_to(kernel * in_channels, kGroup) / kGroup;
-    weights = arena.add<Weight8>(order.size() * kernel * words * kGroup, [&](Weight8* to) {
-      for (size_t i = 0; i < order.size(); ++i) {
-        if (order[i] < 0) continue;
-        const int64_t group = i / kGroupChannels, lane = i % kGroupChannels;
-        for (int64_t d = 0; d < in_channels; ++d) {
-          for (int64_t t = 0; t < taps; ++t) {
-            const int64_t number = t % kernel * in_channels + d;
-            const int64_t step = group * kernel * words + t / kernel * words + number / kGroup;
-            to[(step * kGroupChannels + lane) * kGroup + number % kGroup] =
-                conv.quantised[(order[i] * in_channels + d) * taps + t];
+    weights =
+        arena.add<PackedWeight>(order.size() * kernel * words * kGroup, [&](PackedWeight* to) {
+          for (size_t i = 0; i < order.size(); ++i) {
+            if (order[i] < 0) continue;
+            const int64_t group = i / kGroupChannels, lane = i % kGroupChannels;
+            for (int64_t d = 0; d < in_channels; ++d) {
+              for (int64_t t = 0; t < taps; ++t) {
+                const int64_t number = t % kernel * in_channels + d;
+                const int64_t step = group * kernel * words + t / kernel * words + number / kGroup;
+                to[(step * kGroupChannels + lane) * kGroup + number % kGroup] =
+                    packed_weight(conv, (order[i] * in_channels + d) * taps + t);
+              }
+            }
           }
-        }
-      }
-    });
+        });
     Factors f = factors(conv, image_scale, stem_scale);
-    for (int64_t c = 0; c < out_channels; ++c) {
+    for (int64_t c = 0; kIntegers && c < out_channels; ++c) {
       int64_t sum = 0;
       for (int64_t i = 0; i < in_channels * taps; ++i) {
         sum += conv.quantised[c * in_channels * taps + i];
       }
-      const double offset = 128.0 * sum * image_scale * conv.scale[c] / stem_scale;
+      const double offset = 1.0 * kOutside * sum * image_scale * conv.scale[c] / stem_scale;
       f.bias[c] = static_cast<float>(conv.bias[c] / stem_scale - offset);
     }
     multiplier = in_order(f.multiplier, arena);

@@ -53,11 +53,18 @@ struct Terms {
   int64_t words = 0;  // of kGroup channels each; kQuad / kGroup of them share a plane
   const int32_t* taps = nullptr;
   int64_t num_taps = 0;
-  const Weight8* weights = nullptr;  // word × tap × pair of vectors
+  const PackedWeight* weights = nullptr;  // word × tap × pair of vectors
 };
 
-// y[p] = clamp(⌊float(Σ) · multiplier + bias + shortcut⌉) for a tile of pixels and a group of
-// channels.
+// Whether a tile packs the next unit's words while it computes: two rows at a time leave it enough
+// registers.
+constexpr bool kPacksAhead = kGroup == 2;
+
+constexpr int kMostTaps = 9;
+
+// y[p] = Σ · multiplier + bias + shortcut, as a map's number, for a tile of pixels and a group of
+// channels. Sums of floats have no multiplier: they start at the bias, and go on from those of a
+// convolution as shortcut.
 struct OuterProduct {
   Terms main;
   // Planes of one channel, whose words are neighbouring pixels; their weights follow the others.
@@ -75,9 +82,12 @@ struct OuterProduct {
   Number* y = nullptr;
   int64_t y_row = 0, y_pixel = 0;
   // Rows of weights to prefetch: one of them with each word, one cache line with each tap.
-  const Weight8* ahead = nullptr;
+  const PackedWeight* ahead = nullptr;
   const int32_t* ahead_rows = nullptr;
   int64_t ahead_step = 0, ahead_size = 0;
+  // Where words are packed to, of so many of these rows; null if they are not.
+  PackedWeight* packed = nullptr;
+  int64_t number = 0;
 };
 
 // `Step` is the number of numbers from one pixel of the tile's row to the next one.
@@ -87,11 +97,14 @@ void outer_tile(const OuterProduct& a) {
   Sums sum[kPixels][Vectors], offset[Vectors];
   const auto clear = [&]() GATED_INLINE {
     each<Vectors>([&](auto v) GATED_INLINE {
-      each<kPixels>([&](auto p) GATED_INLINE { sum[p][v] = Sums{}; });
+      Sums first{};
+      if constexpr (!kIntegers) first = load(a.bias + v * kLanes);
+      each<kPixels>([&](auto p) GATED_INLINE { sum[p][v] = first; });
       offset[v] = Sums{};
     });
   };
-  const auto add = [&](const Number* x, int64_t row, const Weight8* w, auto step) GATED_INLINE {
+  const auto add = [&](const Number* x, int64_t row, const PackedWeight* w,
+                       auto step) GATED_INLINE {
     Words weight[Vectors];
     each<Vectors>([&](auto v) GATED_INLINE {
       weight[v] = load_words(w + v * kRow);
@@ -105,8 +118,8 @@ void outer_tile(const OuterProduct& a) {
     });
   };
   const auto result = [&](auto p, auto v) GATED_INLINE {
-    if constexpr (kBiased) return to_floats(sum[p][v] + offset[v]);
-    return to_floats(sum[p][v]);
+    if constexpr (kBiased) return sum[p][v] + offset[v];
+    return sum[p][v];
   };
   constexpr int kWordsInPlane = kQuad / kGroup;
   constexpr std::integral_constant<int, Step> step;
@@ -114,28 +127,46 @@ void outer_tile(const OuterProduct& a) {
 
   Vec shortcut[kPixels][Vectors];
   const bool has_shortcut = Step == kQuad && a.shortcut.words > 0;
+  clear();
   if (has_shortcut) {
-    clear();
-    const Weight8* w = a.shortcut.weights;
+    const PackedWeight* w = a.shortcut.weights;
     for (int64_t j = 0; j < a.shortcut.words; ++j, w += kPair * kRow) {
       add(a.shortcut.x + j / kWordsInPlane * a.shortcut.quad + j % kWordsInPlane * kGroup,
           a.shortcut.row, w, step);
     }
-    each<Vectors>([&](auto v) GATED_INLINE {
-      const Vec multiplier = load(a.shortcut_multiplier + v * kLanes);
-      each<kPixels>([&](auto p) GATED_INLINE { shortcut[p][v] = result(p, v) * multiplier; });
-    });
+    if constexpr (kIntegers) {
+      each<Vectors>([&](auto v) GATED_INLINE {
+        const Vec multiplier = load(a.shortcut_multiplier + v * kLanes);
+        each<kPixels>([&](auto p)
+                          GATED_INLINE { shortcut[p][v] = scaled(result(p, v), multiplier); });
+      });
+      clear();
+    }
   }
 
-  clear();
-  const Weight8* w = a.main.weights;
+  const PackedWeight* w = a.main.weights;
+  [[maybe_unused]] PackedWeight* packed = a.packed;
   for (int64_t j = 0; j < a.main.words; ++j) {
     const Number* x = a.main.x + j / kWordsInPlane * a.main.quad + j % kWordsInPlane * kGroup;
-    const char* ahead =
-        reinterpret_cast<const char*>(a.ahead + a.ahead_rows[j * a.ahead_step] * a.ahead_size);
-    for (int64_t t = 0; t < a.main.num_taps; ++t, w += kPair * kRow, ahead += 64) {
-      __builtin_prefetch(ahead, 0, 2);
-      add(x + a.main.taps[t], a.main.row, w, step);
+    const PackedWeight* first = a.ahead + a.ahead_rows[j * a.ahead_step] * a.ahead_size;
+    const char* first_bytes = reinterpret_cast<const char*>(first);
+    const auto multiply = [&](auto beside) GATED_INLINE {
+      for (int64_t t = 0; t < a.main.num_taps; ++t, w += kPair * kRow) {
+        beside(t);
+        add(x + a.main.taps[t], a.main.row, w, step);
+      }
+    };
+    if (kPacksAhead && a.packed != nullptr) {
+      static constexpr PackedWeight kZeros[kMostTaps * kRow] = {};
+      const PackedWeight* second =
+          2 * j + 1 < a.number ? a.ahead + a.ahead_rows[2 * j + 1] * a.ahead_size : kZeros;
+      multiply([&](int64_t t) GATED_INLINE {
+        const Row rows[kGroup] = {load_as<Row>(first + t * kRow), load_as<Row>(second + t * kRow)};
+        interleave(rows, packed, packed);
+        packed += kPair * kRow;
+      });
+    } else {
+      multiply([&](int64_t t) GATED_INLINE { __builtin_prefetch(first_bytes + t * 64, 0, 2); });
     }
   }
   if constexpr (Step == kQuad && kGroup == 4) {
@@ -160,9 +191,10 @@ void outer_tile(const OuterProduct& a) {
       Vec value[Vectors], x[Vectors];
       if constexpr (identity) load_numbers<Vectors>(y, x);
       each<Vectors>([&](auto v) GATED_INLINE {
-        value[v] = result(p, v) * multiplier[v] + bias[v];
-        if constexpr (identity) value[v] += x[v] * ratio;
-        if constexpr (convolution) value[v] += shortcut[p][v];
+        value[v] = scaled(result(p, v), multiplier[v]);
+        if constexpr (kIntegers) value[v] += bias[v];
+        if constexpr (identity) value[v] = add_product(value[v], x[v], ratio);
+        if constexpr (kIntegers && convolution) value[v] += shortcut[p][v];
       });
       store_numbers<Vectors>(y, value);
     });
@@ -178,20 +210,19 @@ void outer_tile(const OuterProduct& a) {
 
 // ------------------------------------------------------------------------------------------------
 
-// y[m][p] = clamp(⌊float(Σ_t Σ_c x[pixel[p] · channels + t · row + c] · w[m][t][c])
-//                  · multiplier[m] + bias[m]⌉)
+// y[m][p] = Σ_t Σ_c x[pixel[p] · channels + t · row + c] · w[m][t][c] · multiplier[m] + bias[m]
 //
-// for a tile of output channels m and pixels p. The pixels of a kernel's row are one run of
-// numbers: t goes over its rows and c over kernel · channels, in whole vectors; weights beyond are
-// zeros.
+// as a map's number, for a tile of output channels m and pixels p. The pixels of a kernel's row are
+// one run of numbers: t goes over its rows and c over kernel · channels, in whole vectors; weights
+// beyond are zeros.
 struct DotProduct {
   const Number* x;
-  const int32_t* pixel;                  // the first one that each of the tile's pixels reads
-  int64_t channels;                      // of x
-  int64_t row;                           // from one row of x to the next
-  int64_t kernel;                        // rows
-  int64_t run;                           // numbers in each: whole vectors
-  const Weight8* weights[kDotChannels];  // of each output channel
+  const int32_t* pixel;                       // the first one that each of the tile's pixels reads
+  int64_t channels;                           // of x
+  int64_t row;                                // from one row of x to the next
+  int64_t kernel;                             // rows
+  int64_t run;                                // numbers in each: whole vectors
+  const PackedWeight* weights[kDotChannels];  // of each output channel
   float multiplier[kLaneFactors], bias[kLaneFactors];  // of each sum: see set_factors
   // Tiles of four channels write these together, others apart.
   Number* y[kDotChannels];
@@ -221,7 +252,7 @@ void dot_tile(const DotProduct& a) {
   each<Channels>([&](auto m) GATED_INLINE { offset[m] = Sums{}; });
   const Number* x[Pixels];
   each<Pixels>([&](auto p) GATED_INLINE { x[p] = a.x + a.pixel[p] * a.channels; });
-  const Weight8* w[Channels];
+  const PackedWeight* w[Channels];
   each<Channels>([&](auto m) GATED_INLINE { w[m] = a.weights[m]; });
   const char* ahead = a.ahead;
   for (int64_t t = 0; t < a.kernel; ++t) {
@@ -257,7 +288,7 @@ void dot_tile(const DotProduct& a) {
     const int from = kTogether ? 0 : kFirst;
     const Sums totals = total<std::min(kSums - kFirst, kLanes)>(sum + kFirst);
     const Numbers numbers =
-        quantise(to_floats(totals) * load(a.multiplier + from) + load(a.bias + from));
+        to_numbers(scaled(totals, load(a.multiplier + from)) + load(a.bias + from));
     std::memcpy(lanes + kFirst, &numbers, sizeof numbers);
   });
   if constexpr (kTogether) {
