@@ -306,7 +306,7 @@ def test_advice_names_what_is_fastest_and_what_in_float32():
 class RoundingEngine:
     """Gates whose logits rounding has shifted."""
 
-    budget, engine, dtype = None, "avx2", "int8"
+    budget, engine, dtype, computes = None, "avx2", "int8", "int8"
 
     def __init__(self, backbone, shift, path="gated"):
         self.backbone, self.shift, self.path, self.threshold = backbone, shift, path, 0.0

@@ -500,7 +500,7 @@ def test_no_state_of_the_process_and_no_size_is_deadly():
     def too_many_pixels():
         engine = fast._encoder.backend
         nothing = (None,) * 5
-        return engine._library.gated_run(engine._engine, None, 1, 2**16, 2**15, *nothing, 1)
+        return engine._library.gated_run(engine._opened, None, 1, 2**16, 2**15, *nothing, 1)
 
     results = {
         **{
