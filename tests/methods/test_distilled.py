@@ -22,7 +22,7 @@ from ..support.helpers import (
 )
 from ..support.reference import Reference, bound, budget
 from ..training.test_randomness import assert_same, small_config, trained, write_data
-from .test_momentum import PLAIN, losses_of_two_steps, pair
+from .test_momentum import EVERY, losses_of_two_steps, pair
 
 GATING = {"target_budget": 0.3, "sparsity_weight": 50.0, "bound_weight": 2.0}
 ALONE = {"distillation_weight": 0.0, "sparsity_weight": 0.0, "bound_weight": 0.0}
@@ -61,7 +61,7 @@ def test_unexplained_variance_is_the_share_of_the_target_s():
     assert unexplained_variance(f.bfloat16(), t.bfloat16()).dtype is torch.float32
 
 
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("name", EVERY)
 def test_the_dense_path_is_trained_as_the_plain_method_trains_it(name):
     """Losses of two steps, where nothing pulls at the third pass."""
     ours, plain = pair(name, "distilled", ALONE)

@@ -45,7 +45,8 @@ PER_IMAGE = "vicreg_dual with a budget for each image"
 DISTILLED = "vicreg_distilled"
 # With a gate that scales, one with a penalty of its batch, and one whose views differ.
 KINDS = ("vicreg_dual with fbs gates", "vicreg_dual with dgc gates", "simsiam_gated with cdg gates")
-METHODS = ("vicreg_dual", "simsiam_gated", RANGE, PER_IMAGE, DISTILLED, *KINDS)
+MOMENTUM = ("byol_dual", "mocov2plus_dual", "nnbyol_gated")
+METHODS = ("vicreg_dual", "simsiam_gated", RANGE, PER_IMAGE, DISTILLED, *KINDS, *MOMENTUM)
 LOCAL = "vicreg_dual with shares of each process"
 BATCH = 4  # per process
 PIPELINES = ("workers", "device")
@@ -148,6 +149,17 @@ def student_steps(folder: Path, rows: slice, parallel: bool) -> tuple[dict[str, 
     return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, model.queue
 
 
+def queue_after(rows: slice) -> tuple[Tensor, Tensor]:
+    """MoCo's queue after a step with some of the images, and its place."""
+    with default_dtype(torch.float64):
+        model = tiny_model(tiny_config("mocov2plus_dual"))
+        indices, views, targets = random_batch(2 * BATCH)
+        model.momentum_backbone.eval()  # no statistics of a process's own batch
+        with mock.patch.object(model, "log"), mock.patch.object(model, "log_dict"):
+            model.training_step([indices[rows], [v[rows] for v in views], targets[rows]], 0)
+    return model.queue, model.queue_ptr
+
+
 def process(rank: int) -> dict[str, Any]:
     rows = slice(rank * BATCH, (rank + 1) * BATCH)
     with default_dtype(torch.float64):
@@ -155,6 +167,7 @@ def process(rank: int) -> dict[str, Any]:
         with mock.patch.object(gated, "global_mean", lambda values: values):
             results[LOCAL] = gradients("vicreg_dual", rows, parallel=True)
     results["seed"] = student_steps(Path(os.environ["SHARED_FOLDER"]), rows, parallel=True)
+    results["queue"] = queue_after(rows)
     results["full disk"] = a_full_disk(rank)
     results["extraction"] = extraction()
     results |= {pipeline: runs(rank, pipeline) for pipeline in PIPELINES}
@@ -298,9 +311,18 @@ def test_two_processes_give_the_gradients_of_one(method, two):
         assert distance(found, expected) < 1e-5
         assert its_share.item() == pytest.approx(share.item(), rel=1e-10)
     assert any(".gate." in name for name in expected)
+    assert not [name for name in expected if name.startswith("momentum_")]
 
 
-def test_two_processes_have_one_queue(two, folder):
+def test_two_processes_have_one_queue_of_mocov2plus(two):
+    queue, pointer = queue_after(slice(None))
+    for found in two:
+        torch.testing.assert_close(found["queue"][0], queue, rtol=1e-9, atol=1e-9)
+        assert torch.equal(found["queue"][1], pointer)
+    assert int(pointer) == 2 * BATCH
+
+
+def test_two_processes_have_one_queue_of_seed(two, folder):
     """That of one process with the whole batch: of two steps, in the order of the processes."""
     expected, queue = student_steps(folder, slice(None), parallel=False)
     assert len(queue) == 2 * 2 * BATCH

@@ -25,14 +25,12 @@ from ..support.helpers import (
     copy_of,
     default_dtype,
     fixed_noise,
-    of_two_processes,
     random_batch,
     tiny_config,
     tiny_model,
     write_images,
 )
 from ..training.test_randomness import assert_same, small_config, trained, write_data
-from .test_distributed import BATCH, distance, gradients
 
 GATING = {"target_budget": 0.3, "sparsity_weight": 50.0, "bound_weight": 2.0}
 PLAIN = {  # solo-learn's name of every method that is gated
@@ -40,6 +38,9 @@ PLAIN = {  # solo-learn's name of every method that is gated
     for name, cls in GATED_METHODS.items()
     if name.endswith("_dual")
 }
+# One for each way in which solo-learn's steps are written; the others are tested with `-m slow`.
+_OFTEN = ("byol", "mocov2plus", "nnclr", "simsiam", "vicreg")
+EVERY = [n if n in _OFTEN else pytest.param(n, marks=pytest.mark.slow) for n in PLAIN]
 MOMENTUM = sorted(n for n in PLAIN if issubclass(METHODS[PLAIN[n]], BaseMomentumMethod))
 
 
@@ -91,11 +92,10 @@ def losses_of_two_steps(model):
     return found
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"), [*((name, "dual") for name in PLAIN), ("byol", "gated"), ("simclr", "gated")]
-)
-def test_with_open_gates_a_gated_method_is_the_plain_one(name, kind):
+@pytest.mark.parametrize("name", EVERY)
+def test_with_open_gates_a_gated_method_is_the_plain_one(name):
     """The gated path is then the dense one, where BatchNorms are shared: views of both kinds."""
+    kind = "gated" if name == "byol" else "dual"
     gating = {"separate_bn": False, "sparsity_weight": 0.0, "bound_weight": 0.0}
     gated, plain = pair(name, kind, gating)
     always = mock.patch(
@@ -388,45 +388,6 @@ def test_no_export_holds_the_teacher(tmp_path):
             assert linear.load_state_dict(stripped, strict=False).missing_keys == []
             for key, value in linear.state_dict().items():
                 assert torch.equal(value, student[key]), key
-
-
-# Two processes
-
-
-SHARED = ("byol_dual", "mocov2plus_dual", "nnbyol_gated")
-
-
-def queue_after(rows):
-    """MoCo's queue after a step with some of the images."""
-    model = tiny_model(tiny_config("mocov2plus_dual"))
-    indices, views, targets = random_batch(2 * BATCH)
-    model.momentum_backbone.eval()  # no statistics of a process's own batch
-    with mock.patch.object(model, "log"), mock.patch.object(model, "log_dict"):
-        model.training_step([indices[rows], [v[rows] for v in views], targets[rows]], 0)
-    return model.queue, model.queue_ptr
-
-
-def process(rank: int) -> dict[str, Any]:
-    rows = slice(rank * BATCH, (rank + 1) * BATCH)
-    with default_dtype(torch.float64):
-        found: dict[str, Any] = {m: gradients(m, rows, parallel=True) for m in SHARED}
-        return found | {"queue": queue_after(rows)}
-
-
-def test_two_processes_give_the_gradients_and_the_queue_of_one(tmp_path):
-    """One test, so that the processes start once."""
-    two = of_two_processes(process, tmp_path)
-    for method in SHARED:
-        expected, share = gradients(method, slice(None), parallel=False)
-        for found in two:
-            assert distance(found[method][0], expected) < 1e-5, method
-            assert found[method][1].item() == pytest.approx(share.item(), rel=1e-10)
-        assert not [name for name in expected if name.startswith("momentum_")]
-    queue, pointer = queue_after(slice(None))
-    for found in two:
-        torch.testing.assert_close(found["queue"][0], queue, rtol=1e-9, atol=1e-9)
-        assert torch.equal(found["queue"][1], pointer)
-    assert int(pointer) == 2 * BATCH
 
 
 # Configs
