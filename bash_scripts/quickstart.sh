@@ -7,4 +7,4 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source bash_scripts/environment.sh
 "$python" -m solo_gating.data.digits datasets/digits
-"$python" -m solo_gating.main_pretrain --config-name vicreg_distilled_digits "$@"
+"$python" -m solo_gating.main_pretrain --config-name vicreg_any_digits "$@"
