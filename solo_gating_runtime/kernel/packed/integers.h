@@ -84,6 +84,17 @@ inline Sums dot(Sums sum, Words x, Words w) {
 inline Sums dot(Sums sum, Words x, Words w) {
   return sum + (Sums)_mm256_madd_epi16((__m256i)x, (__m256i)w);
 }
+
+// The same of numbers in memory, without a register for them: compilers would rather spill a sum.
+#define GATED_DOT_FROM_MEMORY
+inline Sums dot_from(Sums sum, const Number* x, Words w) {
+  typedef Words Unaligned __attribute__((aligned(2), may_alias));
+  Words products;
+  __asm__("vpmaddwd %1, %2, %0"
+          : "=x"(products)
+          : "m"(*reinterpret_cast<const Unaligned*>(x)), "x"(w));
+  return sum + products;
+}
 #elif defined(__SSE2__)
 inline Sums dot(Sums sum, Words x, Words w) {
   return sum + (Sums)_mm_madd_epi16((__m128i)x, (__m128i)w);

@@ -94,9 +94,7 @@ struct DotShape {
       }
     }
     const int32_t number = out.pixels();
-    // As many larger tiles as there are pixels left over.
-    int32_t larger = kDotPixelsMost > kDotPixels ? number % kDotPixels : 0;
-    if (larger * kDotPixelsMost > number) larger = 0;
+    const int32_t larger = larger_tiles(number);
     int32_t p = 0;
     for (; p + kDotPixels <= number - larger * kDotPixelsMost; p += kDotPixels) {
       tiles.push_back({p, kDotPixels});
@@ -119,6 +117,16 @@ struct DotShape {
             tile.first + tile.count <= number && at[tile.count - 1] - at[0] == tile.count - 1;
       }
     }
+  }
+
+ private:
+  // Of so many pixels, the larger tiles that leave whole others: as few as possible, or, for those
+  // of two and three pixels, as many.
+  static int32_t larger_tiles(int32_t number) {
+    if (kDotPixelsMost == kDotPixels || number < kDotPixels) return 0;
+    if (kDotPixels == 2) return number / 3 - (number % 3 == 1);
+    const int32_t larger = number % kDotPixels;
+    return larger * kDotPixelsMost > number ? 0 : larger;
   }
 };
 

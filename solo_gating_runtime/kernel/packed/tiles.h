@@ -20,10 +20,11 @@ constexpr int kGroupChannels = kPair * kLanes;
 // Pixels of an outer product's tile: with two vectors of sums each, as many as registers hold.
 constexpr int kOuterPixels = kRegisters == 32 ? 13 : 6;
 
-// Pixels of a dot product's tile of four channels; one more is possible with 32 registers.
+// Pixels of a dot product's tile of four channels; one more is possible with 32 registers, or if
+// one pixel's numbers need none.
 constexpr int kDotChannels = kQuad;
 constexpr int kDotPixels = kRegisters == 32 ? 4 : 2;
-constexpr int kDotPixelsMost = kRegisters == 32 ? kDotPixels + 1 : kDotPixels;
+constexpr int kDotPixelsMost = kRegisters == 32 || kDotFromMemory ? kDotPixels + 1 : kDotPixels;
 // And of its tile of one or two channels.
 constexpr int kFewPixels = kRegisters == 32 ? 8 : 4;
 constexpr int kLaneFactors = 16;
@@ -259,6 +260,24 @@ void dot_tile(const DotProduct& a) {
     for (int64_t c = 0; c < a.run; c += kRow) {
       __builtin_prefetch(ahead, 0, 2);
       ahead += a.ahead_step;
+      if constexpr (kDotFromMemory && kTogether && Pixels == kDotPixelsMost) {
+        // Registers are those of sums, of all pixels' numbers but the last one's, of a channel's
+        // weights and of products.
+        Words value[Pixels];
+        each<Pixels - 1>([&](auto p) GATED_INLINE {
+          value[p] = load_words(x[p] + c);
+          keep(value[p]);
+        });
+        each<Channels>([&](auto m) GATED_INLINE {
+          Words weight = load_words(w[m] + c);
+          keep(weight);
+          constexpr int kLast = at(m, Pixels - 1);
+          sum[kLast] = dot_from(sum[kLast], x[Pixels - 1] + c, weight);
+          each<Pixels - 1>(
+              [&](auto p) GATED_INLINE { sum[at(m, p)] = dot(sum[at(m, p)], value[p], weight); });
+        });
+        continue;
+      }
       Words weight[Channels];
       each<Channels>([&](auto m) GATED_INLINE {
         weight[m] = load_words(w[m] + c);

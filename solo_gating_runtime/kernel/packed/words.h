@@ -6,6 +6,7 @@
 //   kIntegers                whether sums are integers, which multipliers take to a map's numbers
 //   Sums, kBiased            what products add up to, and whether correct() must follow
 //   dot(sum, x, w)           sum + the products of each word's numbers
+//   dot_from(sum, x, w)      the same of numbers in memory (if GATED_DOT_FROM_MEMORY is defined)
 //   scaled(sums, multiplier) as floats
 //   add_product(sum, x, r)   sum + x · r, of a shortcut
 //   to_numbers(floats)       what a map holds of them, after its ReLU
@@ -45,6 +46,14 @@ inline Words broadcast_word(const Number* from) {
   std::memcpy(&word, from, sizeof word);
   return broadcast_word(word, Lanes{});
 }
+
+#if defined(GATED_DOT_FROM_MEMORY)
+constexpr bool kDotFromMemory = true;
+#else
+constexpr bool kDotFromMemory = false;
+
+inline Sums dot_from(Sums sum, const Number* x, Words w) { return dot(sum, load_words(x), w); }
+#endif
 
 // As for floats (simd.h).
 inline void keep(Words& value) {
