@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from ..checks import shown
@@ -133,6 +134,12 @@ class BaseGate(nn.Module):
     def flops(self) -> int | None:
         """As in the class's docstring."""
         return None
+
+    def budget_or_own(self, budget: Tensor | None) -> Tensor:
+        """What a kind that always has a budget goes by: the pass's, or else `budget`, or else 1."""
+        if budget is not None:
+            return budget
+        return torch.full((), 1.0 if self.budget is None else self.budget)
 
     def fold(self) -> FoldedGate | None:
         """The gate for the compiled engine; None for a kind that only PyTorch can run.

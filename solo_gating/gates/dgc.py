@@ -81,9 +81,7 @@ class DynamicGroupGate(ConvolutionGate):
         scores = from_means(
             x, self.reduce.weight.dtype, lambda m: self.expand(self.reduce(m).relu()).relu()
         ).unflatten(1, (self.heads, -1))[..., 0, 0]
-        if budget is None:
-            budget = torch.full((), 1.0 if self.budget is None else self.budget)
-        active = self.active(scores.detach(), budget.to(scores))
+        active = self.active(scores.detach(), self.budget_or_own(budget).to(scores))
         masked = (x[:, None] * (scores * active).to(x.dtype)[..., None, None]).flatten(1, 2)
         out = grouped(conv, masked, conv.weight, self.heads)
         penalty = None

@@ -57,10 +57,13 @@ class BoostingGate(Gate):
         scores = from_means(
             x, self.predict.weight.dtype, lambda means: self.predict(means.flatten(1)).relu()
         )
-        if budget is None:
-            budget = torch.full((), 1.0 if self.budget is None else self.budget)
         channels = self.predict.out_features
-        number = numbers_of_channels(budget, channels).to(scores.device).long().reshape(-1, 1)
+        number = (
+            numbers_of_channels(self.budget_or_own(budget), channels)
+            .to(scores.device)
+            .long()
+            .reshape(-1, 1)
+        )
         ordered = scores.detach().sort(dim=1, descending=True).values
         border = ordered.gather(1, number.clamp(max=channels - 1).expand(scores.shape[0], 1))
         mask = ((scores > border) | (number == channels)).to(scores.dtype)

@@ -85,9 +85,7 @@ class TopKGate(ScoringGate):
         if self.count is not None:
             number = torch.full((), self.count, device=logits.device)
         else:
-            if budget is None:
-                budget = torch.full((), 1.0 if self.budget is None else self.budget)
-            number = numbers_of_channels(budget, channels).to(logits.device)
+            number = numbers_of_channels(self.budget_or_own(budget), channels).to(logits.device)
         if not self.training:
             return largest(logits, number)
         return largest(logits + logistic_noise(logits), number, self.temperature)
