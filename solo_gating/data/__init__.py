@@ -20,6 +20,7 @@ from .datasets import (
     NUM_CLASSES,
     check_data,
     count_class_folders,
+    evenly,
     fraction_of,
     open_dataset,
 )
@@ -174,6 +175,7 @@ __all__ = [
     "classification_loader",
     "count_class_folders",
     "evaluation_loader",
+    "evenly",
     "has_labels",
     "place_of",
     "skipped_images",

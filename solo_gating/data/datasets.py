@@ -252,3 +252,14 @@ def _h5(
     dataset = _H5Images(files, [label[name] for name, _ in images], transform, key, classes)
     dataset.path = path
     return dataset
+
+
+def evenly(number: int, most: int) -> list[int]:
+    """At most so many of the numbers from 0 to `number` − 1, evenly spread.
+
+    Args:
+        number: of images, whose folders may be in order of class.
+        most: of those that are wanted.
+    """
+    used = min(number, most)
+    return [index * number // used for index in range(used)]

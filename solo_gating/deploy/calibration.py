@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..data import evenly
 from ..errors import InputError
 
 # How many are used at most, and needed at least.
@@ -68,12 +69,6 @@ def calibration_images(
     if not found:
         raise InputError(f"calibration: got no images in {str(given)!r}, expected {_expected()}")
     return _checked(torch.stack(found), channels, smallest)
-
-
-def evenly(number: int, most: int) -> list[int]:
-    """At most so many of the numbers from 0 to `number` − 1."""
-    used = min(number, most)
-    return [index * number // used for index in range(used)]
 
 
 def _check(shape: tuple[int, ...], dtype: Any, channels: int, smallest: int) -> None:

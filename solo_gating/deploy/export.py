@@ -77,7 +77,7 @@ from ..flops import count_flops
 from ..policies import Policy, read_policy
 from ..process_state import process_state_kept
 from ..solo_learn import METHODS
-from .calibration import MOST_IMAGES, calibration_images, evenly
+from .calibration import MOST_IMAGES, calibration_images
 from .cpp import files_of
 from .dense import dense_network, dense_state_dict, solo_learn_args, solo_learn_checkpoint
 from .engine import DTYPES, compile
@@ -293,14 +293,7 @@ def _examples(evaluation: Evaluation | None, size: int) -> tuple[Tensor, bool]:
     """Some images to trace and to compare on, and whether they are real ones."""
     if evaluation is None:
         return torch.randn(8, 3, size, size, generator=torch.Generator().manual_seed(0)), False
-    return _validation_images(evaluation, 64)[0], True
-
-
-def _validation_images(evaluation: Evaluation, most: int) -> tuple[Tensor, Tensor]:
-    """Some of them, evenly spread, with their labels."""
-    dataset: Any = evaluation.loaders["val"].dataset
-    images, labels = zip(*(dataset[index] for index in evenly(len(dataset), most)), strict=True)
-    return torch.stack(images), torch.as_tensor(labels)
+    return evaluation.some("val", 64)[0], True
 
 
 def _compiled(
@@ -331,7 +324,7 @@ def _compiled(
     }
     images, labels, kind = calibration, None, "calibration"
     if evaluation is not None:
-        images, labels = _validation_images(evaluation, MOST_IMAGES)
+        images, labels = evaluation.some("val", MOST_IMAGES)
         kind = "validation"
         if (labels < 0).all():
             labels = None

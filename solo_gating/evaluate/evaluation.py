@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from lightning.fabric import Fabric
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..backbones import TwoPathResNet
@@ -28,11 +29,11 @@ from ..data import (
     check_augmentations,
     check_data,
     evaluation_loader,
+    evenly,
 )
 from ..data.augmentations import evaluation_transform
 from ..data.folders import UnlabelledFolder
 from ..data.workers import end_with_parent
-from ..deploy.calibration import evenly
 from ..errors import InputError
 from ..files import make_folder, one_at_a_time, read_json, write_json
 from ..flops import count_flops
@@ -95,6 +96,12 @@ class Evaluation:
             with self.fabric.autocast():
                 stack.enter_context(recalibrated(self.encoder.backbone, self.statistics, path))  # type: ignore[arg-type]
             yield
+
+    def some(self, split: str, most: int) -> tuple[Tensor, Tensor]:
+        """At most so many images of a split, evenly spread over it, and their targets."""
+        dataset: Any = self.loaders[split].dataset
+        images, targets = zip(*(dataset[i] for i in evenly(len(dataset), most)), strict=True)
+        return torch.stack(images), torch.as_tensor(targets)
 
     def extract(self, split: str, path: str) -> Extraction:
         """Features, decisions and FLOPs of a split on one path."""

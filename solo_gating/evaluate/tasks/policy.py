@@ -25,12 +25,10 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
-from torch.utils.data import default_collate
 
 from ...backbones import TwoPathResNet
 from ...checks import is_number, is_share, require
 from ...config.schema import EVALUATIONS, own_copy
-from ...deploy.calibration import evenly
 from ...errors import InputError
 from ...files import write_bytes, write_csv, write_json
 from ...flops import count_flops
@@ -87,7 +85,9 @@ def evaluate_policy(cfg: DictConfig) -> dict[str, Any]:
     )
     encoder = evaluation.encoder
     backbone: Any = encoder.backbone
-    images = _calibration_images(evaluation) if turned else torch.empty(0)
+    images = torch.empty(0)
+    if turned:
+        images, _ = evaluation.some("train", cfg.calibration_images)
     row: dict[str, Any] = {}
     if cfg.calibrate is not None:
         setting = calibrate(backbone, images, cfg.calibrate, cfg.budget)
@@ -154,14 +154,6 @@ def _position(backbone: TwoPathResNet) -> str:
     """How the dial stands, as config overrides."""
     position = f"threshold={backbone.threshold:.6g}"
     return position if backbone.budget is None else f"budget={backbone.budget:g} {position}"
-
-
-def _calibration_images(evaluation: Evaluation) -> Tensor:
-    """Some training images, spread evenly over the set, whose folders may be in order of class."""
-    dataset: Any = evaluation.loaders["train"].dataset
-    chosen = evenly(len(dataset), evaluation.cfg.calibration_images)
-    images, _ = default_collate([dataset[index] for index in chosen])
-    return images
 
 
 def _write_policy(evaluation: Evaluation, policy: Policy) -> None:
