@@ -13,7 +13,7 @@ from solo_gating_runtime.library import computes, supported_engines
 from solo_gating_runtime.network import BUDGET
 
 from ..support.bfloat16_reference import LARGEST, in_bfloat16, run
-from ..support.encoders import lively_encoder
+from ..support.encoders import assert_no_split_matters, lively_encoder
 from ..support.integer_reference import random_network
 
 ENGINE = "avx512_bf16"
@@ -144,15 +144,7 @@ def test_images_that_are_not_finite_or_huge_harm_no_other(path):
 @pytest.mark.parametrize("stem", [{}, {"imagenet_stem": True}])
 def test_threads_and_batches_change_nothing(blocks, stem):
     x, fast = images(5, 3, 19, 22), kernel(width=64, blocks=blocks, **stem)
-    decisions = fast.decide(0.0, None)
-    expected = fast.run(x, decisions, 1, True)
-    for threads in (2, 3, 4):
-        for part in (slice(0, 5), slice(1, 2), slice(3, 5)):
-            got = fast.run(x[part].copy(), decisions, threads, True)
-            np.testing.assert_array_equal(got.features, expected.features[part])
-            np.testing.assert_array_equal(got.masks, expected.masks[part])
-            for one, other in zip(got.maps, expected.maps, strict=True):
-                np.testing.assert_array_equal(one, other[part])
+    assert_no_split_matters(fast, x)
 
 
 @native

@@ -12,7 +12,7 @@ from solo_gating_runtime.file import to_bytes
 from solo_gating_runtime.library import ENGINES, supported_engines
 from solo_gating_runtime.network import BUDGET, Block, Convolution, Network
 
-from ..support.encoders import engines_here
+from ..support.encoders import assert_no_split_matters, engines_here
 from ..support.integer_reference import random_network, run
 
 ENGINES_HERE = supported_engines("int8")
@@ -144,15 +144,7 @@ def test_images_that_are_not_finite_harm_no_other(engine, path):
 def test_threads_and_batches_change_nothing(blocks, stem):
     options = dict(width=64, blocks=blocks, **stem)
     x, fast = images(5, 3, 19, 22), kernel(ENGINES_HERE[0], **options)
-    decisions = fast.decide(0.0, None)
-    expected = fast.run(x, decisions, 1, True)
-    for threads in (2, 3, 4):
-        for part in (slice(0, 5), slice(1, 2), slice(3, 5)):
-            got = fast.run(x[part].copy(), decisions, threads, True)
-            np.testing.assert_array_equal(got.features, expected.features[part])
-            np.testing.assert_array_equal(got.masks, expected.masks[part])
-            for one, other in zip(got.maps, expected.maps, strict=True):
-                np.testing.assert_array_equal(one, other[part])
+    assert_no_split_matters(fast, x)
 
 
 def test_a_cpu_without_vnni_falls_back(monkeypatch):

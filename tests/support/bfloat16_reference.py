@@ -21,9 +21,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from solo_gating_runtime.network import Block, Convolution, Network
+from solo_gating_runtime.network import Block, Convolution, Gate, Network
 
-from .integer_reference import Floats, Mask, decide, dot, windows
+from .integer_reference import Floats, Mask, classified, decide, masks_of, stacked, windows
 
 LARGEST = np.float32(3.3895313892515355e38)
 _LANES = 16
@@ -103,8 +103,8 @@ def run(
         ]
     return Result(
         np.stack([result[0] for result in results]),
-        tuple(map(np.stack, zip(*(result[1] for result in results), strict=True))),
-        tuple(map(np.stack, zip(*(result[2] for result in results), strict=True))),
+        stacked(result[1] for result in results),
+        stacked(result[2] for result in results),
     )
 
 
@@ -120,22 +120,15 @@ def _run_one(
     masks: list[Mask] = []
     maps: list[Floats] = []
     for block in net.blocks:
-        own: list[Mask] = []
-        for index, channels in enumerate(block.hidden):
-            if forced is not None:
-                own.append(forced[len(masks) + index].astype(bool))
-            elif not block.gates:
-                own.append(np.ones(channels, bool))
-            else:
-                own.append(decide(block.gates[index], _means(x), threshold, budget))
+
+        def decided(gate: Gate, x: Floats = x) -> Mask:
+            return decide(gate, _means(x), threshold, budget)
+
+        own = masks_of(block, forced, len(masks), decided)
         masks += own
         x = _block(block, x, own, exact)
         maps.append(x)
-    features = _means(x)
-    if net.linear is not None:
-        weight, bias = net.linear
-        features = np.float32([dot(features, row) for row in weight]) + bias
-    return features, masks, maps
+    return classified(net, _means(x)), masks, maps
 
 
 def _stem(net: Network, image: Floats, exact: bool) -> Floats:

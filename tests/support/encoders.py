@@ -34,6 +34,7 @@ from solo_gating.evaluate import evaluation, policy
 from solo_gating.evaluate import extract as features
 from solo_gating.flops import count_flops
 from solo_gating.training import pretrain as training_pretrain
+from solo_gating_runtime.encoder import Kernel
 from solo_gating_runtime.library import supported_engines
 
 from .helpers import tiny_config
@@ -242,3 +243,16 @@ def engines_here(dtype: str = "float32") -> list[Any]:
     *between, portable = others or [best]
     slow = [pytest.param(engine, marks=pytest.mark.slow) for engine in between]
     return [best, *slow, *([portable] if others else [])]
+
+
+def assert_no_split_matters(fast: Kernel, x: np.ndarray) -> None:
+    """Threads and parts of a batch of five images give what one thread gives of all, bit for bit."""
+    decisions = fast.decide(0.0, None)
+    expected = fast.run(x, decisions, 1, True)
+    for threads in (2, 3, 4):
+        for part in (slice(0, 5), slice(1, 2), slice(3, 5)):
+            got = fast.run(x[part].copy(), decisions, threads, True)
+            np.testing.assert_array_equal(got.features, expected.features[part])
+            np.testing.assert_array_equal(got.masks, expected.masks[part])
+            for one, other in zip(got.maps, expected.maps, strict=True):
+                np.testing.assert_array_equal(one, other[part])

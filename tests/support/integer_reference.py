@@ -9,7 +9,7 @@ engine has to give the same bits. The definition is in `solo_gating_runtime/netw
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,8 +63,8 @@ def run(
     ]
     return Result(
         np.stack([result.features for result in results]),
-        tuple(map(np.stack, zip(*(result.masks for result in results), strict=True))),
-        tuple(map(np.stack, zip(*(result.maps for result in results), strict=True))),
+        stacked(result.masks for result in results),
+        stacked(result.maps for result in results),
         np.stack([result.stem for result in results]),
     )
 
@@ -85,24 +85,18 @@ def _run_one(
     masks: list[Mask] = []
     maps: list[Bytes] = []
     for block in net.blocks:
-        own: list[Mask] = []
-        for index, channels in enumerate(block.hidden):
-            if forced is not None:
-                own.append(forced[len(masks) + index].astype(bool))
-            elif not block.gates:
-                own.append(np.ones(channels, bool))
-            elif not finite:
-                own.append(np.zeros(channels, bool))
-            else:
-                own.append(decide(block.gates[index], _means(x, scale), threshold, budget))
+
+        def decided(gate: Gate, x: Bytes = x, scale: np.float64 = scale) -> Mask:
+            if not finite:
+                return np.zeros(len(gate.shift), bool)
+            return decide(gate, _means(x, scale), threshold, budget)
+
+        own = masks_of(block, forced, len(masks), decided)
         masks += own
         x = _block(block, x, scale, own)
         scale = _f64(block.scales[-1])
         maps.append(x)
-    features = _means(x, scale)
-    if net.linear is not None:
-        weight, bias = net.linear
-        features = np.float32([dot(features, row) for row in weight]) + bias
+    features = classified(net, _means(x, scale))
     if not finite:
         features = np.full_like(features, np.nan)
     return Result(features, tuple(masks), tuple(maps), stem)
@@ -143,6 +137,38 @@ def _block(block: Block, x: Bytes, x_scale: np.float64, masks: Sequence[Mask]) -
         shortcut = _sums(block.shortcut, x).astype(np.float32) * m[:, None, None]
     m = scale * last.scale.astype(np.float64) / out_scale
     return _to_bytes(_scaled(_sums(last, h), m, bias / out_scale) + shortcut)
+
+
+def masks_of(
+    block: Block, forced: Sequence[Mask] | None, before: int, decided: Callable[[Gate], Mask]
+) -> list[Mask]:
+    """For each gate of a block, or where it would be, the channels that are computed.
+
+    Args:
+        block: without gates all of its channels are.
+        forced: the whole network's, instead of what its gates decide.
+        before: the number of those that belong to earlier blocks.
+        decided: by a gate of the block.
+    """
+    if forced is not None:
+        own = forced[before : before + len(block.hidden)]
+        return [mask.astype(bool) for mask in own]
+    if not block.gates:
+        return [np.ones(channels, bool) for channels in block.hidden]
+    return [decided(gate) for gate in block.gates]
+
+
+def classified(net: Network, means: Floats) -> Floats:
+    """The features: the means of the last map, or what a classifier makes of them."""
+    if net.linear is None:
+        return means
+    weight, bias = net.linear
+    return np.float32([dot(means, row) for row in weight]) + bias
+
+
+def stacked(of_images: Iterable[Sequence[NDArray]]) -> tuple[NDArray, ...]:
+    """Several arrays of each image → as many of all images."""
+    return tuple(map(np.stack, zip(*of_images, strict=True)))
 
 
 def decide(gate: Gate, means: Floats, threshold: float, budget: float | None) -> Mask:
