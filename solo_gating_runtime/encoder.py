@@ -4,6 +4,7 @@ import ctypes
 import os
 import weakref
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,6 +38,11 @@ class Decisions:
     thresholds: Floats
     counts: NDArray[np.int64]
     budget: float | None
+
+    @cached_property
+    def addresses(self) -> tuple[int, int]:
+        """Where thresholds and counts begin, for C++."""
+        return _address(self.thresholds), _address(self.counts)
 
 
 @dataclass(frozen=True)
@@ -150,9 +156,8 @@ class Kernel:
         if os.getpid() != self._process:
             # Another thread may have been using it when this process was forked.
             self._own(self._library.gated_share(self._opened))
-        thresholds = counts = places = None
-        if decisions is not None:
-            thresholds, counts = _address(decisions.thresholds), _address(decisions.counts)
+        thresholds, counts = (None, None) if decisions is None else decisions.addresses
+        places = None
         if maps:
             places = (ctypes.c_void_p * len(results.maps))(*map(_address, results.maps))
         failed = self._library.gated_run(
@@ -177,7 +182,7 @@ def _address(numbers: NDArray[Any]) -> int:
     """Where an array begins, for C++ that relies on its dtype and its order."""
     if numbers.dtype not in _DTYPES or not numbers.flags.carray:
         raise ValueError(f"got {numbers.dtype}, {numbers.flags}, expected numbers in a row")
-    return numbers.ctypes.data
+    return int(numbers.__array_interface__["data"][0])
 
 
 class Encoder:
@@ -333,7 +338,9 @@ class Encoder:
         require("threads", self.threads, _is_threads, f"an integer from 1 to {MOST_THREADS}")
         if not isinstance(images, np.ndarray):
             raise InputError(f"images: got {type(images).__name__}, expected NumPy arrays")
-        self.check_images(images.shape, str(images.dtype))
+        # Naming a dtype takes as long as all other checks.
+        dtype = "float32" if images.dtype == np.float32 else str(images.dtype)
+        self.check_images(images.shape, dtype)
         batch = images
         if not (type(images) is np.ndarray and images.flags.carray):
             batch = np.require(images, requirements=["C", "ALIGNED", "WRITEABLE", "ENSUREARRAY"])

@@ -29,6 +29,7 @@ false on the gated path and true on the dense one.
 import itertools
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -182,7 +183,7 @@ class Network:
         last = self.blocks[-1].convolutions[-1].bias if self.linear is None else self.linear[1]
         return len(last)
 
-    @property
+    @cached_property
     def hidden(self) -> tuple[int, ...]:
         """For each gate, or where it would be, the channels that it chooses from."""
         return tuple(number for block in self.blocks for number in block.hidden)
