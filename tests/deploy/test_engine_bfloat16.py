@@ -81,6 +81,13 @@ def test_sizes(size, path):
 
 
 @native
+def test_what_lies_in_the_border_is_left_out():
+    for width in range(2, 12, 3):
+        for height in (1, 2, 5):
+            check(images(1, 3, height, width), width=32, blocks=BASIC[:2])
+
+
+@native
 @pytest.mark.parametrize("density", [0.0, 0.02, 0.3, 1.0])
 def test_masks_of_every_density(density):
     for options in ({"width": 64, "blocks": BASIC[:3]}, {"width": 16, "blocks": BOTTLENECK}):

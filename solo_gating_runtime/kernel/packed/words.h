@@ -73,22 +73,10 @@ inline void keep(Words& value) {
 // Four vectors' sums in each 128 bits.
 inline Sums sums_of_four(const Sums* vectors) {
   const auto pair = [](Sums first, Sums second) {
-    const __m512i a = (__m512i)first, b = (__m512i)second;
-#if defined(__AVX512VBMI2__)
-    // A blend and a shift are cheaper than two shuffles.
-    return (Sums)_mm512_mask_blend_epi32(0xaaaa, a, b) + (Sums)_mm512_shldi_epi64(b, a, 32);
-#else
-    return (Sums)_mm512_unpacklo_epi32(a, b) + (Sums)_mm512_unpackhi_epi32(a, b);
-#endif
+    const __m512 a = (__m512)first, b = (__m512)second;
+    return (Sums)_mm512_shuffle_ps(a, b, 0x88) + (Sums)_mm512_shuffle_ps(a, b, 0xdd);
   };
-  const __m512i a = (__m512i)pair(vectors[0], vectors[1]);
-  const __m512i b = (__m512i)pair(vectors[2], vectors[3]);
-#if defined(__AVX512VBMI2__)
-  const __m512d c = _mm512_castsi512_pd(a), d = _mm512_castsi512_pd(b);
-  return (Sums)_mm512_mask_blend_epi64(0xaa, a, b) + (Sums)_mm512_shuffle_pd(c, d, 0x55);
-#else
-  return (Sums)_mm512_unpacklo_epi64(a, b) + (Sums)_mm512_unpackhi_epi64(a, b);
-#endif
+  return pair(pair(vectors[0], vectors[1]), pair(vectors[2], vectors[3]));
 }
 
 inline Sums sums_of_sixteen(const Sums* vectors) {
