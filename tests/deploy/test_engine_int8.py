@@ -91,6 +91,13 @@ def test_sizes(engine, size):
 
 
 @pytest.mark.parametrize("engine", engines_here("int8"))
+def test_what_lies_in_the_border_is_left_out(engine):
+    for width in range(1, 13):
+        for height in (1, 2, 3, 5):
+            check(engine, images(1, 3, height, width), width=64, blocks=BASIC[:2])
+
+
+@pytest.mark.parametrize("engine", engines_here("int8"))
 @pytest.mark.parametrize("density", [0.0, 0.02, 0.1, 0.3, 0.5, 1.0])
 def test_masks_of_every_density(engine, density):
     for options in ({"width": 64, "blocks": BASIC[:3]}, {"width": 16, "blocks": BOTTLENECK}):

@@ -241,13 +241,14 @@ class Engine {
     product.num_rows = net_.in_channels;
     product.rectify = true;
     for (int64_t c = 0; c < to.channels; c += kOuterVectors * kLanes) {
+      const int64_t vectors = std::min<int64_t>(kOuterVectors, (to.channels - c) / kLanes);
       product.weights = net_.stem + net_.in_channels * product.num_taps * c;
+      product.row_size = product.num_taps * vectors * kLanes;
       product.ahead = product.weights;
       product.ahead_rows = product.rows;
       product.bias = net_.stem_bias + c;
       product.channels = to.step(c);
       product.y = to.at(c) + first_pixel * product.channels;
-      const int64_t vectors = std::min<int64_t>(kOuterVectors, (to.channels - c) / kLanes);
       for (int64_t cut = 0; cut < cuts; ++cut) {
         const int64_t x = s.conv_width * cut / cuts;
         product.x = w.image.data() + y * net_.stride * s.columns + x;
@@ -594,6 +595,7 @@ class Engine {
         int64_t fetched = 0;
         for (int64_t t = band; t < band_end; ++t) {
           const PixelTile& tile = hidden.dots[t];
+          product.kernel = at.kernel[t];
           product.pixel = at.pixel.data() + tile.first;
           product.position = hidden.position.data() + tile.first;
           // Each row that is needed next is prefetched by one tile, evenly spread.
@@ -682,6 +684,7 @@ class Engine {
         const auto begin_of = [&](int64_t piece) { return term.num_rows * piece / pieces; };
         const Weight* weights = term.weights + term.all_rows * term.num_taps * c;
         product.weights = weights;
+        product.row_size = row_size;
         product.plane = term.plane;
         product.taps = term.taps;
         product.num_taps = term.num_taps;
@@ -704,6 +707,12 @@ class Engine {
           for (int64_t t = first_tile; t < last_tile; ++t) {
             const int64_t offset = term.tile_size > 0 ? t * term.tile_size : hidden.tiles[t].offset;
             product.x = term.x + offset + row * term.plane;
+            if (term.tile_size == 0) {
+              const KernelRows& kernel = hidden.tiles[t].kernel;
+              product.taps = term.taps + 3 * kernel.first;
+              product.num_taps = 3 * kernel.count;
+              product.weights = weights + 3 * kernel.first * vectors * kLanes;
+            }
             product.position = hidden.position.data() + hidden.tiles[t].first;
             product.ahead = more ? ahead + share * (t - first_tile) : weights;
             gated::run(product, vectors, hidden.tiles[t].count);

@@ -45,6 +45,7 @@ struct PixelTile {
   int32_t first;  // among the map's pixels, row by row
   int32_t count;
   int32_t offset;  // of its first pixel's first kernel element in a hidden plane
+  KernelRows kernel;
 };
 
 // Even pieces of a run of pixels, as few as possible. (They are kept, because divisions are slow.)
@@ -53,8 +54,10 @@ inline void cut(int64_t begin, int64_t length, int64_t offset, int64_t most,
   const int64_t pieces = ceil_div(length, most);
   for (int64_t i = 0; i < pieces; ++i) {
     const int64_t from = length * i / pieces, to = length * (i + 1) / pieces;
-    tiles.push_back({static_cast<int32_t>(begin + from), static_cast<int32_t>(to - from),
-                     static_cast<int32_t>(offset + from)});
+    tiles.push_back({static_cast<int32_t>(begin + from),
+                     static_cast<int32_t>(to - from),
+                     static_cast<int32_t>(offset + from),
+                     {}});
   }
 }
 
@@ -71,7 +74,7 @@ struct Hidden {
   std::vector<int32_t> position;  // of each pixel in the padded map
   std::vector<int32_t> taps;      // offsets of the kernel's elements in a plane
   std::vector<PixelTile> tiles;
-  std::vector<PixelTile> dots;  // the same for dot products, which know no rows
+  std::vector<PixelTile> dots;  // the same for dot products: of all pixels, or of each short row
 
   explicit Hidden(const Map& shape) : map(shape) {
     const int64_t stride = map.width + 2, pixels = map.pixels();
@@ -87,7 +90,9 @@ struct Hidden {
         cut(y * map.width, map.width, y * stride, kOuterPixels, tiles);
       }
     }
-    cut(0, pixels, 0, kDotPixels, dots);
+    const int64_t run = map.width <= kDotPixels ? map.width : pixels;
+    for (int64_t p = 0; p < pixels; p += run) cut(p, run, 0, kDotPixels, dots);
+    for (PixelTile& tile : tiles) tile.kernel = kernel_rows(tile, 1, map.height);
     // A copy is written with whole vectors, beyond its end by less than one.
     plane = copies ? 3 * copy() + kLanes : map.padded_pixels();
     for (int64_t t = 0; t < 9; ++t) {
@@ -95,16 +100,23 @@ struct Hidden {
     }
   }
 
+  // Those that a tile reads, with a convolution of this stride of a map of this height.
+  KernelRows kernel_rows(const PixelTile& tile, int64_t stride, int64_t height) const {
+    const int64_t first = tile.first / map.width, last = (tile.first + tile.count - 1) / map.width;
+    return rows_inside(first * stride - 1, last * stride - 1, 3, height);
+  }
+
   // Size of a copy.
   int64_t copy() const { return (map.height + 2) * map.width; }
 
   // With how many times as many tiles copies are worth their time.
-  static constexpr double kWorthCopies = 1.3;
+  static constexpr double kWorthCopies = 1.6;
 };
 
 struct BlockLayout {
   int64_t in_map, out_map;     // among the layout's maps; equal where the shortcut is the identity
   std::vector<int32_t> pixel;  // of the input map, the first one that each output pixel reads
+  std::vector<KernelRows> kernel;  // of the first convolution's tiles
 };
 
 // From one plane of so many pixels to the next: whole vectors.
@@ -199,6 +211,13 @@ struct Layout {
     for (const Map& map : maps) {
       hidden.emplace_back(map);
       largest_channels = std::max(largest_channels, map.channels);
+    }
+    for (size_t i = 0; i < net.blocks.size(); ++i) {
+      const Hidden& out = hidden[blocks[i].out_map];
+      for (const PixelTile& tile : out.dots) {
+        blocks[i].kernel.push_back(
+            out.kernel_rows(tile, net.blocks[i].first().stride, maps[blocks[i].in_map].height));
+      }
     }
     for (int64_t c = 0; c < largest_channels; ++c) shortcut_taps.push_back(c * kTileStride);
     for (size_t i = 0; i < net.blocks.size(); ++i) {

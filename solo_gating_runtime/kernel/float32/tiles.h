@@ -16,6 +16,7 @@
 #include <cstdint>
 #include <utility>
 
+#include "../padding.h"
 #include "../simd.h"
 
 namespace gated {
@@ -35,12 +36,13 @@ static_assert(kDotPixels <= kLanes, "the sums of a channel fit one vector");
 struct OuterProduct {
   const float* x;
   int64_t plane;        // from one input channel to the next
-  const int32_t* taps;  // offsets of the kernel's elements
+  const int32_t* taps;  // offsets of those of the kernel's elements that are read
   int num_taps;
   const int32_t* rows;  // the input channel that each plane is
   int num_rows;
-  const Weight* weights;      // input channels × taps × the tile's output channels
-  const Weight* ahead;        // weights of the same shape that are needed soon: of these rows, one
+  const Weight* weights;  // input channels × taps × the tile's output channels, from the first tap
+  int64_t row_size;       // in them, from one input channel to the next
+  const Weight* ahead;    // weights of the same shape that are needed soon: of these rows, one
   const int32_t* ahead_rows;  // number in so many is prefetched, as many as there are taps
   int64_t ahead_step;
   const float* bias;
@@ -60,11 +62,10 @@ void outer_tile(const OuterProduct& a) {
 #pragma GCC unroll 4
     for (int v = 0; v < Vectors; ++v) sum[p][v] = Vec{};
   }
-  const int64_t row_size = static_cast<int64_t>(a.num_taps) * kWidth;
   const float* plane = a.x;
   for (int j = 0; j < a.num_rows; ++j, plane += a.plane) {
-    const Weight* w = a.weights + a.rows[j] * row_size;
-    const Weight* ahead = a.ahead + a.ahead_rows[j] * row_size;
+    const Weight* w = a.weights + a.rows[j] * a.row_size;
+    const Weight* ahead = a.ahead + a.ahead_rows[j] * a.row_size;
     for (int t = 0; t < a.num_taps; ++t, w += kWidth, ahead += a.ahead_step) {
       const float* x = plane + a.taps[t];
       Vec weight[Vectors];
@@ -99,8 +100,8 @@ void outer_tile(const OuterProduct& a) {
 //           · scale[m]
 //
 // for a tile of output channels m and pixels p. The three pixels of a kernel's row are one run of
-// numbers, so that t goes over its three rows and c over 3 · channels. Input channels come in
-// blocks: the sums of all of them but the last are left in `partial`.
+// numbers, so that t goes over those of its three rows that are read and c over 3 · channels. Input
+// channels come in blocks: the sums of all of them but the last are left in `partial`.
 struct DotProduct {
   const float* x;
   const int32_t* pixel;                 // the first one that each of the tile's pixels reads
@@ -108,6 +109,7 @@ struct DotProduct {
   int64_t channels;                     // of x in this block, a multiple of kLanes
   const Weight* weights[kDotChannels];  // of each output channel, in this block
   const Weight* ahead;                  // as long as one of them, needed soon; may be null
+  KernelRows kernel;                    // that are read
   bool first, last;                     // whether this block is
   float* partial;                       // Channels × Pixels vectors
   float bias[kDotChannels];
@@ -159,16 +161,17 @@ void dot_tile(const DotProduct& a) {
       sum[m][p] = a.first ? Vec{} : load(a.partial + (m * Pixels + p) * kLanes);
     }
   }
-  const float* pixel[Pixels];
-#pragma GCC unroll 16
-  for (int p = 0; p < Pixels; ++p) pixel[p] = a.x + a.pixel[p] * a.channels;
-  const Weight* row[Channels];
-#pragma GCC unroll 16
-  for (int m = 0; m < Channels; ++m) row[m] = a.weights[m];
-  const Weight* ahead = a.ahead == nullptr ? row[0] : a.ahead;
   const int64_t run = 3 * a.channels;
   const int64_t step = a.stride * a.channels;
-  for (int t = 0; t < 3; ++t) {
+  const float* x = a.x + a.kernel.first * step;
+  const float* pixel[Pixels];
+#pragma GCC unroll 16
+  for (int p = 0; p < Pixels; ++p) pixel[p] = x + a.pixel[p] * a.channels;
+  const Weight* row[Channels];
+#pragma GCC unroll 16
+  for (int m = 0; m < Channels; ++m) row[m] = a.weights[m] + a.kernel.first * run;
+  const Weight* ahead = a.ahead == nullptr ? row[0] : a.ahead;
+  for (int t = 0; t < a.kernel.count; ++t) {
     for (int64_t c = 0; c < run; c += kLanes) {
       __builtin_prefetch(ahead + c);
       if constexpr (Channels <= Pixels) {

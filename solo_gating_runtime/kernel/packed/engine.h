@@ -294,7 +294,7 @@ class Engine {
       x = w.scratch[team.rank].gathered.data();
       pixel = kQuad;
       product.main.words = steps;
-      product.main.quad = s.conv.width * kQuad;
+      product.main.plane = s.conv.width * kQuad;
     }
     for (int64_t v = 0; v < vectors; v += kPair) {
       product.main.weights = stem.weights + v * kRow * steps;
@@ -556,7 +556,6 @@ class Engine {
     product.x = x;
     product.channels = channels;
     product.row = (at.in.width + 2) * channels;
-    product.kernel = conv.kernel;
     product.run = DotWeights::run_of(conv.kernel, channels);
     const int64_t steps = std::max<int64_t>(1, conv.kernel * product.run / kRow);
     for (int64_t i = 0; i < pieces; ++i) {
@@ -616,6 +615,7 @@ class Engine {
         product.pixel = at.pixel.data() + tiles[t].first;
         product.position = at.position.data() + tiles[t].first;
         product.in_a_row = tiles[t].in_a_row;
+        product.rows = tiles[t].kernel;
         dot_tile_for(number, tiles[t].count)(product);
       }
     }
@@ -648,17 +648,13 @@ class Engine {
 
     OuterProduct product;
     product.main.row = columns * kQuad;
-    product.main.quad = quads.plane();
+    product.main.plane = quads.plane();
     product.main.words = cut.words;
-    product.main.taps = shape.taps.data();
-    product.main.num_taps = shape.taps.size();
-    product.tail_row = columns;
-    product.tail_plane = quads.tail_plane();
-    product.tails = cut.tails;
-    product.tail_taps = shape.tail_taps.data();
-    product.num_tail_taps = shape.tail_taps.size();
+    product.tail.row = columns;
+    product.tail.plane = quads.tail_plane();
+    product.tail.words = cut.tails;
     product.shortcut.row = shape.grid.width * kQuad;
-    product.shortcut.quad = shape.grid.pixels() * kQuad;
+    product.shortcut.plane = shape.grid.pixels() * kQuad;
     product.shortcut.words = conv.shortcut_words;
     product.ratio = conv.ratio;
     product.y_row = columns * out.channels;
@@ -693,7 +689,7 @@ class Engine {
         const int64_t v = (u * kUnitGroups + i) * kPair;
         if (v >= vectors) break;
         const int64_t number = std::min<int64_t>(kPair, vectors - v);
-        product.main.weights = words + i * group;
+        const PackedWeight* weights = words + i * group;
         product.multiplier = conv.multiplier + v * kLanes;
         product.bias = conv.bias + v * kLanes;
         if (conv.shortcut_words > 0) {
@@ -703,10 +699,16 @@ class Engine {
         for (int64_t t = pixel_team.begin(tiles); t < pixel_team.end(tiles); ++t, ++tiles_done) {
           const OuterTileShape& tile = shape.tiles[t];
           const int64_t next_unit = u + 1 < last_unit ? u + 1 : -1;
+          product.main.read(tile.kernel, shape.taps, conv.kernel, weights);
+          product.tail.read(tile.kernel, shape.tail_taps, 1,
+                            weights + cut.words * conv.taps * kPair * kRow);
           product.packed = nullptr;
           if (next != nullptr && next_unit >= 0 &&
               tiles_done == std::min<int64_t>(kGroup, tiles - 1)) {
             rows_ahead(conv, next_unit, in.channels, product);
+            // With each tap, one of all.
+            product.main.read({0, static_cast<int32_t>(conv.kernel)}, shape.taps, conv.kernel,
+                              weights);
             product.packed = next;
             product.number = in.number;
           } else {
@@ -714,10 +716,10 @@ class Engine {
           }
           const int64_t place = tile.y * columns + tile.x;
           product.main.x = hidden + quads.first() + place * kQuad;
-          product.tail = hidden + place;
+          product.tail.x = hidden + place;
           product.shortcut.x = w.gathered.data() + (tile.y * shape.grid.width + tile.x) * kQuad;
           product.y = w.maps[at.out_map].data() + (place + columns + 1) * out.channels + v * kLanes;
-          outer_tile_for(number, tile.rows, tile.columns)(product);
+          outer_tile_for(number, tile.rows, tile.columns, tile.whole_row)(product);
         }
       }
       if (conv.rows != nullptr) pixel_team.wait();

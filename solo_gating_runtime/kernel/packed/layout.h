@@ -37,12 +37,15 @@ struct Grid {
 // Of an outer product.
 struct OuterTileShape {
   int32_t y, x, rows, columns;
+  KernelRows kernel;
+  bool whole_row;
 };
 
 // Of a dot product: the first of so many pixels, and whether they are neighbours.
 struct DotTileShape {
   int32_t first, count;
   bool in_a_row = false;
+  KernelRows kernel;
 };
 
 // Pieces of so many things, even and as few as possible.
@@ -68,14 +71,22 @@ struct OuterShape {
       }
       tail_taps.push_back((first + y) * columns + first);
     }
-    const int64_t most_rows = 2 * grid.width <= kOuterPixels ? 2 : 1;
+    const int64_t most_rows = grid.width <= kTwoRowsColumns ? 2 : 1;
+    const bool whole_row =
+        !kBiased && kernel == 3 && grid.width >= kLeastWholeRow && grid.width <= kMostWholeRow;
     for (int64_t y = 0; y < grid.height; y += most_rows) {
       const int64_t rows = std::min(most_rows, grid.height - y);
       cut(grid.width, kOuterPixels, [&](int64_t begin, int64_t end) {
-        tiles.push_back({static_cast<int32_t>(y), static_cast<int32_t>(begin),
-                         static_cast<int32_t>(rows), static_cast<int32_t>(end - begin)});
+        tiles.push_back(
+            {static_cast<int32_t>(y), static_cast<int32_t>(begin), static_cast<int32_t>(rows),
+             static_cast<int32_t>(end - begin),
+             rows_inside(y - kernel / 2, y + rows - 1 - kernel / 2, kernel, grid.height),
+             whole_row});
       });
     }
+    // Those that read all rows of the kernel, and prefetch most, come first.
+    std::stable_partition(tiles.begin(), tiles.end(),
+                          [&](const OuterTileShape& tile) { return tile.kernel.count == kernel; });
   }
 };
 
@@ -112,6 +123,11 @@ struct DotShape {
     }
     for (std::vector<DotTileShape>* list : {&tiles, &few_tiles}) {
       for (DotTileShape& tile : *list) {
+        const auto row_of = [&](int64_t p) {
+          return std::min<int64_t>(p, number - 1) / out.width * conv.stride - conv.padding;
+        };
+        tile.kernel = rows_inside(row_of(tile.first), row_of(tile.first + tile.count - 1),
+                                  conv.kernel, in.height);
         const int32_t* at = position.data() + tile.first;
         tile.in_a_row =
             tile.first + tile.count <= number && at[tile.count - 1] - at[0] == tile.count - 1;
@@ -209,7 +225,7 @@ struct PackedLayout {
       stem.taps.push_back(0);
       cut(stem.conv.width, kOuterPixels, [&](int64_t begin, int64_t end) {
         stem.tiles.push_back(
-            {0, static_cast<int32_t>(begin), 1, static_cast<int32_t>(end - begin)});
+            {0, static_cast<int32_t>(begin), 1, static_cast<int32_t>(end - begin), {}, false});
       });
       return;
     }
@@ -222,7 +238,7 @@ struct PackedLayout {
     };
     const int32_t size = waste(kStemPixels) <= waste(kStemPixelsFew) ? kStemPixels : kStemPixelsFew;
     for (int32_t x = 0; x < stem.conv.width; x += size) {
-      stem.tiles.push_back({0, std::min<int32_t>(x, stem.conv.width - size), 1, size});
+      stem.tiles.push_back({0, std::min<int32_t>(x, stem.conv.width - size), 1, size, {}, false});
     }
   }
 

@@ -8,7 +8,9 @@
 #include <array>
 #include <cstdint>
 #include <utility>
+#include <vector>
 
+#include "../padding.h"
 #include "words.h"
 
 namespace gated {
@@ -19,6 +21,11 @@ constexpr int kGroupChannels = kPair * kLanes;
 
 // Pixels of an outer product's tile: with two vectors of sums each, as many as registers hold.
 constexpr int kOuterPixels = kRegisters == 32 ? 13 : 6;
+// In maps that are no wider than this, a tile has two rows.
+constexpr int kTwoRowsColumns = 3;
+// Rows of maps that are tiles of their own kind, as they are in the last stages of images of 32×32
+// and 224×224. NEON's correction of sums is the same for all pixels.
+constexpr int kLeastWholeRow = 4, kMostWholeRow = kOuterPixels < 9 ? kOuterPixels : 9;
 
 // Pixels of a dot product's tile of four channels; one more is possible with 32 registers, or if
 // one pixel's numbers need none.
@@ -46,15 +53,26 @@ GATED_INLINE inline void each(Function function) {
 
 // ------------------------------------------------------------------------------------------------
 
-// Sums of words × weights over planes of words, each with its taps.
+// Sums of words × weights over planes of words, each with its taps. Those that read nothing but the
+// border are left out, the first and the last ones of a kernel.
 struct Terms {
   const Number* x = nullptr;
   int64_t row = 0;    // from one row of the tile to the next
-  int64_t quad = 0;   // from one plane of quads to the next
-  int64_t words = 0;  // of kGroup channels each; kQuad / kGroup of them share a plane
-  const int32_t* taps = nullptr;
+  int64_t plane = 0;  // from one plane to the next
+  int64_t words = 0;
+  const int32_t* taps = nullptr;  // those that are read
   int64_t num_taps = 0;
-  const PackedWeight* weights = nullptr;  // word × tap × pair of vectors
+  const PackedWeight* weights = nullptr;  // word × tap × pair of vectors, from the first tap on
+  int64_t skipped = 0;                    // numbers of them between two words
+
+  // Of a kernel with so many taps in a row, whose first one's weights these are.
+  void read(const KernelRows& rows, const std::vector<int32_t>& all, int64_t in_a_row,
+            const PackedWeight* first) {
+    taps = all.data() + rows.first * in_a_row;
+    num_taps = rows.count * in_a_row;
+    weights = first + rows.first * in_a_row * kPair * kRow;
+    skipped = (static_cast<int64_t>(all.size()) - num_taps) * kPair * kRow;
+  }
 };
 
 // Whether a tile packs the next unit's words while it computes: two rows at a time leave it enough
@@ -67,14 +85,9 @@ constexpr int kMostTaps = 9;
 // channels. Sums of floats have no multiplier: they start at the bias, and go on from those of a
 // convolution as shortcut.
 struct OuterProduct {
-  Terms main;
-  // Planes of one channel, whose words are neighbouring pixels; their weights follow the others.
-  const Number* tail = nullptr;
-  int64_t tail_row = 0, tail_plane = 0, tails = 0;
-  const int32_t* tail_taps = nullptr;
-  int64_t num_tail_taps = 0;
-  // A convolution as shortcut.
-  Terms shortcut;
+  Terms main;      // kQuad / kGroup words share a plane
+  Terms tail;      // planes of one channel, whose words are neighbouring pixels
+  Terms shortcut;  // a convolution as shortcut, with a tap for each word
   const float* shortcut_multiplier = nullptr;
   // Or what is in y times this (not for the stem's tiles).
   float ratio = 0.0f;
@@ -91,8 +104,9 @@ struct OuterProduct {
   int64_t number = 0;
 };
 
-// `Step` is the number of numbers from one pixel of the tile's row to the next one.
-template <int Vectors, int Rows, int Columns, int Step>
+// `Step` is the number of numbers from one pixel of the tile's row to the next one. A tile that is
+// a `WholeRow` of its map leaves out what a 3×3 kernel reads of the border beside it.
+template <int Vectors, int Rows, int Columns, int Step, bool WholeRow = false>
 void outer_tile(const OuterProduct& a) {
   constexpr int kPixels = Rows * Columns;
   Sums sum[kPixels][Vectors], offset[Vectors];
@@ -104,8 +118,8 @@ void outer_tile(const OuterProduct& a) {
       offset[v] = Sums{};
     });
   };
-  const auto add = [&](const Number* x, int64_t row, const PackedWeight* w,
-                       auto step) GATED_INLINE {
+  const auto add_some = [&](const Number* x, int64_t row, const PackedWeight* w, auto step,
+                            auto left_out) GATED_INLINE {
     Words weight[Vectors];
     each<Vectors>([&](auto v) GATED_INLINE {
       weight[v] = load_words(w + v * kRow);
@@ -113,11 +127,15 @@ void outer_tile(const OuterProduct& a) {
       if constexpr (kBiased) offset[v] = correct(offset[v], weight[v]);
     });
     each<kPixels>([&](auto p) GATED_INLINE {
-      Words value = broadcast_word(x + p / Columns * row + p % Columns * step);
-      keep(value);
-      each<Vectors>([&](auto v) GATED_INLINE { sum[p][v] = dot(sum[p][v], value, weight[v]); });
+      if constexpr (!left_out(p)) {
+        Words value = broadcast_word(x + p / Columns * row + p % Columns * step);
+        keep(value);
+        each<Vectors>([&](auto v) GATED_INLINE { sum[p][v] = dot(sum[p][v], value, weight[v]); });
+      }
     });
   };
+  const auto add = [&](const Number* x, int64_t row, const PackedWeight* w, auto step)
+                       GATED_INLINE { add_some(x, row, w, step, [](int) { return false; }); };
   const auto result = [&](auto p, auto v) GATED_INLINE {
     if constexpr (kBiased) return sum[p][v] + offset[v];
     return sum[p][v];
@@ -132,7 +150,7 @@ void outer_tile(const OuterProduct& a) {
   if (has_shortcut) {
     const PackedWeight* w = a.shortcut.weights;
     for (int64_t j = 0; j < a.shortcut.words; ++j, w += kPair * kRow) {
-      add(a.shortcut.x + j / kWordsInPlane * a.shortcut.quad + j % kWordsInPlane * kGroup,
+      add(a.shortcut.x + j / kWordsInPlane * a.shortcut.plane + j % kWordsInPlane * kGroup,
           a.shortcut.row, w, step);
     }
     if constexpr (kIntegers) {
@@ -147,14 +165,26 @@ void outer_tile(const OuterProduct& a) {
 
   const PackedWeight* w = a.main.weights;
   [[maybe_unused]] PackedWeight* packed = a.packed;
-  for (int64_t j = 0; j < a.main.words; ++j) {
-    const Number* x = a.main.x + j / kWordsInPlane * a.main.quad + j % kWordsInPlane * kGroup;
+  for (int64_t j = 0; j < a.main.words; ++j, w += a.main.skipped) {
+    const Number* x = a.main.x + j / kWordsInPlane * a.main.plane + j % kWordsInPlane * kGroup;
     const PackedWeight* first = a.ahead + a.ahead_rows[j * a.ahead_step] * a.ahead_size;
     const char* first_bytes = reinterpret_cast<const char*>(first);
     const auto multiply = [&](auto beside) GATED_INLINE {
-      for (int64_t t = 0; t < a.main.num_taps; ++t, w += kPair * kRow) {
-        beside(t);
-        add(x + a.main.taps[t], a.main.row, w, step);
+      if constexpr (!WholeRow) {
+        for (int64_t t = 0; t < a.main.num_taps; ++t, w += kPair * kRow) {
+          beside(t);
+          add(x + a.main.taps[t], a.main.row, w, step);
+        }
+      } else {
+        for (int64_t t = 0; t < a.main.num_taps; t += 3) {
+          each<3>([&](auto column) GATED_INLINE {
+            beside(t + column);
+            constexpr int kShift = decltype(column)::value - 1;
+            add_some(x + a.main.taps[t + column], a.main.row, w, step,
+                     [](int p) { return p + kShift < 0 || p + kShift == Columns; });
+            w += kPair * kRow;
+          });
+        }
       }
     };
     if (kPacksAhead && a.packed != nullptr) {
@@ -171,10 +201,11 @@ void outer_tile(const OuterProduct& a) {
     }
   }
   if constexpr (Step == kQuad && kGroup == 4) {
-    const Number* x = a.tail;
-    for (int64_t j = 0; j < a.tails; ++j, x += a.tail_plane) {
-      for (int64_t t = 0; t < a.num_tail_taps; ++t, w += kPair * kRow) {
-        add(x + a.tail_taps[t], a.tail_row, w, one);
+    const Number* x = a.tail.x;
+    w = a.tail.weights;
+    for (int64_t j = 0; j < a.tail.words; ++j, x += a.tail.plane, w += a.tail.skipped) {
+      for (int64_t t = 0; t < a.tail.num_taps; ++t, w += kPair * kRow) {
+        add(x + a.tail.taps[t], a.tail.row, w, one);
       }
     }
   }
@@ -214,14 +245,14 @@ void outer_tile(const OuterProduct& a) {
 // y[m][p] = Σ_t Σ_c x[pixel[p] · channels + t · row + c] · w[m][t][c] · multiplier[m] + bias[m]
 //
 // as a map's number, for a tile of output channels m and pixels p. The pixels of a kernel's row are
-// one run of numbers: t goes over its rows and c over kernel · channels, in whole vectors; weights
-// beyond are zeros.
+// one run of numbers: t goes over the rows that are read and c over kernel · channels, in whole
+// vectors; weights beyond are zeros.
 struct DotProduct {
   const Number* x;
   const int32_t* pixel;                       // the first one that each of the tile's pixels reads
   int64_t channels;                           // of x
   int64_t row;                                // from one row of x to the next
-  int64_t kernel;                             // rows
+  KernelRows rows;                            // that are read
   int64_t run;                                // numbers in each: whole vectors
   const PackedWeight* weights[kDotChannels];  // of each output channel
   float multiplier[kLaneFactors], bias[kLaneFactors];  // of each sum: see set_factors
@@ -252,11 +283,12 @@ void dot_tile(const DotProduct& a) {
   each<kSums>([&](auto i) GATED_INLINE { sum[i] = Sums{}; });
   each<Channels>([&](auto m) GATED_INLINE { offset[m] = Sums{}; });
   const Number* x[Pixels];
-  each<Pixels>([&](auto p) GATED_INLINE { x[p] = a.x + a.pixel[p] * a.channels; });
+  const int64_t above = a.rows.first * a.row;
+  each<Pixels>([&](auto p) GATED_INLINE { x[p] = a.x + a.pixel[p] * a.channels + above; });
   const PackedWeight* w[Channels];
-  each<Channels>([&](auto m) GATED_INLINE { w[m] = a.weights[m]; });
+  each<Channels>([&](auto m) GATED_INLINE { w[m] = a.weights[m] + a.rows.first * a.run; });
   const char* ahead = a.ahead;
-  for (int64_t t = 0; t < a.kernel; ++t) {
+  for (int64_t t = 0; t < a.rows.count; ++t) {
     for (int64_t c = 0; c < a.run; c += kRow) {
       __builtin_prefetch(ahead, 0, 2);
       ahead += a.ahead_step;
@@ -340,10 +372,18 @@ constexpr std::array<OuterTile, sizeof...(C)> outer_tiles(std::index_sequence<C.
   return {outer_tile<Vectors, Rows, C + 1, kQuad>...};
 }
 
-// Tiles of two rows are those of maps that are at most half as wide as a tile.
-inline OuterTile outer_tile_for(int64_t vectors, int64_t rows, int64_t columns) {
+template <size_t... C>
+constexpr std::array<OuterTile, sizeof...(C)> whole_row_tiles(std::index_sequence<C...>) {
+  return {outer_tile<kPair, 1, kLeastWholeRow + C, kQuad, true>...};
+}
+
+inline OuterTile outer_tile_for(int64_t vectors, int64_t rows, int64_t columns,
+                                bool whole_row = false) {
+  using Whole = std::make_index_sequence<kMostWholeRow - kLeastWholeRow + 1>;
+  static constexpr auto kWhole = whole_row_tiles(Whole{});
+  if (whole_row && vectors == kPair) return kWhole[columns - kLeastWholeRow];
   using One = std::make_index_sequence<kOuterPixels>;
-  using Two = std::make_index_sequence<kOuterPixels / 2>;
+  using Two = std::make_index_sequence<kTwoRowsColumns>;
   static constexpr auto kNarrow = outer_tiles<1, 1>(One{});
   static constexpr auto kWide = outer_tiles<2, 1>(One{});
   static constexpr auto kNarrowTwo = outer_tiles<1, 2>(Two{});
