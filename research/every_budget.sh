@@ -4,7 +4,7 @@
 # shares of the FLOPs, and prints a table (mean ± std). docs/results/every_budget.md has the results.
 #
 #   bash research/every_budget.sh digits [key=value ...]
-#   DATA=FOLDER bash research/every_budget.sh cifar10 [key=value ...]
+#   DATA=FOLDER bash research/every_budget.sh cifar10|cifar100 [key=value ...]
 #
 # FOLDER holds train*.npz and test.npz, as for validate_cifar.sh. Further arguments override every
 # run's config. From the environment: VARIANTS (default: all of the first study; names as below), and
@@ -15,7 +15,7 @@ study=every_budget
 source research/setting.sh
 case ${1:-} in
 digits) dual=vicreg_dual_digits dense=(vicreg_dual_digits method=vicreg backbone.name=resnet18_plain '~gating') ;;
-cifar10) dual=vicreg_dual_cifar10 dense=(vicreg_cifar10) ;;
+cifar10 | cifar100) dual=vicreg_dual_$1 dense=("vicreg_$1") ;;
 *) sed -n '2,/^[^#]/{/^#/p}' "$0"; exit 2 ;;
 esac
 prepare "$1"; shift
@@ -51,6 +51,7 @@ declare -A overrides=(
     [distilled_no_anneal]="$distilled gating.budget_anneal=0"
     [distilled_late]="$distilled gating.warmup_epochs=$((epochs / 2)) gating.budget_anneal=0.25"
     [distilled_0.3]="$distilled gating.target_budget=0.3 gating.budget_per_image=false"
+    [distilled_per_step]="$distilled gating.budget_per_image=false"  # images may use more than others
     [distilled_top_k]="$distilled gating.gate=top_k"
     [distilled_slimmable]="$distilled gating.gate=fixed"  # universally slimmable, between convolutions
     [distilled_projections]="$distilled method=vicreg_distilled_projections"

@@ -1,7 +1,7 @@
 # Sourced by the studies, from the project's root: their common setting, and how a run is made once.
 #
 # From the environment: OUT, SEEDS ("0 1 2"), SHARES ("0.1 0.3 0.5 0.8"), WIDTH (16), EPOCHS (digits 60,
-# cifar10 20), PIXELS (cifar10: the images are made smaller first; 16), JOBS (1) runs at once.
+# CIFAR 20), PIXELS (CIFAR: the images are made smaller first; 16), JOBS (1) runs at once.
 #
 # What a study says: `overrides`, for each variant's name; and `arguments VARIANT SEED`, which sets `run` to
 # the arguments of its training, without those that are set here, and may change `length` (epochs),
@@ -13,7 +13,7 @@ read -r -a seeds <<<"${SEEDS:-0 1 2}"
 read -r -a shares <<<"${SHARES:-0.1 0.3 0.5 0.8}"
 width=${WIDTH:-16} pixels=${PIXELS:-16}
 
-prepare() { # "digits" or "cifar10", for which DATA is a folder -> data, epochs, common, projector
+prepare() { # "digits", or "cifar10" or "cifar100", for which DATA is a folder -> data, epochs, common, projector
     data=$1
     projector=()
     common=(precision=32-true final_knn.enabled=true knn_eval.enabled=false enable_progress_bar=false)
@@ -22,10 +22,10 @@ prepare() { # "digits" or "cifar10", for which DATA is a folder -> data, epochs,
         epochs=${EPOCHS:-60}
         [ -e datasets/digits/train.npz ] || "$python" -m solo_gating.data.digits datasets/digits
         ;;
-    cifar10)
+    cifar10 | cifar100)
         epochs=${EPOCHS:-20}
         [ -d "${DATA:-}" ] || { echo "error: DATA: '${DATA:-}' is not a folder of train*.npz and test.npz" >&2; exit 2; }
-        local view images=datasets/study_cifar10_$pixels
+        local view images=datasets/study_${data}_$pixels
         view="{crop_size:$pixels,num_crops:1,rrc:{enabled:true,crop_min_scale:0.2,crop_max_scale:1.0},\
 color_jitter:{prob:0.8,brightness:0.4,contrast:0.4,saturation:0.2,hue:0.1},grayscale:{prob:0.2},\
 gaussian_blur:{prob:0.0},solarization:{prob:0.1},equalization:{prob:0.0},horizontal_flip:{prob:0.5}}"

@@ -420,13 +420,15 @@ class KillAfterTheFirstEpoch(pl.Callback):
 
 
 @pytest.mark.usefixtures("short_resnet")
-@pytest.mark.parametrize("kind", ["dgc"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind == "dgc" else pytest.mark.slow) for kind in KINDS]
+)
 def test_a_killed_run_ends_as_an_undisturbed_one(kind, tmp_path, monkeypatch):
     ramp = {"budget_hold": 0.5, "budget_anneal": 0.5} if kind == "dgc" else {}
     settings = {
         "gating": {"gate": kind, "target_budget": 0.4, **ramp},
         "auto_resume": {"enabled": True},
-        "backbone": {"name": "resnet_short_gated"},
+        "backbone": {"name": "resnet_short_gated", "kwargs": {"width": WIDTH[kind]}},
         "limit_train_batches": 2,
     }
     weights = []
