@@ -425,11 +425,12 @@ def test_a_checkpoint_without_gates(tmp_path):
         deploy.compile(run.checkpoint)
 
 
-def test_the_environment_chooses_the_engine(monkeypatch):
-    for engine in ENGINES:
-        monkeypatch.setenv("SOLO_GATING_ISA", engine)
-        assert deploy.compile(encoder()).engine == engine
-        assert f"engine={engine}" in repr(deploy.compile(encoder()))
+@ANY
+def test_the_environment_chooses_the_engine(engine, monkeypatch):
+    monkeypatch.setenv("SOLO_GATING_ISA", engine)
+    fast = deploy.compile(encoder())
+    assert fast.engine == engine
+    assert f"engine={engine}" in repr(fast)
 
 
 def in_a_fork(function):
