@@ -2,15 +2,19 @@ import os
 import sys
 
 import pytest
-import torch
 
 # Compiling umap-learn takes a minute, its few points here a second without.
 os.environ.setdefault("NUMBA_DISABLE_JIT", "1")
 
-import solo_gating  # noqa: F401 (solo-learn 1.0.2 can be imported only after it)
 
-# Tiny tensors: a second thread costs more than it gives, and sums could depend on it.
-torch.set_num_threads(1)
+def pytest_collectstart():
+    """Not at the top: the process that only hands test files to others needs none of it."""
+    import torch
+
+    import solo_gating  # noqa: F401 (solo-learn 1.0.2 can be imported only after it)
+
+    # Tiny tensors: a second thread costs more than it gives, and sums could depend on it.
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -24,6 +28,8 @@ def _kernel_cache(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _seed():
+    import torch
+
     torch.manual_seed(0)
 
 
