@@ -7,7 +7,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -17,8 +16,8 @@ from PIL import Image
 from torch import nn
 from torchvision.models import resnet18
 
-from solo_gating import METHODS, BaseMethod, InputError, deploy, main_export
-from solo_gating.backbones import BACKBONES, SlicedResNet, register_resnet
+from solo_gating import METHODS, InputError, deploy, main_export
+from solo_gating.backbones import BACKBONES, SlicedResNet
 from solo_gating.checkpoints.encoder import encoder_of
 from solo_gating.deploy import export
 from solo_gating.deploy.dense import dense_network, dense_state_dict
@@ -34,6 +33,7 @@ from solo_gating.main_export import main
 from solo_gating.policies import read_policy
 
 from ..support.encoders import digit_tensors, digits, enliven, run_config, save_run
+from ..support.helpers import with_resnet10
 
 
 def images(rows=slice(40)):
@@ -65,10 +65,8 @@ def on_gated_path(net, x):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Of a network with one block in a stage: what exporters take grows with the number of layers."""
     folder = tmp_path_factory.mktemp("export")
-    with patch.dict(BACKBONES), patch.dict(BaseMethod._BACKBONES):
-        register_resnet("resnet10", "basic", [1, 1, 1, 1])
+    with with_resnet10():
         yield save_run(run_config(folder, backbone={"name": "resnet10_gated"}), folder)
 
 

@@ -30,6 +30,7 @@ from ..support.helpers import (
     student_config,
     tiny_config,
     tiny_model,
+    with_resnet10,
     write_teacher,
 )
 from ..training.test_randomness import (
@@ -49,6 +50,7 @@ MOMENTUM = ("byol_dual", "mocov2plus_dual", "nnbyol_gated")
 METHODS = ("vicreg_dual", "simsiam_gated", RANGE, PER_IMAGE, DISTILLED, *KINDS, *MOMENTUM)
 LOCAL = "vicreg_dual with shares of each process"
 BATCH = 4  # per process
+SHALLOW = {"name": "resnet10_gated"}
 PIPELINES = ("workers", "device")
 PATHS = ("dense", "gated")
 
@@ -124,7 +126,7 @@ def gradients(method: str, rows: slice, parallel: bool) -> tuple[dict[str, Tenso
     gating |= {"target_budget": target, "sparsity_weight": 1000.0, "bound_weight": 100.0}
     if method in KINDS:
         gating |= {"gate": method.split()[2], "gate_kwargs": {"penalty_weight": 10.0}}
-    model = tiny_model(tiny_config(method.split()[0], gating=gating), epoch=2)
+    model = tiny_model(tiny_config(method.split()[0], backbone=SHALLOW, gating=gating), epoch=2)
     model._trainer.global_step = 17
     synchronise(model)
     indices, views, targets = random_batch(2 * BATCH)
@@ -152,7 +154,7 @@ def student_steps(folder: Path, rows: slice, parallel: bool) -> tuple[dict[str, 
 def queue_after(rows: slice) -> tuple[Tensor, Tensor]:
     """MoCo's queue after a step with some of the images, and its place."""
     with default_dtype(torch.float64):
-        model = tiny_model(tiny_config("mocov2plus_dual"))
+        model = tiny_model(tiny_config("mocov2plus_dual", backbone=SHALLOW))
         indices, views, targets = random_batch(2 * BATCH)
         model.momentum_backbone.eval()  # no statistics of a process's own batch
         with mock.patch.object(model, "log"), mock.patch.object(model, "log_dict"):
@@ -160,6 +162,7 @@ def queue_after(rows: slice) -> tuple[Tensor, Tensor]:
     return model.queue, model.queue_ptr
 
 
+@with_resnet10()
 def process(rank: int) -> dict[str, Any]:
     rows = slice(rank * BATCH, (rank + 1) * BATCH)
     with default_dtype(torch.float64):
@@ -226,6 +229,7 @@ def runs(rank: int, pipeline: str) -> list[Any]:
         folder = Path(os.environ["SHARED_FOLDER"])
         cfg = small_config(
             folder,
+            backbone=SHALLOW,
             devices=2,
             strategy="ddp",
             data={"pipeline": pipeline},
@@ -243,6 +247,7 @@ def us3l_run() -> dict[str, Any]:
     cfg = small_config(
         folder,
         "us3l",
+        backbone=SHALLOW,
         devices=2,
         strategy="ddp",
         optimizer={"weight_decay": 0.0},
@@ -273,6 +278,12 @@ def evaluation(folder: Path, processes: int) -> dict[str, Any]:
     (checkpoint,) = (folder / f"{PIPELINES[0]}-0").glob("*/*/last.ckpt")
     overrides = ["k=1", f"devices={processes}", f"output={folder / f'knn-{processes}'}"]
     return evaluate_knn(evaluation_config("knn", checkpoint, *overrides))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _shallow():
+    with with_resnet10():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,8 @@ import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from solo_gating import METHODS, create_backbone
+from solo_gating import METHODS, BaseMethod, create_backbone
+from solo_gating.backbones import BACKBONES, register_resnet
 
 ROOT = Path(__file__).parents[2]
 
@@ -50,6 +51,14 @@ def package_environment(**more: str) -> dict[str, str]:
     """The environment of a process that finds this checkout, behind what PYTHONPATH names."""
     paths = [*os.environ.get("PYTHONPATH", "").split(os.pathsep), str(ROOT)]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **more}
+
+
+@contextmanager
+def with_resnet10() -> Iterator[None]:
+    """For what takes longer with each layer there are `resnet10_*`, with one block in a stage."""
+    with mock.patch.dict(BACKBONES), mock.patch.dict(BaseMethod._BACKBONES):
+        register_resnet("resnet10", "basic", [1, 1, 1, 1])
+        yield
 
 
 def of_two_processes(function: Callable[[int], Any], folder: Path) -> list[Any]:
