@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -390,6 +391,18 @@ def test_wrong_features_are_an_error_that_names_the_engine():
     for wrong in (expected.flip(1).flip(0), expected * np.nan):
         with pytest.raises(InputError, match="engines: fast in int8 gives other features"):
             measuring._checked("fast", "int8", wrong, expected)
+
+
+def test_where_rounding_changes_much_int8_is_compared_bit_by_bit(encoder, images):
+    compile = measuring.compile_encoder
+    engine = compile(encoder, "dense", dtype="int8", calibration=images, engine="pytorch")
+    own = partial(measuring._imitated, engine, images)
+    found, far = engine(images[:3]), -encoder(images[:3])
+    relative = measuring._checked("dense", "int8", found, far, own)["feature_difference"]
+    assert relative > ROUNDED["int8"]
+    found[0, 0] = found[0, 0].nextafter(torch.tensor(np.inf))
+    with pytest.raises(InputError, match="engines: dense in int8 gives other features"):
+        measuring._checked("dense", "int8", found, far, own)
 
 
 def test_an_instruction_set_restarts_the_process_once(monkeypatch):
