@@ -146,6 +146,34 @@ inline void compress(const PackedWeight* row, const int32_t* chosen, int64_t num
   for (int64_t i = 0; i < number; ++i) to[i] = row[chosen[i]];
 }
 
+#if defined(__AVX512BW__)
+// Not all CPUs with AVX-512 do it at once (VBMI2).
+inline bool compresses_vectors() {
+  static const bool can = __builtin_cpu_supports("avx512vbmi2");
+  return can;
+}
+
+// The same of so many vectors, with a bit for each number of one; writes zeros beyond the end.
+__attribute__((target("avx512vbmi2"))) inline void compress_vectors(const PackedWeight* row,
+                                                                    const uint64_t* chosen,
+                                                                    int64_t vectors,
+                                                                    PackedWeight* to) {
+  for (int64_t v = 0; v < vectors; ++v, row += kRow) {
+    const __m512i numbers = _mm512_loadu_si512(row);
+    const __m512i together =
+        sizeof(PackedWeight) == 1
+            ? _mm512_maskz_compress_epi8(static_cast<__mmask64>(chosen[v]), numbers)
+            : _mm512_maskz_compress_epi16(static_cast<__mmask32>(chosen[v]), numbers);
+    _mm512_storeu_si512(to, together);
+    to += __builtin_popcountll(chosen[v]);
+  }
+}
+#else
+constexpr bool compresses_vectors() { return false; }
+
+inline void compress_vectors(const PackedWeight*, const uint64_t*, int64_t, PackedWeight*) {}
+#endif
+
 // The largest of each two numbers, none of which is negative.
 typedef Number NumberRow __attribute__((vector_size(kRow * sizeof(Number))));
 
