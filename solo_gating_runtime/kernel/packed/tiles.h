@@ -23,8 +23,8 @@ constexpr int kGroupChannels = kPair * kLanes;
 constexpr int kOuterPixels = kRegisters == 32 ? 13 : 6;
 // In maps that are no wider than this, a tile has two rows.
 constexpr int kTwoRowsColumns = 3;
-// Rows of maps that are tiles of their own kind, as they are in the last stages of images of 32×32
-// and 224×224. NEON's correction of sums is the same for all pixels.
+// Whole rows of maps that are tiles of their own kind: those of the last stages of images of 32×32
+// and 224×224. (Not with NEON's correction of sums, which has all of a kernel's columns in it.)
 constexpr int kLeastWholeRow = 4, kMostWholeRow = kOuterPixels < 9 ? kOuterPixels : 9;
 
 // Pixels of a dot product's tile of four channels; one more is possible with 32 registers, or if
