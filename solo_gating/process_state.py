@@ -106,7 +106,8 @@ def _set_loggers(state: dict[logging.Logger, tuple[int, bool, list[logging.Handl
         level, logger.disabled, logger.handlers = state.get(
             logger, (logger.level, False, logger.handlers)
         )
-        logger.setLevel(level)
+        if logger.level != level:  # which all loggers hear of
+            logger.setLevel(level)
 
 
 def _handlers() -> dict[int, Any]:
