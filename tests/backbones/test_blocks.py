@@ -91,7 +91,11 @@ def test_flops_of_bottlenecks_are_a_count_by_hooks_for_every_image(cls, stem):
 
 
 @pytest.mark.parametrize(
-    ("name", "flops"), [("resnet50", 4_087_136_256), ("resnet101", 7_801_405_440 - 2_048_000)]
+    ("name", "flops"),
+    [
+        ("resnet50", 4_087_136_256),
+        pytest.param("resnet101", 7_801_405_440 - 2_048_000, marks=pytest.mark.slow),
+    ],
 )
 def test_the_dense_path_is_torchvision_s(name, flops):
     """FLOPs: torchvision counts the classifier, too."""

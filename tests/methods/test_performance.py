@@ -49,7 +49,7 @@ BATCHES = [random_batch(seed=seed) for seed in range(3)]
     [
         "resnet18_gated",
         pytest.param("resnet18_two_encoders", marks=pytest.mark.slow),
-        "resnet18_plain",
+        pytest.param("resnet18_plain", marks=pytest.mark.slow),
     ],
 )
 def test_compiled_steps_give_the_same_losses_and_compile_once(backbone):

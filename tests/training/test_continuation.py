@@ -84,7 +84,14 @@ def rates_of_whole_run(recorder, folder, *args, **overrides):
 
 
 @pytest.mark.parametrize(
-    "kind", ["warmup_cosine", "by epoch", "step", "simsiam", "smaller batches"]
+    "kind",
+    [
+        "warmup_cosine",
+        pytest.param("by epoch", marks=pytest.mark.slow),
+        pytest.param("step", marks=pytest.mark.slow),
+        pytest.param("simsiam", marks=pytest.mark.slow),
+        "smaller batches",
+    ],
 )
 def test_a_continued_run_is_on_the_schedule_of_its_config(kind, recorder, tmp_path):
     """With more epochs, and with whatever else: the rates of a run that had it from the start."""
@@ -103,7 +110,9 @@ def test_a_continued_run_is_on_the_schedule_of_its_config(kind, recorder, tmp_pa
     assert len({rates[0] for rates in expected}) >= 4
 
 
-@pytest.mark.parametrize("scheduler", ["warmup_cosine", "step"])
+@pytest.mark.parametrize(
+    "scheduler", [pytest.param("warmup_cosine", marks=pytest.mark.slow), "step"]
+)
 def test_killed_runs_keep_to_the_schedule(scheduler, recorder, tmp_path):
     """Bit for bit, at the ends of epochs and in them."""
     settings = {
