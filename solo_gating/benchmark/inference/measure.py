@@ -1,21 +1,19 @@
 """One case of the benchmark: which engines take part, checks of their features, rows of figures."""
 
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from solo_gating_runtime.encoder import Encoder
-from solo_gating_runtime.file import from_bytes
-
-from ...deploy import CompiledEncoder
+from ...deploy import CompiledEncoder, load
 from ...deploy import compile as compile_encoder
 from ...deploy.engine.encoder import PYTORCH
-from ...deploy.engine.integer import IntegerEngine
 from ...errors import InputError
 from ...evaluate.calibrate import threshold_for
 from ..machine import torch_threads
@@ -365,8 +363,10 @@ def _checked(
 
 def _imitated(engine: CompiledEncoder, images: Tensor) -> Tensor:
     """Features of the first image by PyTorch, from the engine's integers; takes seconds."""
-    net = from_bytes(engine.to_bytes(), OURS)
-    return torch.from_numpy(Encoder(net, IntegerEngine(net), PYTORCH)(images[:1].numpy()))
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "engine.sgx"
+        engine.save(file)
+        return load(file, engine=PYTORCH)(images[:1])
 
 
 def difference(found: Any, expected: Tensor) -> float:

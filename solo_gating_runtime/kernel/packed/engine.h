@@ -95,7 +95,7 @@ class Engine {
     Storage<Number> gathered;    // a row's words
     Storage<PackedWeight> unit;  // packed words
     Storage<PackedWeight> weights;  // of chosen inputs
-    std::vector<uint64_t> marks;    // of these, a bit for each
+    Chooser inputs;
     Buffer logits;
     std::vector<int32_t> chosen[kMostConvolutions - 1];
     bool finite = true;  // whether this thread's part of the image is
@@ -553,13 +553,8 @@ class Engine {
     const bool by_channel = pieces >= all || pieces >= 8;
     const int64_t begin = team.begin(quads * all + few_all), end = team.end(quads * all + few_all);
 
-    if (conv.chosen_inputs && compresses_vectors()) {
-      std::vector<uint64_t>& marks = w.scratch[team.rank].marks;
-      std::fill(marks.begin(), marks.end(), 0);
-      for (int64_t j = 0; j < in.number; ++j) {
-        marks[in.channels[j] / kRow] |= uint64_t{1} << in.channels[j] % kRow;
-      }
-    }
+    Chooser& inputs = w.scratch[team.rank].inputs;
+    if (conv.chosen_inputs) inputs.choose(in.channels, in.number);
 
     DotProduct product;
     product.x = x;
@@ -596,10 +591,9 @@ class Engine {
         }
       }
       if (conv.chosen_inputs) {
-        const std::vector<uint64_t>& marks = w.scratch[team.rank].marks;
         PackedWeight* rows = w.scratch[team.rank].weights.data();
         for (int64_t m = 0; m < number; ++m) {
-          choose_inputs(conv, product.weights[m], in, marks, channels, product.run, rows);
+          choose_inputs(conv, product.weights[m], inputs, channels, product.run, rows);
           product.weights[m] = rows;
           rows += conv.kernel * product.run;
         }
@@ -632,20 +626,15 @@ class Engine {
   }
 
   // An output channel's weights of the chosen inputs only, as rows of the kernel.
-  static void choose_inputs(const DotWeights& conv, const PackedWeight* weights, const Choice& in,
-                            const std::vector<uint64_t>& marks, int64_t channels, int64_t run,
+  static void choose_inputs(const DotWeights& conv, const PackedWeight* weights,
+                            const Chooser& inputs, int64_t channels, int64_t run,
                             PackedWeight* to) {
     const int64_t step = up_to(conv.in_channels, kRow);
     std::fill_n(to, conv.kernel * run, 0);
     for (int64_t y = 0; y < conv.kernel; ++y) {
       for (int64_t x = 0; x < conv.kernel; ++x) {
-        const PackedWeight* row = weights + (y * conv.kernel + x) * step;
-        PackedWeight* begin = to + y * run + x * channels;
-        if (compresses_vectors()) {
-          compress_vectors(row, marks.data(), step / kRow, begin);
-        } else {
-          compress(row, in.channels, in.number, begin);
-        }
+        inputs.compress(weights + (y * conv.kernel + x) * step, step / kRow,
+                        to + y * run + x * channels);
       }
     }
   }
@@ -853,7 +842,7 @@ inline void Engine::Workspace::prepare(const Engine& engine, std::shared_ptr<con
     }
     fresh.unit = Storage<PackedWeight>(l.largest_unit * (kPacksAhead ? 2 : 1));
     fresh.weights = Storage<PackedWeight>(l.largest_rows);
-    fresh.marks.resize(up_to(l.largest_channels, kRow) / kRow);
+    fresh.inputs.make_room(up_to(l.largest_channels, kRow) / kRow);
     fresh.logits = Buffer(padded_to_partials(l.largest_channels));
     for (std::vector<int32_t>& chosen : fresh.chosen) {
       chosen.resize(l.largest_channels + kBeyond);

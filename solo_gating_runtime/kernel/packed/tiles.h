@@ -379,9 +379,11 @@ constexpr std::array<OuterTile, sizeof...(C)> whole_row_tiles(std::index_sequenc
 
 inline OuterTile outer_tile_for(int64_t vectors, int64_t rows, int64_t columns,
                                 bool whole_row = false) {
-  using Whole = std::make_index_sequence<kMostWholeRow - kLeastWholeRow + 1>;
-  static constexpr auto kWhole = whole_row_tiles(Whole{});
-  if (whole_row && vectors == kPair) return kWhole[columns - kLeastWholeRow];
+  if constexpr (!kBiased) {
+    using Whole = std::make_index_sequence<kMostWholeRow - kLeastWholeRow + 1>;
+    static constexpr auto kWhole = whole_row_tiles(Whole{});
+    if (whole_row && vectors == kPair) return kWhole[columns - kLeastWholeRow];
+  }
   using One = std::make_index_sequence<kOuterPixels>;
   using Two = std::make_index_sequence<kTwoRowsColumns>;
   static constexpr auto kNarrow = outer_tiles<1, 1>(One{});

@@ -22,6 +22,7 @@
 #include <cstdint>
 #include <cstring>
 #include <utility>
+#include <vector>
 
 #if defined(GATED_NATIVE_BFLOAT16)
 #include "bfloat16.h"
@@ -140,39 +141,52 @@ inline void interleave(const Row* rows, PackedWeight* first, PackedWeight* secon
   }
 }
 
-// The chosen numbers of a row, one after another; may write whole vectors beyond the end.
-inline void compress(const PackedWeight* row, const int32_t* chosen, int64_t number,
-                     PackedWeight* to) {
-  for (int64_t i = 0; i < number; ++i) to[i] = row[chosen[i]];
-}
+// Takes chosen numbers out of rows.
+class Chooser {
+ public:
+  // Of rows of at most so many vectors.
+  void make_room(int64_t vectors) { marks_.resize(vectors); }
 
-#if defined(__AVX512BW__)
-// Not all CPUs with AVX-512 do it at once (VBMI2).
-inline bool compresses_vectors() {
-  static const bool can = __builtin_cpu_supports("avx512vbmi2");
-  return can;
-}
-
-// The same of so many vectors, with a bit for each number of one; writes zeros beyond the end.
-__attribute__((target("avx512vbmi2"))) inline void compress_vectors(const PackedWeight* row,
-                                                                    const uint64_t* chosen,
-                                                                    int64_t vectors,
-                                                                    PackedWeight* to) {
-  for (int64_t v = 0; v < vectors; ++v, row += kRow) {
-    const __m512i numbers = _mm512_loadu_si512(row);
-    const __m512i together =
-        sizeof(PackedWeight) == 1
-            ? _mm512_maskz_compress_epi8(static_cast<__mmask64>(chosen[v]), numbers)
-            : _mm512_maskz_compress_epi16(static_cast<__mmask32>(chosen[v]), numbers);
-    _mm512_storeu_si512(to, together);
-    to += __builtin_popcountll(chosen[v]);
+  void choose(const int32_t* chosen, int64_t number) {
+    chosen_ = chosen;
+    number_ = number;
+    std::fill(marks_.begin(), marks_.end(), 0);
+    for (int64_t i = 0; i < number; ++i) {
+      marks_[chosen[i] / kRow] |= uint64_t{1} << chosen[i] % kRow;
+    }
   }
-}
-#else
-constexpr bool compresses_vectors() { return false; }
 
-inline void compress_vectors(const PackedWeight*, const uint64_t*, int64_t, PackedWeight*) {}
+  // Writes them one after another, and may write whole vectors of zeros beyond the end.
+  void compress(const PackedWeight* row, int64_t vectors, PackedWeight* to) const {
+#if defined(__AVX512BW__)
+    // Not all CPUs with AVX-512 have these instructions.
+    static const bool in_vectors = __builtin_cpu_supports("avx512vbmi2");
+    if (in_vectors) return compress_vectors(row, vectors, to);
 #endif
+    for (int64_t i = 0; i < number_; ++i) to[i] = row[chosen_[i]];
+  }
+
+ private:
+#if defined(__AVX512BW__)
+  __attribute__((target("avx512vbmi2"))) void compress_vectors(const PackedWeight* row,
+                                                               int64_t vectors,
+                                                               PackedWeight* to) const {
+    for (int64_t v = 0; v < vectors; ++v, row += kRow) {
+      const __m512i numbers = _mm512_loadu_si512(row);
+      const __m512i together =
+          sizeof(PackedWeight) == 1
+              ? _mm512_maskz_compress_epi8(static_cast<__mmask64>(marks_[v]), numbers)
+              : _mm512_maskz_compress_epi16(static_cast<__mmask32>(marks_[v]), numbers);
+      _mm512_storeu_si512(to, together);
+      to += __builtin_popcountll(marks_[v]);
+    }
+  }
+#endif
+
+  const int32_t* chosen_ = nullptr;
+  int64_t number_ = 0;
+  std::vector<uint64_t> marks_;  // for each vector a bit for each number
+};
 
 // The largest of each two numbers, none of which is negative.
 typedef Number NumberRow __attribute__((vector_size(kRow * sizeof(Number))));
