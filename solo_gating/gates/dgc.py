@@ -29,8 +29,10 @@ class DynamicGroupGate(ConvolutionGate):
     is the same in all blocks of a stage can be undone by permuting the rows, and the next layers'
     columns, of the weights, as each head may read any channel.
 
-    Each layer multiplies its input by scores of it. Where BatchNorm's running statistics lag behind, as
-    after some ten steps, features of unusual images overflow in evaluation.
+    Each layer multiplies its input by scores of it, so that what is unusual in an image grows from layer to
+    layer as 2, 4, 16, ...: in evaluation, where BatchNorm's statistics are not the image's own, the features
+    of some of a thousand real images overflow. Scores therefore end at a limit, which the original has not
+    and which others hardly reach.
 
     Args:
         in_channels: C_in of the convolution.
@@ -38,6 +40,7 @@ class DynamicGroupGate(ConvolutionGate):
         heads: H.
         squeeze: C_in / rows of F1_h; half of it below 80 channels.
         penalty_weight: λ.
+        max_score: the limit of g_h.
 
     Raises:
         InputError: for numbers of channels that H does not divide.
@@ -54,6 +57,7 @@ class DynamicGroupGate(ConvolutionGate):
         heads: int = 4,
         squeeze: int = 16,
         penalty_weight: float = 1e-5,
+        max_score: float = 32.0,
     ):
         super().__init__(in_channels, out_channels)
         check_divides("heads", heads, in_channels, out_channels)
@@ -65,7 +69,7 @@ class DynamicGroupGate(ConvolutionGate):
         for layer in (self.reduce, self.expand):
             nn.init.kaiming_normal_(layer.weight)
         nn.init.ones_(self.expand.bias)  # type: ignore[arg-type]
-        self.heads, self.penalty_weight = heads, penalty_weight
+        self.heads, self.penalty_weight, self.max_score = heads, penalty_weight, max_score
         self.choices = heads * in_channels
 
     @property
@@ -79,7 +83,9 @@ class DynamicGroupGate(ConvolutionGate):
         """As in `ConvolutionGate`; the shares are zeros and ones, head by head."""
         x = self.norm(x).relu()
         scores = from_means(
-            x, self.reduce.weight.dtype, lambda m: self.expand(self.reduce(m).relu()).relu()
+            x,
+            self.reduce.weight.dtype,
+            lambda m: self.expand(self.reduce(m).relu()).relu().clamp(max=self.max_score),
         ).unflatten(1, (self.heads, -1))[..., 0, 0]
         active = self.active(scores.detach(), self.budget_or_own(budget).to(scores))
         masked = (x[:, None] * (scores * active).to(x.dtype)[..., None, None]).flatten(1, 2)

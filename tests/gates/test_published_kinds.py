@@ -340,6 +340,16 @@ def test_heads_convolve_their_own_channels():
     assert penalty.item() == pytest.approx(1e-5 * lasso.item())
 
 
+@pytest.mark.parametrize(("limit", "finite"), [({}, True), ({"max_score": 1e38}, False)])
+def test_scores_end_before_an_unusual_image_overflows(limit, finite):
+    """Products of an image with scores of it grow as 2, 4, 16, ... from layer to layer."""
+    torch.manual_seed(0)
+    backbone = GatedResNet([2, 2, 2, 2], width=4, stem="cifar", gate="dgc", gate_kwargs=limit).eval()
+    with torch.no_grad(), backbone.path("gated"):
+        features = backbone(1000 * torch.randn(4, 3, 16, 16))
+    assert features.isfinite().all().item() == finite
+
+
 def test_the_ramp_is_the_published_one():
     """No inactive channel for a twelfth, then a straight line to three quarters (DGC's layers.py)."""
     gate, epochs = DynamicGroupGate(64, 64), 120
