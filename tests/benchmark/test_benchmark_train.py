@@ -121,9 +121,10 @@ def test_the_gated_step_holds_hardly_more_than_the_dense_one():
     assert held["vicreg_gated"] < 1.05 * held["vicreg"]
 
 
-def test_parts_are_those_that_a_method_has():
+@pytest.mark.parametrize("method", ["vicreg_any", "vicreg_distilled"])
+def test_parts_are_those_that_a_method_has(method):
     assert set(part_milliseconds(TrainingStep("vicreg", TINY))) == {"optimizer"}
-    parts = part_milliseconds(TrainingStep("vicreg_any", TINY))
+    parts = part_milliseconds(TrainingStep(method, TINY))
     assert set(parts) == {"gates", "masks", "losses", "optimizer"}
     assert all(ms > 0 for ms in parts.values())
 

@@ -5,7 +5,7 @@
 Every key may also be written as --key value.
 
     methods             of vicreg_dual, vicreg_gated, vicreg_dual_two_encoders (two encoders that share nothing,
-                        the unification paper's Table 5), vicreg_any; vicreg always takes part
+                        the unification paper's Table 5), vicreg_any, vicreg_distilled; vicreg always takes part
     batch               images of each of the two views
     resolution          in pixels; stem: cifar up to 64, imagenet above
     backbone_width      of the first stage; 64 is ResNet-18's

@@ -16,7 +16,14 @@ from ..machine import now
 from .memory import added_bytes, bytes_of
 
 # Of `configs`, those of CIFAR-100; for every one `vicreg` is the dense baseline.
-RECIPES = ("vicreg", "vicreg_dual", "vicreg_gated", "vicreg_dual_two_encoders", "vicreg_any")
+RECIPES = (
+    "vicreg",
+    "vicreg_dual",
+    "vicreg_gated",
+    "vicreg_dual_two_encoders",
+    "vicreg_any",
+    "vicreg_distilled",
+)
 OPTIMIZATIONS = ("lars", "sgd", "adamw")
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 
