@@ -69,7 +69,7 @@ def evaluate(checkpoint: Path, file: Path, shares: list[float]) -> None:
 
 
 def accuracies(backbone: Any, batches: dict[str, list[Any]], path: str) -> dict[str, float]:
-    """In percent, and the share of the dense FLOPs on the validation images."""
+    """In percent; FLOPs of an image, the mean over the validation images, and their share of the dense path's."""
     device = next(backbone.parameters()).device
     train, val = (extract(backbone, batches[split], path) for split in ("train", "val"))
     labelled = [(split.features.to(device), split.targets.to(device)) for split in (train, val)]
@@ -78,6 +78,7 @@ def accuracies(backbone: Any, batches: dict[str, list[Any]], path: str) -> dict[
         "knn": knn_top1(*labelled),
         "linear": logistic_regression(*labelled),
         "share": (val.flops or dense) / dense,
+        "flops": val.flops or float(dense),
     }
 
 
