@@ -1,6 +1,5 @@
 import os
 import sys
-from contextlib import nullcontext
 
 import pytest
 
@@ -25,15 +24,6 @@ def _kernel_cache(tmp_path_factory):
     if "PYTEST_XDIST_WORKER" in os.environ:  # one folder for all processes
         folder = folder.parent
     os.environ.setdefault("SOLO_GATING_CACHE", str(folder / "kernels"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _narrow_networks(request):
-    from .support.helpers import narrow_from_the_start
-
-    usual = request.node.get_closest_marker("usual_weights")
-    with nullcontext() if usual else narrow_from_the_start():
-        yield
 
 
 @pytest.fixture(autouse=True)

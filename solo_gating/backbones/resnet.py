@@ -4,13 +4,13 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.resnet import ResNet as TorchvisionResNet
 
 from ..errors import InputError
-from .blocks import BLOCKS, convolutions, plain_block
+from .blocks import BLOCKS, plain_block
 
 STEMS = ("imagenet", "cifar")
+_TORCHVISIONS_WIDTH = 64
 
 # Below it oneDNN, up to 3.12 at least, writes past its workspace in the weights' gradient of a strided
 # 1×1 convolution of channels-last images (uxlfoundation/oneDNN, issue 6035): on AVX-512 below 16
@@ -66,38 +66,28 @@ class ResNet(TorchvisionResNet):
         if stem not in STEMS:
             raise InputError(f"backbone.kwargs.stem: got {stem!r}, expected {STEMS}")
         block = BLOCKS[block] if isinstance(block, str) else block
+        self._width = width  # before torchvision builds its layers
         super().__init__(block, layers, zero_init_residual=zero_init_residual, **kwargs)  # type: ignore[arg-type]
         self._block = plain_block(block)
-        if width != self.bn1.num_features:
-            self._resize(layers, width, block, zero_init_residual)
+        if width != _TORCHVISIONS_WIDTH:
+            classes = self.get_submodule("fc").out_features
+            self.bn1 = self._norm_layer(width)
+            self.conv1 = nn.Conv2d(3, width, kernel_size=7, stride=2, padding=3, bias=False)
+            nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
+            self.fc: nn.Module = nn.Linear(self.inplanes, classes)
         if stem == "cifar":
             self.conv1 = nn.Conv2d(3, width, kernel_size=3, stride=1, padding=2, bias=False)
             self.maxpool = nn.Identity()
 
-    def _make_layer(self, *args: Any, **kwargs: Any) -> nn.Sequential:
-        layer = super()._make_layer(*args, **kwargs)
+    def _make_layer(self, block: Any, planes: int, *args: Any, **kwargs: Any) -> nn.Sequential:
+        if planes == _TORCHVISIONS_WIDTH:  # the first stage
+            self.inplanes = self._width
+        planes = planes * self._width // _TORCHVISIONS_WIDTH
+        layer = super()._make_layer(block, planes, *args, **kwargs)
         shortcut = layer[0].downsample
         if shortcut is not None and shortcut[0].in_channels < _FEWEST_CHANNELS:
             shortcut[0] = PickingConv2d.like(shortcut[0])
         return layer
-
-    def _resize(
-        self, layers: list[int], width: int, block: type[nn.Module], zero_init_residual: bool
-    ) -> None:
-        """Rebuild every layer at another width, initialised as torchvision does."""
-        self.inplanes = width
-        self.bn1 = self._norm_layer(width)
-        self.conv1 = nn.Conv2d(3, width, kernel_size=7, stride=2, padding=3, bias=False)
-        for stage, depth in enumerate(layers):
-            layer = self._make_layer(block, width * 2**stage, depth, stride=1 if stage == 0 else 2)
-            setattr(self, f"layer{stage + 1}", layer)
-        self.fc: nn.Module = nn.Linear(self.inplanes, self.get_submodule("fc").out_features)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            elif zero_init_residual and isinstance(module, (BasicBlock, Bottleneck)):
-                *_, (_, _, last) = convolutions(module)
-                nn.init.zeros_(last.weight)
 
     @property
     def stages(self) -> list[nn.Sequential]:
@@ -142,7 +132,7 @@ class ResNet(TorchvisionResNet):
         return {
             "layers": [len(stage) for stage in self.stages],
             "block": names.get(self._block, self._block),
-            "width": self.bn1.num_features,
+            "width": self._width,
             "stem": "cifar" if isinstance(self.maxpool, nn.Identity) else "imagenet",
         }
 

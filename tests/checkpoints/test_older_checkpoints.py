@@ -15,8 +15,6 @@ from solo_gating.flops import count_flops, selected_channels
 
 from ..support.helpers import ROOT, fixed_noise, random_batch, tiny_config, tiny_model
 
-pytestmark = pytest.mark.usual_weights
-
 FOLDER = ROOT / "tests/fixtures/before_gate_kinds"
 SIZE = (13, 17)
 LOSSES = json.loads((FOLDER / "losses.json").read_text())

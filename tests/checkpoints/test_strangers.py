@@ -38,8 +38,6 @@ from ..support.encoders import (
     write_arrays,
 )
 
-pytestmark = pytest.mark.usual_weights
-
 KEY = "checkpoint: "
 WEIGHT, COUNT = "backbone.layer1.0.conv1.weight", "backbone.bn1.num_batches_tracked"
 

@@ -38,7 +38,7 @@ def _no_kernel(monkeypatch):
     monkeypatch.setenv("SOLO_GATING_ISA", "pytorch")
 
 
-pytestmark = [pytest.mark.usual_weights, pytest.mark.usefixtures("_no_kernel")]
+pytestmark = pytest.mark.usefixtures("_no_kernel")
 
 
 def written(files, folder):

@@ -28,8 +28,6 @@ from solo_gating_runtime.library import supported_engines
 from ..support.encoders import digit_tensors, engines_here, enliven, run_config, save_run
 from ..support.helpers import randomise_norms
 
-pytestmark = pytest.mark.usual_weights
-
 ENGINES = (*supported_engines(), "pytorch")
 ANY = pytest.mark.parametrize("engine", [*engines_here(), "pytorch"])
 

@@ -17,8 +17,6 @@ from solo_gating_runtime.network import Block, Convolution, Gate, Network
 from ..support.helpers import randomise_norms
 from .test_engine_kinds import ANY, CASES, ISAS, assert_same, images, lively, settings
 
-pytestmark = pytest.mark.usual_weights
-
 
 @ANY
 @pytest.mark.parametrize(

@@ -17,8 +17,6 @@ from solo_gating_runtime.library import supported_engines
 
 from ..support.encoders import digit_tensors, engines_here
 
-pytestmark = pytest.mark.usual_weights
-
 ISAS = supported_engines()
 ANY = pytest.mark.parametrize("isa", engines_here())
 

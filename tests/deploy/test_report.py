@@ -17,8 +17,6 @@ from solo_gating.deploy.report import path_report
 
 from ..support.encoders import digit_tensors, lively_encoder
 
-pytestmark = pytest.mark.usual_weights
-
 
 @pytest.fixture(scope="module")
 def encoder():

@@ -344,7 +344,9 @@ def test_heads_convolve_their_own_channels():
 def test_scores_end_before_an_unusual_image_overflows(limit, finite):
     """Products of an image with scores of it grow as 2, 4, 16, ... from layer to layer."""
     torch.manual_seed(0)
-    backbone = GatedResNet([2, 2, 2, 2], width=4, stem="cifar", gate="dgc", gate_kwargs=limit).eval()
+    backbone = GatedResNet(
+        [2, 2, 2, 2], width=4, stem="cifar", gate="dgc", gate_kwargs=limit
+    ).eval()
     with torch.no_grad(), backbone.path("gated"):
         features = backbone(1000 * torch.randn(4, 3, 16, 16))
     assert features.isfinite().all().item() == finite

@@ -27,8 +27,6 @@ from ..data.test_device_pipeline import FULL
 from ..support.helpers import random_batch, tiny_config, tiny_model, write_images
 from .test_distributed import Step
 
-pytestmark = pytest.mark.usual_weights
-
 aten = torch.ops.aten
 
 each_method = pytest.mark.parametrize(

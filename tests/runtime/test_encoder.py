@@ -18,8 +18,6 @@ from solo_gating.gates import GATES, register_gate
 from ..deploy.test_engine_kinds import CASES, EverySecond, images, lively, settings
 from ..support.encoders import engines_here
 
-pytestmark = pytest.mark.usual_weights
-
 ROOT = Path(solo_gating_runtime.__file__).parents[1]
 NAMES = ("resnet18_gated", "resnet50_gated")
 

@@ -17,8 +17,6 @@ from solo_gating.solo_learn import LARS, LINE, LinearModel, WeightedKNNClassifie
 
 from ..support.helpers import tiny_config, tiny_model
 
-pytestmark = pytest.mark.usual_weights
-
 # LARS
 
 

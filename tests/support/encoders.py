@@ -37,7 +37,7 @@ from solo_gating.training import pretrain as training_pretrain
 from solo_gating_runtime.encoder import Kernel
 from solo_gating_runtime.library import supported_engines
 
-from .helpers import narrow_from_the_start, tiny_config
+from .helpers import tiny_config
 
 VAL = slice(1400, 1431)  # digits by other writers than the first 1,400
 
@@ -149,7 +149,6 @@ def assert_refused(task, *parts):
 
 
 @cache
-@narrow_from_the_start()
 def built(name, **kwargs):
     torch.manual_seed(0)
     backbone = BaseMethod._BACKBONES[name]("x", **{"width": 4, "stem": "cifar", **kwargs})

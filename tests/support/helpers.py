@@ -4,8 +4,7 @@ import copy
 import importlib
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from contextvars import ContextVar
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +18,6 @@ from torch import Tensor
 
 from solo_gating import METHODS, BaseMethod, create_backbone
 from solo_gating.backbones import BACKBONES, register_resnet
-from solo_gating.backbones.resnet import ResNet, TorchvisionResNet
 
 ROOT = Path(__file__).parents[2]
 
@@ -56,30 +54,6 @@ def package_environment(**more: str) -> dict[str, str]:
 
 
 @contextmanager
-def narrow_from_the_start() -> Iterator[None]:
-    """A narrow ResNet draws no weights of torchvision's wide one, which take longer than its own."""
-    build, build_wide = ResNet.__init__, TorchvisionResNet.__init__
-    is_narrow = ContextVar("is_narrow", default=False)  # of each thread
-
-    def begin(self: TorchvisionResNet, *args: Any, **kwargs: Any) -> None:
-        with torch.device("meta") if is_narrow.get() else nullcontext():  # all of it is replaced
-            build_wide(self, *args, **kwargs)
-
-    def make(self: ResNet, *args: Any, width: int = 64, **kwargs: Any) -> None:
-        before = is_narrow.set(width != 64)
-        try:
-            build(self, *args, width=width, **kwargs)
-        finally:
-            is_narrow.reset(before)
-
-    with (
-        mock.patch.object(TorchvisionResNet, "__init__", begin),
-        mock.patch.object(ResNet, "__init__", make),
-    ):
-        yield
-
-
-@contextmanager
 def with_resnet10() -> Iterator[None]:
     """For what takes longer with each layer there are `resnet10_*`, with one block in a stage."""
     with mock.patch.dict(BACKBONES), mock.patch.dict(BaseMethod._BACKBONES):
@@ -104,8 +78,7 @@ def _in_group(rank: int, function: Callable[[int], Any], folder: str) -> None:
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "SHARED_FOLDER": folder}
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    with narrow_from_the_start():
-        torch.save(function(rank), f"{folder}/{rank}.pt")
+    torch.save(function(rank), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
