@@ -181,7 +181,7 @@ def test_sizes_may_change_between_calls(engine):
 
 
 @ANY
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 3e38, -2e20])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e38, -2e20])
 @pytest.mark.parametrize("stem", ["cifar", "imagenet"])
 def test_an_extreme_image_gives_what_pytorch_gives_and_harms_no_other(engine, value, stem):
     net, x = encoder(stem=stem), images(3)

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from sklearn.neighbors import KNeighborsClassifier
 from solo.methods import METHODS as SOLO_METHODS
 from torch import nn
@@ -300,34 +301,38 @@ def test_no_features_have_no_accuracy():
 # Linear evaluation
 
 
-def test_the_linear_classifier_learns_on_a_frozen_backbone():
+def test_linear_evaluation_trains_one_layer_on_frozen_features():
     torch.manual_seed(0)
     backbone = BACKBONES["resnet18_gated"](width=4, stem="cifar")
     backbone.fc = nn.Identity()
     cfg = tiny_config(
         data={"num_classes": 6},
-        optimizer={"lr": 0.02},
+        optimizer={"kwargs": {"momentum": 0.0}},
         scheduler={"name": "step", "lr_decay_steps": [60]},
         finetune=False,
     )
-    model = LinearModel(backbone, cfg=cfg)
+    model = LinearModel(backbone, cfg=cfg).double()
     model.log = model.log_dict = lambda *args, **kwargs: None
     before = {name: value.clone() for name, value in model.backbone.state_dict().items()}
+    images = torch.randn(30, 3, 16, 16, dtype=torch.float64)
     targets = torch.arange(30) % 6
-    images = torch.randn(30, 3, 16, 16) + targets[:, None, None, None]
+    with torch.no_grad():
+        features = backbone.eval()(images)
+    weight, bias = (p.detach().clone() for p in model.classifier.parameters())
     (optimizer,), _ = model.configure_optimizers()
-    assert sum(len(group["params"]) for group in optimizer.param_groups) == 2
-    losses = []
-    for step in range(60):
-
-        def closure(step=step):
-            optimizer.zero_grad()
-            loss = model.training_step([images, targets], step)
-            loss.backward()
-            return loss
-
-        losses.append(optimizer.step(closure).item())
-    assert losses[-1] < 0.6 * losses[0]
+    (group,) = optimizer.param_groups
+    assert (group["lr"], group["momentum"]) == (0.1, 0.0)
+    for step in range(5):
+        optimizer.zero_grad()
+        loss = model.training_step([images, targets], step)
+        loss.backward()
+        optimizer.step()
+        logits = features @ weight.T + bias
+        expected = logits.logsumexp(1).mean() - logits[torch.arange(30), targets].mean()
+        assert loss.item() == pytest.approx(expected.item())
+        slope = (logits.softmax(1) - F.one_hot(targets, 6)) / 30
+        weight -= group["lr"] * (slope.T @ features + group["weight_decay"] * weight)
+        bias -= group["lr"] * (slope.sum(0) + group["weight_decay"] * bias)
     for name, value in model.backbone.state_dict().items():
         assert torch.equal(value, before[name]), name
 
