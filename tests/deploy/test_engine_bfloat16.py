@@ -14,11 +14,9 @@ from solo_gating_runtime.network import BUDGET
 
 from ..support.bfloat16_reference import LARGEST, in_bfloat16, run
 from ..support.encoders import assert_no_split_matters, lively_encoder
-from ..support.integer_reference import random_network
+from ..support.integer_reference import BASIC, BOTTLENECK, images, random_network
 
 ENGINE = "avx512_bf16"
-BASIC = ((3, 3),) * 4
-BOTTLENECK = ((1, 3, 1),) * 3
 
 native = pytest.mark.skipif(
     ENGINE not in supported_engines("bfloat16"), reason="this CPU has no AVX512-BF16"
@@ -35,10 +33,6 @@ def network(**options):
 def kernel(**options):
     net = network(**options)
     return Kernel(net, to_bytes(net), ENGINE)
-
-
-def images(*shape, seed=0):
-    return np.float32(np.random.default_rng(seed).normal(size=shape))
 
 
 def check(x, threshold=0.0, budget=None, **options):

@@ -13,11 +13,9 @@ from solo_gating_runtime.library import ENGINES, supported_engines
 from solo_gating_runtime.network import BUDGET, Block, Convolution, Network
 
 from ..support.encoders import assert_no_split_matters, engines_here
-from ..support.integer_reference import random_network, run
+from ..support.integer_reference import BASIC, BOTTLENECK, images, random_network, run
 
 ENGINES_HERE = supported_engines("int8")
-BASIC = ((3, 3),) * 4
-BOTTLENECK = ((1, 3, 1),) * 3
 
 
 @functools.cache
@@ -30,10 +28,6 @@ def network(**options):
 def kernel(engine, **options):
     net = network(**options)
     return Kernel(net, to_bytes(net), engine)
-
-
-def images(*shape, seed=0):
-    return np.float32(np.random.default_rng(seed).normal(size=shape))
 
 
 def forced(mask):

@@ -23,6 +23,10 @@ Mask = NDArray[np.bool_]
 
 _ZERO_OF_IMAGE = 128
 
+# Kernels of the blocks of random networks.
+BASIC = ((3, 3),) * 4
+BOTTLENECK = ((1, 3, 1),) * 3
+
 
 @dataclass(frozen=True)
 class Result:
@@ -268,6 +272,11 @@ def _f64(scale: float | None) -> np.float64:
     """A scale as its file holds it, a float32."""
     assert scale is not None
     return np.float64(np.float32(scale))
+
+
+def images(*shape: int, seed: int = 0) -> Floats:
+    """Standard normal numbers."""
+    return np.float32(np.random.default_rng(seed).normal(size=shape))
 
 
 def random_network(
