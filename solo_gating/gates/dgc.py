@@ -31,7 +31,7 @@ class DynamicGroupGate(ConvolutionGate):
 
     Each layer multiplies its input by scores of it, so that what is unusual in an image grows from layer to
     layer as 2, 4, 16, ...: in evaluation, where BatchNorm's statistics are not the image's own, the features
-    of some of a thousand real images overflow. Scores therefore end at a limit, which the original has not
+    of some in a thousand real images overflow. Scores therefore end at a limit, which the original has not
     and which others hardly reach.
 
     Args:
