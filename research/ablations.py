@@ -7,7 +7,7 @@ is `python -m solo_gating.main_pretrain` that knows their NAMEs, too: see ABLATI
 
 import math
 import random
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -169,21 +169,6 @@ class DistilledGates(VICRegDistilled):
                 weight.requires_grad_(True)
 
 
-class DistilledRelative(VICRegDistilled):
-    """The budget loss of an image is λ / budget · (share − budget)²: small budgets are kept, too."""
-
-    def gate_losses(
-        self, passes: list[ForwardPass], epoch: int, target: float, told: Tensor | None
-    ) -> Tensor:
-        """With that λ."""
-        given = self.gating
-        self.gating = replace(given, sparsity_weight=given.sparsity_weight / told)
-        try:
-            return super().gate_losses(passes, epoch, target, told)
-        finally:
-            self.gating = given
-
-
 ABLATIONS: dict[str, type[GatedMethod]] = {
     "vicreg_half_dense": HalfDense,
     "vicreg_inherited_bn": InheritedBatchNorm,
@@ -195,7 +180,6 @@ ABLATIONS: dict[str, type[GatedMethod]] = {
     "vicreg_distilled_projections": DistilledProjections,
     "vicreg_distilled_across_views": DistilledAcrossViews,
     "vicreg_distilled_gates": DistilledGates,
-    "vicreg_distilled_relative": DistilledRelative,
 }
 GATED_METHODS.update(ABLATIONS)
 METHODS.update(ABLATIONS)

@@ -48,7 +48,7 @@ declare -A overrides=(
     [distilled_w30]="$distilled gating.distillation_weight=30"
     [distilled_lambda_1000]="$distilled gating.sparsity_weight=1000"
     [distilled_lambda_300]="$distilled gating.sparsity_weight=300"
-    [distilled_relative]="$distilled method=vicreg_distilled_relative"
+    [distilled_relative]="$distilled gating.relative_budget_loss=true"
     [distilled_half]="$distilled gating.distillation_images=0.5"
     [distilled_quarter]="$distilled gating.distillation_images=0.25"
     [distilled_no_anneal]="$distilled gating.budget_anneal=0"

@@ -8,15 +8,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def budget_loss(flops_share: Tensor, target_budget: float | Tensor, weight: float = 5.0) -> Tensor:
+def budget_loss(
+    flops_share: Tensor,
+    target_budget: float | Tensor,
+    weight: float = 5.0,
+    relative: bool = False,
+) -> Tensor:
     """λ · (F^R / F^O − t_d)² (unification paper, Eq. 3).
 
     Args:
         flops_share: F^R / F^O with F^R averaged over the batch, a scalar; or of each image, B.
         target_budget: t_d, in (0, 1]; or one for each image.
         weight: λ. The papers' 5 suits runs of hundreds of epochs.
+        relative: λ / t_d in the place of λ. (Not published.)
     """
-    return weight * (flops_share - target_budget) ** 2
+    loss = weight * (flops_share - target_budget) ** 2
+    return loss / target_budget if relative else loss
 
 
 def bound_loss(

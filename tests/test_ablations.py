@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from solo_gating import GATED_METHODS, METHODS
-from solo_gating.flops import selected_channels
 
 from .support.helpers import (
     ROOT,
@@ -30,8 +29,8 @@ def _registered():
         yield runpy.run_path(str(ROOT / "research" / "ablations.py"))
 
 
-def model_of(method, per_image=False, **kwargs):
-    gating = {"target_budget": RANGE, "sparsity_weight": 10.0, "budget_per_image": per_image}
+def model_of(method, **kwargs):
+    gating = {"target_budget": RANGE, "sparsity_weight": 10.0}
     overrides = {"gating": gating, "backbone": {"name": "resnet18_gated"}}
     return tiny_model(tiny_config(method, **overrides), **kwargs)
 
@@ -136,16 +135,3 @@ def test_a_target_has_no_gradient():
         norm = model.backbone.layer1[0].bn1.weight  # the dense path's own
         assert (norm.grad is None) is (model is detached)
         assert model.backbone.layer1[0].gated_bn1.weight.grad.abs().max() > 0
-
-
-@pytest.mark.parametrize("per_image", [False, True])
-def test_a_relative_budget_loss_weighs_small_budgets_more(per_image):
-    model = model_of("vicreg_distilled_relative", per_image)
-    given = model.gating
-    (*_, third) = step(model)[1]
-    _, told = model.budget_of_step(0, random_batch()[-1])
-    shares = model.flops(third.resolution).share(selected_channels(third.masks))
-    shares = shares.detach() if per_image else shares.detach().mean()
-    expected = (10 / told * (shares - told) ** 2).mean()
-    assert model.logged["train_budget_loss"].item() == pytest.approx(expected.item(), rel=1e-5)
-    assert model.gating is given

@@ -16,8 +16,10 @@ from solo_gating.losses import bound_loss, budget_loss
     [(0.5, 0.3, 5.0, 0.2), (0.1, 0.3, 5.0, 0.2), (0.3, 0.3, 100.0, 0.0), (1.0, 0.5, 2.0, 0.5)],
 )
 def test_budget_loss(share, target, weight, expected):
-    loss = budget_loss(torch.tensor(share, dtype=torch.float64), target, weight)
-    assert loss.item() == pytest.approx(expected, abs=1e-15)
+    share = torch.tensor(share, dtype=torch.float64)
+    assert budget_loss(share, target, weight).item() == pytest.approx(expected, abs=1e-15)
+    relative = budget_loss(share, target, weight, relative=True)
+    assert relative.item() == pytest.approx(expected / target, abs=1e-15)
 
 
 @pytest.mark.parametrize(

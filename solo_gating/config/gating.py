@@ -65,8 +65,10 @@ class GatingConfig:
         budget_per_image: whether of a range each image of a step draws, not each step.
         budget_embedding: whether the gates are told the budget of a range. Without it the network
             cannot be set to a budget later; its threshold can.
+        relative_budget_loss: whether λ is divided by the budget, so that small budgets of a range are
+            kept, too. With λ alone gates exceed them where that serves the other losses.
 
-    The last four and the distillation's are of no published run; a config with a number for a budget
+    The last five and the distillation's are of no published run; a config with a number for a budget
     that leaves them at their defaults does not name them.
     """
 
@@ -92,6 +94,7 @@ class GatingConfig:
     budget_hold: float = 0.0
     budget_per_image: bool = False
     budget_embedding: bool = True
+    relative_budget_loss: bool = False
 
     @classmethod
     def from_config(
@@ -170,7 +173,7 @@ class GatingConfig:
                 lambda v: is_not_negative(v) and v <= 1,
                 "a number from 0 to 1",
             )
-        for key in ("budget_per_image", "budget_embedding"):
+        for key in ("budget_per_image", "budget_embedding", "relative_budget_loss"):
             true_or_false(f"gating.{key}", getattr(self, key))
         if self.budget_range and self.budget_per_image and not self.budget_embedding:
             raise InputError(
@@ -320,6 +323,7 @@ _UNPUBLISHED = (
     "budget_hold",
     "budget_per_image",
     "budget_embedding",
+    "relative_budget_loss",
 )
 _STUDIED = "research/ablations.py has methods that do it"
 # Keys of earlier versions, with the values at which their configs record them, and what to say of

@@ -232,15 +232,16 @@ class GatedMethod(BaseMethod):
             # The bound loss has a gradient of its own.
             counted = selected_channels(view.masks, self.gating.bound_gradient).mean(dim=0)
             means.append(torch.cat([every_share[-1].mean()[None], flops.channel_shares(counted)]))
+        strictness = self.gating.sparsity_weight, self.gating.relative_budget_loss
         shares, budgets, bounds = [], [], []
         for of_images, mean in zip(every_share, global_mean(torch.stack(means)), strict=True):
             share, in_bounds = mean[0], mean[1:]
             shares.append(share)
             if told is not None and told.ndim:
-                off = budget_loss(of_images, told.to(of_images), self.gating.sparsity_weight)
+                off = budget_loss(of_images, told.to(of_images), *strictness)
                 budgets.append(global_mean(off.mean()))
             else:
-                budgets.append(budget_loss(share, target, self.gating.sparsity_weight))
+                budgets.append(budget_loss(share, target, *strictness))
             bounds.append(
                 bound_loss(
                     in_bounds,

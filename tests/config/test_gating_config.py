@@ -44,6 +44,7 @@ BUDGET = "a number in (0, 1] or a range like [0.05, 0.9]"
         ("budget_hold", -0.1, "a number from 0 to 1"),
         ("budget_per_image", "yes", "true or false"),
         ("budget_embedding", 1, "true or false"),
+        ("relative_budget_loss", "yes", "true or false"),
     ],
 )
 def test_a_value_is_refused_in_one_sentence(key, value, accepted):

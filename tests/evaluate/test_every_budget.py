@@ -543,10 +543,12 @@ def image_shares(model):
     return cost / flops.dense
 
 
-def test_the_loss_of_each_image_s_budget_is_the_mean_of_theirs():
-    model = per_image()
+@pytest.mark.parametrize("relative", [False, True])
+def test_the_loss_of_each_image_s_budget_is_the_mean_of_theirs(relative):
+    model = per_image(relative_budget_loss=relative)
     budgets = np.array(BudgetSchedule(LOW, HIGH).each(0, 0, 0, 8))
-    expected = 10 * ((image_shares(model) - budgets) ** 2).mean()
+    weights = 10 / budgets if relative else 10
+    expected = (weights * (image_shares(model) - budgets) ** 2).mean()
     assert model.logged["train_budget_loss"].item() == pytest.approx(expected, rel=1e-6)
 
 
