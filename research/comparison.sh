@@ -24,6 +24,7 @@ declare -A overrides=(
     [dual_0.3]="vicreg_dual_cifar10 $channel gating.target_budget=0.3"
     [any]="$any"
     [distilled]="$any method=vicreg_distilled"
+    [distilled_relative]="$any method=vicreg_distilled gating.relative_budget_loss=true"  # as vicreg_distilled_*
     [distilled_fixed]="$any method=vicreg_distilled gating.gate=fixed"
     [distilled_long]="$any method=vicreg_distilled"
     [simclr]=simclr_cifar10 [simclr_0.3]=simclr_cifar10
@@ -66,7 +67,7 @@ arguments() { # variant, seed -> run, length, run_width
 }
 
 default=""
-for variant in dense dense_0.1 dense_0.3 any distilled distilled_fixed us3l us3l_per_batch simclr \
+for variant in dense dense_0.1 dense_0.3 any distilled distilled_relative distilled_fixed us3l us3l_per_batch simclr \
     simclr_{channel,fbs,dgc}_{0.3,0.5} simclr_{cdg,scdg,cgnet}_{0,0.55} simreg seed dual_0.3; do
     default+=" $variant"
 done
