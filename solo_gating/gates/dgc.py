@@ -31,8 +31,7 @@ class DynamicGroupGate(ConvolutionGate):
 
     Each layer multiplies its input by scores of it, so that what is unusual in an image grows from layer to
     layer as 2, 4, 16, ...: in evaluation, where BatchNorm's statistics are not the image's own, the features
-    of some in a thousand real images overflow. Scores therefore end at a limit, which the original has not
-    and which others hardly reach.
+    of some in a thousand real images overflow. Scores therefore end at a limit, which the original has not.
 
     Args:
         in_channels: C_in of the convolution.
@@ -57,7 +56,7 @@ class DynamicGroupGate(ConvolutionGate):
         heads: int = 4,
         squeeze: int = 16,
         penalty_weight: float = 1e-5,
-        max_score: float = 32.0,
+        max_score: float = 4.0,
     ):
         super().__init__(in_channels, out_channels)
         check_divides("heads", heads, in_channels, out_channels)
