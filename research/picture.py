@@ -79,7 +79,11 @@ def picture(out: Path, file: Path) -> None:
         out: the study's folder, with a variant `dense`.
         file: of the PNG.
     """
-    dense = next(out.glob("dense/*/accuracies.json"))
+    dense = next(out.glob("dense/*/accuracies.json"), None)
+    if dense is None:
+        sys.exit(
+            f"error: OUT: got {out}, expected a study's folder with an evaluated run of `dense`"
+        )
     full = json.loads(dense.read_text())["dense"]["flops"]
     found = {
         folder.name: means(folder, full) for folder in sorted(out.iterdir()) if folder.is_dir()

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from ..checks import is_positive, require
 from .base import ConvolutionGate, GatedOutput, register_gate
 from .grouped import check_divides, grouped
 from .scores import from_means
@@ -42,7 +43,7 @@ class DynamicGroupGate(ConvolutionGate):
         max_score: the limit of g_h.
 
     Raises:
-        InputError: for numbers of channels that H does not divide.
+        InputError: for numbers of channels that H does not divide, or a limit that is not positive.
     """
 
     dial = "budget"
@@ -60,6 +61,7 @@ class DynamicGroupGate(ConvolutionGate):
     ):
         super().__init__(in_channels, out_channels)
         check_divides("heads", heads, in_channels, out_channels)
+        require("gate_kwargs.max_score", max_score, is_positive, "a number > 0")
         hidden = max(1, in_channels // (squeeze if in_channels >= 80 else max(1, squeeze // 2)))
         # Each a layer for every head, side by side.
         self.reduce = nn.Conv2d(in_channels, heads * hidden, 1, bias=False)

@@ -556,6 +556,7 @@ def test_penalties_are_a_mean_over_the_gated_views():
             {"heads": 3},
             "gate_kwargs.heads: got 3, expected a divisor of a convolution's 4 ch",
         ),
+        ("dgc", {"max_score": 0}, "gate_kwargs.max_score: got 0, expected a number > 0"),
         ("cgnet", {"overlap": 0.5}, "gating.gate_kwargs.overlap: no such key of gate 'cgnet'"),
         (
             "scdg",
