@@ -7,15 +7,15 @@ along its dial, and for dense networks of several widths; a point for what has n
 one budget.
 """
 
-import json
 import statistics
 import sys
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from study import OWN
+from study import OWN, results
 
 from solo_gating.files import write_picture
 from solo_gating.plots.style import DENSE, GATED, NEUTRAL
@@ -28,14 +28,13 @@ _MARKERS = "D^vP*X<>dph8"
 _DENSE = "dense networks, one training each"
 
 
-def means(folder: Path, full: float) -> dict[str, Point]:
+def means(runs: list[dict[str, Any]], full: float) -> dict[str, Point]:
     """For each column of a variant's results the mean over its seeds.
 
     Args:
-        folder: of the variant.
+        runs: what each seed has given.
         full: FLOPs that are 100 %.
     """
-    runs = [json.loads(file.read_text()) for file in sorted(folder.glob("*/accuracies.json"))]
     columns = {
         column: [run[column] for run in runs if column in run] for run in runs for column in run
     }
@@ -79,18 +78,15 @@ def picture(out: Path, file: Path) -> None:
         out: the study's folder, with a variant `dense`.
         file: of the PNG.
     """
-    dense = next(out.glob("dense/*/accuracies.json"), None)
-    if dense is None:
+    variants = results(out) if out.is_dir() else {}
+    if "dense" not in variants:
         sys.exit(
             f"error: OUT: got {out}, expected a study's folder with an evaluated run of `dense`"
         )
-    full = json.loads(dense.read_text())["dense"]["flops"]
-    found = {
-        folder.name: means(folder, full) for folder in sorted(out.iterdir()) if folder.is_dir()
-    }
+    full = variants["dense"][0]["dense"]["flops"]
     figure = Figure(figsize=(8.8, 5.2), layout="constrained")
     axis = figure.subplots()
-    draw(axis, {name: columns for name, columns in found.items() if columns})
+    draw(axis, {name: means(runs, full) for name, runs in variants.items()})
     axis.set(
         xlabel="FLOPs of an image, % of the dense network's",
         ylabel="logistic regression, % of the test images",

@@ -121,19 +121,26 @@ def column(share: float) -> str:
     return f"gated at {share:.0%}"
 
 
+def results(out: Path) -> dict[str, list[dict[str, Any]]]:
+    """For each variant that has been evaluated, in order of names, what each of its seeds has given."""
+    found = {
+        folder.name: [json.loads(f.read_text()) for f in sorted(folder.glob("*/accuracies.json"))]
+        for folder in sorted(path for path in out.iterdir() if path.is_dir())
+    }
+    return {name: runs for name, runs in found.items() if runs}
+
+
 def table(out: Path, shares: list[float]) -> None:
     """Accuracy of each variant, mean ± standard deviation over its seeds."""
     columns = ["dense", *map(column, shares), OWN]
     print("| run | seeds | " + " | ".join(f"{c}: 1-NN / linear" for c in columns) + " |")
     print("|" + "---|" * (len(columns) + 2))
-    for folder in sorted(path for path in out.iterdir() if path.is_dir()):
-        runs = [json.loads(file.read_text()) for file in sorted(folder.glob("*/accuracies.json"))]
-        if runs:
-            cells = [cell([run[c] for run in runs if c in run]) for c in columns]
-            if cells[-1]:
-                used = 100 * statistics.mean(run[OWN]["share"] for run in runs)
-                cells[-1] += f" ({used:.0f} %)"
-            print(f"| {folder.name} | {len(runs)} | " + " | ".join(cells) + " |")
+    for name, runs in results(out).items():
+        cells = [cell([run[c] for run in runs if c in run]) for c in columns]
+        if cells[-1]:
+            used = 100 * statistics.mean(run[OWN]["share"] for run in runs)
+            cells[-1] += f" ({used:.0f} %)"
+        print(f"| {name} | {len(runs)} | " + " | ".join(cells) + " |")
 
 
 def cell(rows: list[dict[str, float]]) -> str:
