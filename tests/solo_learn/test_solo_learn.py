@@ -321,6 +321,7 @@ def test_linear_evaluation_trains_one_layer_on_frozen_features():
     weight, bias = (p.detach().clone() for p in model.classifier.parameters())
     (optimizer,), _ = model.configure_optimizers()
     (group,) = optimizer.param_groups
+    assert len(group["params"]) == 2
     assert (group["lr"], group["momentum"]) == (0.1, 0.0)
     for step in range(5):
         optimizer.zero_grad()
