@@ -47,7 +47,6 @@ declare -A overrides=(
     [distilled_w3]="$distilled gating.distillation_weight=3"
     [distilled_w30]="$distilled gating.distillation_weight=30"
     [distilled_lambda_1000]="$distilled gating.sparsity_weight=1000"
-    [distilled_lambda_300]="$distilled gating.sparsity_weight=300"
     [distilled_relative]="$distilled gating.relative_budget_loss=true"
     [distilled_half]="$distilled gating.distillation_images=0.5"
     [distilled_quarter]="$distilled gating.distillation_images=0.25"
