@@ -17,16 +17,14 @@ prepare cifar10
 rest="gating.warmup_epochs=$((epochs / 10))"
 channel="gating.sparsity_weight=100 $rest gating.bound_gradient=all gating.weight_decay=1e-4"  # as in every_budget.sh
 any="vicreg_any_cifar10 $channel"
+distilled="$any method=vicreg_distilled gating.relative_budget_loss=true"  # as vicreg_distilled_*
 slimmable="us3l_cifar10 optimizer.weight_decay=0 scheduler.interval=step method_kwargs.pred_hidden_dim=512"
 declare -A overrides=(
     [dense]=vicreg_cifar10 [dense_0.1]=vicreg_cifar10 [dense_0.3]=vicreg_cifar10 [dense_0.5]=vicreg_cifar10
     [dense_long]=vicreg_cifar10  # three times as long: US3L makes three steps a batch
     [dual_0.3]="vicreg_dual_cifar10 $channel gating.target_budget=0.3"
     [any]="$any"
-    [distilled]="$any method=vicreg_distilled"
-    [distilled_relative]="$any method=vicreg_distilled gating.relative_budget_loss=true"  # as vicreg_distilled_*
-    [distilled_fixed]="$any method=vicreg_distilled gating.gate=fixed"
-    [distilled_long]="$any method=vicreg_distilled"
+    [distilled]="$distilled" [distilled_long]="$distilled" [distilled_fixed]="$distilled gating.gate=fixed"
     [simclr]=simclr_cifar10 [simclr_0.3]=simclr_cifar10
     [simclr_channel_0.3]="simclr_cdg_cifar10 recipe=simclr_gated $channel gating.target_budget=0.3"
     [simclr_channel_0.5]="simclr_cdg_cifar10 recipe=simclr_gated $channel gating.target_budget=0.5"
@@ -67,7 +65,7 @@ arguments() { # variant, seed -> run, length, run_width
 }
 
 default=""
-for variant in dense dense_0.1 dense_0.3 any distilled distilled_relative distilled_fixed us3l us3l_per_batch simclr \
+for variant in dense dense_0.1 dense_0.3 any distilled distilled_fixed us3l us3l_per_batch simclr \
     simclr_{channel,fbs,dgc}_{0.3,0.5} simclr_{cdg,scdg,cgnet}_{0,0.55} simreg seed dual_0.3; do
     default+=" $variant"
 done

@@ -23,7 +23,8 @@ prepare "$1"; shift
 # The last two as in the runs of docs/results/every_budget.md.
 gated="gating.sparsity_weight=100 gating.warmup_epochs=$((epochs / 10)) gating.bound_gradient=all gating.weight_decay=1e-4"
 range="gating.target_budget=[0.05,0.9]"
-distilled="$range gating.budget_anneal=0.5 gating.budget_per_image=true method=vicreg_distilled"
+absolute="$range gating.budget_anneal=0.5 gating.budget_per_image=true method=vicreg_distilled"
+distilled="$absolute gating.relative_budget_loss=true"  # vicreg_distilled_*
 annealed="$range gating.gate_kwargs.bias=4 gating.budget_anneal=0.5"
 declare -A overrides=(
     [fixed_0.1]="gating.target_budget=0.1" [fixed_0.3]="gating.target_budget=0.3" [fixed_0.5]="gating.target_budget=0.5"
@@ -46,8 +47,8 @@ declare -A overrides=(
     [distilled]="$distilled"
     [distilled_w3]="$distilled gating.distillation_weight=3"
     [distilled_w30]="$distilled gating.distillation_weight=30"
-    [distilled_lambda_1000]="$distilled gating.sparsity_weight=1000"
-    [distilled_relative]="$distilled gating.relative_budget_loss=true"
+    [distilled_absolute]="$absolute"
+    [distilled_lambda_1000]="$absolute gating.sparsity_weight=1000"
     [distilled_half]="$distilled gating.distillation_images=0.5"
     [distilled_quarter]="$distilled gating.distillation_images=0.25"
     [distilled_no_anneal]="$distilled gating.budget_anneal=0"
@@ -62,7 +63,7 @@ declare -A overrides=(
     [any_long]="$range gating.budget_anneal=0.5 gating.budget_per_image=true"
     # The dense run of the same seed made gated, in so many epochs: gates alone, or all weights.
     [existing_gates_1]="$distilled gating.train=gates" [existing_gates_3]="$distilled gating.train=gates"
-    [existing_gates_10]="$distilled gating.train=gates"
+    [existing_gates_10]="$distilled gating.train=gates" [existing_all_1]="$distilled gating.train=all"
     [existing_all_3]="$distilled gating.train=all" [existing_all_10]="$distilled gating.train=all"
     # Dense networks of the FLOPs that the shares mean: width × √share.
     [dense]="" [dense_0.1]="" [dense_0.3]="" [dense_0.5]="" [dense_long]="" [dense_0.3_long]="" [dense_0.1_long]=""
