@@ -27,15 +27,34 @@ def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
     return hard - soft.detach() + soft
 
 
-def spatial_mean(x: Tensor) -> Tensor:
+class _SpatialMean(torch.autograd.Function):
+    """Mean over pixels in a dtype, without a copy of x in it or a gradient of x's size in either."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.shape, ctx.dtype = x.shape, x.dtype
+        return x.sum((2, 3), keepdim=True, dtype=dtype) / (x.shape[2] * x.shape[3])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        _, _, height, width = ctx.shape
+        return (gradient / (height * width)).to(ctx.dtype).expand(ctx.shape), None
+
+
+def spatial_mean(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """B × C × H × W → B × C × 1 × 1, as `nn.AdaptiveAvgPool2d(1)`.
 
     That one's gradient is a whole B × C × H × W tensor; this one's a view of B × C numbers.
+
+    Args:
+        x: any tensor of four dimensions.
+        dtype: the mean's; None for x's.
     """
+    dtype = dtype or x.dtype
     # torch.jit.trace compares its graph with one that it makes without gradients.
     if not torch.is_grad_enabled() or torch.jit.is_tracing():
-        return F.adaptive_avg_pool2d(x, 1)
-    return x.sum((2, 3), keepdim=True) / (x.shape[2] * x.shape[3])
+        return F.adaptive_avg_pool2d(x.to(dtype), 1)
+    return _SpatialMean.apply(x, dtype)
 
 
 def from_means(x: Tensor, dtype: torch.dtype, scores: Callable[[Tensor], Tensor]) -> Tensor:
@@ -44,11 +63,11 @@ def from_means(x: Tensor, dtype: torch.dtype, scores: Callable[[Tensor], Tensor]
     Decisions are no place for half precision.
     """
     if isinstance(x, torch.fx.Proxy):
-        return scores(spatial_mean(x))
+        return scores(F.adaptive_avg_pool2d(x, 1))
     device = x.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
-            return scores(spatial_mean(x.to(dtype)))
+            return scores(spatial_mean(x, dtype))
     return scores(spatial_mean(x))
 
 

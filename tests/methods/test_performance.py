@@ -9,6 +9,7 @@ import torch
 from omegaconf import OmegaConf
 from solo.losses.barlow import barlow_loss_func
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from solo_gating import InputError
 from solo_gating.backbones import masking
@@ -184,6 +185,25 @@ def test_the_mean_over_pixels_is_torchs():
     (mine * weights).sum().backward()
     (theirs * weights).sum().backward()
     torch.testing.assert_close(x.grad, y.grad)
+    assert torch.autograd.gradgradcheck(spatial_mean, (x,))
+
+
+def test_a_mean_in_float32_copies_nothing_of_half_precision():
+    x = torch.randn(2, 3, 64, 64).bfloat16().requires_grad_()
+    sizes = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), kwargs=None):
+            out = function(*arguments, **(kwargs or {}))
+            sizes.append(out.untyped_storage().nbytes())
+            return out
+
+    with Sizes():
+        mean = spatial_mean(x, torch.float32)
+        (gradient,) = torch.autograd.grad(mean, x, torch.ones(2, 3, 1, 1))
+    assert max(sizes) <= 4 * mean.numel()
+    assert mean.dtype == torch.float32 and gradient.dtype == torch.bfloat16
+    torch.testing.assert_close(mean, x.detach().double().mean((2, 3), keepdim=True).float())
 
 
 def test_the_covariance_loss_is_the_sum_off_the_diagonal():
