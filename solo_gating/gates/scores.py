@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from ..errors import InputError
 from .base import FoldedEmbedding, FoldedGate, Gate
 
+# Asked once: the compiler of PyTorch 2.11 cannot look into the question, and would stop at each gate.
+_WITH_AUTOCAST = frozenset(filter(torch.amp.is_autocast_available, ("cpu", "cuda", "mps", "xpu")))
+
 
 def logistic_noise(logits: Tensor) -> Tensor:
     """Logistic noise log u − log(1 − u), u ~ U(0, 1), one draw for each logit.
@@ -65,7 +68,7 @@ def from_means(x: Tensor, dtype: torch.dtype, scores: Callable[[Tensor], Tensor]
     if isinstance(x, torch.fx.Proxy):
         return scores(F.adaptive_avg_pool2d(x, 1))
     device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if device in _WITH_AUTOCAST and torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
             return scores(spatial_mean(x, dtype))
     return scores(spatial_mean(x))
