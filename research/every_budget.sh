@@ -33,6 +33,7 @@ declare -A overrides=(
     [annealed]="$annealed"
     [annealed_only]="$range gating.budget_anneal=0.5"
     [any]="$range gating.budget_anneal=0.5 gating.budget_per_image=true"  # vicreg_any_*
+    [any_relative]="$range gating.budget_anneal=0.5 gating.budget_per_image=true gating.relative_budget_loss=true"
     [annealed_slow]="$annealed gating.budget_anneal=1"
     [annealed_log_uniform]="$annealed method=vicreg_log_uniform"
     [annealed_sandwich]="$annealed method=vicreg_sandwich"
@@ -64,8 +65,8 @@ declare -A overrides=(
     # The dense run of the same seed made gated, in so many epochs: gates alone, or all weights.
     [existing_gates_1]="$distilled gating.train=gates" [existing_gates_3]="$distilled gating.train=gates"
     [existing_gates_10]="$distilled gating.train=gates" [existing_gates_30]="$distilled gating.train=gates"
-    [existing_all_1]="$distilled gating.train=all"
-    [existing_all_3]="$distilled gating.train=all" [existing_all_10]="$distilled gating.train=all"
+    [existing_all_1]="$distilled gating.train=all" [existing_all_3]="$distilled gating.train=all"
+    [existing_all_10]="$distilled gating.train=all"
     # Dense networks of the FLOPs that the shares mean: width × √share.
     [dense]="" [dense_0.1]="" [dense_0.3]="" [dense_0.5]="" [dense_long]="" [dense_0.3_long]="" [dense_0.1_long]=""
 )
