@@ -151,12 +151,7 @@ class DistilledGates(VICRegDistilled):
 
     def third_pass(self, views: Any, dense: ForwardPass, told: Tensor | None) -> Any:
         """With the shared weights as constants."""
-        own = self._gate_parameters | {
-            p
-            for block in self.backbone.gated_blocks
-            for norm in block.gated_norms
-            for p in norm.parameters()
-        }
+        own = {p for module in self.backbone.gated_only for p in module.parameters()}
         weights = {
             n: p for n, p in self.backbone.named_parameters() if p not in own and p.requires_grad
         }

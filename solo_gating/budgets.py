@@ -51,7 +51,7 @@ class BudgetSchedule:
         high: the upper end.
         anneal_epochs: over so many epochs the lower end falls linearly to its value, from the
             upper end, or for a single budget from 1.
-        hold_epochs: so many epochs earlier it starts there, and stays.
+        hold_epochs: for so many epochs before it begins to fall, the lower end stays there.
     """
 
     low: float

@@ -3,9 +3,9 @@
 FLOPs are multiply-accumulates of the convolutions, the gates' included; BatchNorm, ReLU, pooling
 and the classifier are not counted. That is how the papers count. A gated convolution costs its
 multiply-accumulates × the share of the channels that it reads × the share of those that it writes:
-exact for every image, also where a block has several gates, or where gates stand between blocks. A convolution that a gate of its own
-computes in part (`gates.ConvolutionGate`) is two entries: what every image costs, and the rest, which
-divides evenly among the gate's choices.
+exact for every image, also where a block has several gates, or where gates stand between blocks. A
+convolution that a gate of its own computes in part (`gates.ConvolutionGate`) is two entries: what
+every image costs, and the rest, which divides evenly among the gate's choices.
 """
 
 import copy
@@ -221,9 +221,8 @@ def count_flops(backbone: ResNet, resolution: tuple[int, int]) -> BackboneFlops:
     plain = _multiplications(encoder, resolution, "dense") if in_part else gated
     names = {module: name for name, module in encoder.named_modules()}
     gates = _stream_flops(encoder, names)
-    between = bool(
-        gates
-    )  # the first of them chooses the stem's output, the next those of each stage
+    # The first of them chooses the stem's output, the next those of each stage.
+    between = bool(gates)
     counts = [ConvolutionFlops("stem", plain[encoder.conv1], writes=0 if between else None)]
     source = counts[0].writes
     for block in encoder.blocks:

@@ -11,7 +11,7 @@
       of a pre-training:
       "epochs": 500, "finished": true, "steps": 97500, "continued": [...],
       "logged": {...},                  the last figures of the log
-      "raw", "untrained", "dense", "gated", "gated at 0.1": {...}    rows of its 1-NN table
+      "raw", "untrained" (or "pretrained"), "dense", "gated", "gated at 0.1": {...}    of its 1-NN table
 
       of an evaluation:
       "evaluation": "knn",              linear, knn, policy or umap

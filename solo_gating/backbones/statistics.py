@@ -45,8 +45,9 @@ def untracked(*modules: nn.Module) -> Iterator[None]:
 def recalibrated(backbone: nn.Module, loader: Iterable, path: str | None = None) -> Iterator[None]:
     """BatchNorm statistics of one path, as its dial stands, inside a `with` block.
 
-    They are the mean of the batches' statistics, of their means and unbiased variances. Layers that the path does not take keep theirs; so do the gates' own, which belong to their
-    decisions. Afterwards all is as it was, bit for bit.
+    They are the mean of the batches' statistics, of their means and unbiased variances. Layers that
+    the path does not take keep theirs; so do the gates' own, which belong to their decisions.
+    Afterwards all is as it was, bit for bit.
 
     What networks of many widths need, whose widths share no statistics (Yu and Huang,
     arXiv:1903.05134, section 3.3); their authors keep a moving average over passes through the

@@ -169,7 +169,7 @@ class TwoPathResNet(ResNet):
         """The gates' threshold in evaluation: a channel is computed if its logit is at least this.
 
         0 as in the papers; it may be set at any time, to a number for all gates. Higher means fewer
-        channels (`evaluate.dial.calibrate` finds the one for a share of the FLOPs). It is a choice
+        channels (`evaluate.calibrate.calibrate` finds the one for a share of the FLOPs). It is a choice
         of whoever uses the network and in no checkpoint. Gates that decide without a threshold have
         0.
         """
@@ -192,7 +192,7 @@ class TwoPathResNet(ResNet):
         """The share of the dense FLOPs, or of the channels, that the gates are told to aim at.
 
         Any in `budget_range`; it may be set at any time, None for the range's middle, and is in no
-        checkpoint, like `threshold`. What is then used comes near it (`evaluate.dial.calibrate`
+        checkpoint, like `threshold`. What is then used comes near it (`evaluate.calibrate.calibrate`
         makes it exact). None for a network that was trained for no range: it cannot be set there.
         """
         return self.gates[0].budget

@@ -36,7 +36,7 @@ def load_pretrained(backbone: TwoPathResNet, file: str | Path, key: str = "pretr
         for (_, _, norm), gated in zip(convolutions(block), block.gated_norms, strict=True):
             if gated is not norm:  # of a gate that scales it has no weights
                 known, own = norm.state_dict(), gated.state_dict()
-                gated.load_state_dict({key: known[key] for key in own})
+                gated.load_state_dict({name: known[name] for name in own})
 
 
 def resnet_weights(file: str | Path, key: str) -> tuple[str, dict[str, Tensor]]:

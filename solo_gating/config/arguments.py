@@ -37,7 +37,7 @@ _OPEN_GROUP = "gating.gate_kwargs."
 
 _TEXTS = (
     *_LISTS,
-    *("checkpoint", "resume_from_checkpoint", "checkpoint.dir", "output"),
+    *("checkpoint", "resume_from_checkpoint", "pretrained", "checkpoint.dir", "output"),
     *("flops.checkpoint", "flops.output", "name", "wandb.project", "wandb.entity"),
     *("method_kwargs.teacher", "backbone.kwargs.policy"),
 )

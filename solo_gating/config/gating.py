@@ -22,7 +22,7 @@ from ..checks import (
 )
 from ..errors import InputError
 from ..flops import GRADIENTS
-from ..gates import BaseGate, check_gate_kwargs, gate_class
+from ..gates import BaseGate, ConvolutionGate, check_gate_kwargs, gate_class
 
 MOMENTUM_PATHS = ("dense", "gated", "same")
 TRAINED = ("all", "gates")
@@ -68,8 +68,8 @@ class GatingConfig:
         relative_budget_loss: whether λ is divided by the budget, so that small budgets of a range are
             kept, too. With λ alone gates exceed them where that serves the other losses.
 
-    The last five and the distillation's are of no published run; a config with a number for a budget
-    that leaves them at their defaults does not name them.
+    The last five, the distillation's and `train` are not of the two papers; a config with a number for
+    a budget that leaves the last five at their defaults does not name them.
     """
 
     target_budget: float | Range = 0.5
@@ -101,7 +101,7 @@ class GatingConfig:
         cls,
         cfg: DictConfig,
         default_views: tuple[str, ...],
-        distilled: bool = False,
+        regresses: bool = False,
         defaults: Mapping[str, Any] | None = None,
     ) -> "GatingConfig":
         """Read and check `cfg.gating`, and write the complete group back into the config.
@@ -110,7 +110,7 @@ class GatingConfig:
             cfg: a whole config; `data.num_large_crops` and `num_small_crops` say how many views
                 there are.
             default_views: the method's views, where the config names none.
-            distilled: whether the method has a third pass, whose features regress to the dense ones.
+            regresses: as in `GatedMethod`.
             defaults: other values than the class's, where the config names none.
 
         Raises:
@@ -136,10 +136,10 @@ class GatingConfig:
         given.setdefault("separate_bn", "dense" in views)
         if is_range(given.get("target_budget")):
             given["target_budget"] = tuple(given["target_budget"])
-        if distilled:
+        if regresses:
             given = {"distillation_weight": 10.0, "distillation_images": 1.0, **given}
         gating = cls(**given, views=views)
-        gating._check_distillation(cfg, distilled)
+        gating._check_distillation(cfg, regresses)
         gating._check(cfg)
         gating._check_backbone(cfg)
         cfg.gating = gating._written()
@@ -172,6 +172,11 @@ class GatingConfig:
                 getattr(self, key),
                 lambda v: is_not_negative(v) and v <= 1,
                 "a number from 0 to 1",
+            )
+        if self.budget_hold + self.budget_anneal > 1 + 1e-9 or self.budget_hold == 1:
+            raise InputError(
+                f"gating.budget_hold: got {self.budget_hold} beside gating.budget_anneal="
+                f"{self.budget_anneal}, expected at most 1 together, so that the budget is reached"
             )
         for key in ("budget_per_image", "budget_embedding", "relative_budget_loss"):
             true_or_false(f"gating.{key}", getattr(self, key))
@@ -222,11 +227,13 @@ class GatingConfig:
             found = "gating.separate_bn=false, expected true: shared BatchNorms would change"
         elif cfg.get("pretrained") is None:
             found = "no pretrained, expected the dense encoder's file there"
+        elif self.warmup_epochs:
+            found = f"gating.warmup_epochs={self.warmup_epochs}, expected 0: nothing else learns"
         if found:
             raise InputError(f"gating.train: got gates with {found}")
 
-    def _check_distillation(self, cfg: DictConfig, distilled: bool) -> None:
-        if not distilled:
+    def _check_distillation(self, cfg: DictConfig, regresses: bool) -> None:
+        if not regresses:
             for key in _OF_DISTILLATION:
                 if getattr(self, key) is not None:
                     raise InputError(
@@ -239,8 +246,8 @@ class GatingConfig:
         require("gating.distillation_images", share, is_share, "a number in (0, 1]")
         if "gated" in self.views:
             raise InputError(
-                f"gating.views: got {list(self.views)}, but the third pass of method "
-                f"{cfg.get('method')!r} is the gated one; expected all dense"
+                f"gating.views: got {list(self.views)}, but method {cfg.get('method')!r} has gated "
+                "passes beside its views; expected all dense"
             )
 
     @property
@@ -255,6 +262,17 @@ class GatingConfig:
                 f"gating.gate_kwargs: got {shown(self.gate_kwargs)}, expected a group of arguments"
             )
         check_gate_kwargs(self.gate, self.gate_kwargs, "gating.gate_kwargs")
+        for argument, key in _SAID_ELSEWHERE.items():
+            if argument in self.gate_kwargs:
+                raise InputError(
+                    f"gating.gate_kwargs.{argument}: got {shown(self.gate_kwargs[argument])}, expected "
+                    f"gating.{key} alone"
+                )
+        if self.budget_range and issubclass(kind, ConvolutionGate) and not kind.needs_budget:
+            raise InputError(
+                f"gating.target_budget: got {list(self.budget_range)}, gates of kind {self.gate!r} are "
+                "told no budget; expected a number"
+            )
         if kind.needs_budget and not self.budget_embedding:
             raise InputError(
                 f"gating.budget_embedding: got false, gates of kind {self.gate!r} are always told "
@@ -317,6 +335,8 @@ class GatingConfig:
         return kwargs
 
 
+# Arguments of many kinds, and the keys that decide them.
+_SAID_ELSEWHERE = {"reduction": "reduction", "temperature": "temperature", "told": "target_budget"}
 _OF_DISTILLATION = ("distillation_weight", "distillation_images")
 _UNPUBLISHED = (
     "budget_anneal",

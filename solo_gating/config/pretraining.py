@@ -37,6 +37,7 @@ from .gating import GatingConfig
 from .schema import (
     METHOD_KWARGS,
     METHOD_NEEDS,
+    OWN_METHOD_KWARGS,
     PATH_OR_NULL,
     PRETRAINING,
     QUEUE_SIZE,
@@ -95,6 +96,7 @@ def prepare_config(cfg: DictConfig) -> DictConfig:
     one_of("backbone.name", cfg.backbone.name, BaseMethod._BACKBONES)
     _check_policy(cfg)
     one_of("data.dataset", cfg.data.dataset, DATASETS)
+    _check_stem(cfg)
     one_of("data.format", cfg.data.format, FORMATS)
     one_of("data.pipeline", cfg.data.pipeline, PIPELINES)
     if cfg.data.pipeline == "device":
@@ -168,6 +170,16 @@ def _check_policy(cfg: DictConfig) -> None:
     record_widths(cfg)
 
 
+def _check_stem(cfg: DictConfig) -> None:
+    """solo-learn gives every ResNet its CIFAR stem where the data set is called so."""
+    stem = cfg.backbone.kwargs.get("stem")
+    if cfg.data.dataset in ("cifar10", "cifar100") and stem not in (None, "cifar"):
+        raise InputError(
+            f"backbone.kwargs.stem: got {shown(stem)} with data.dataset={cfg.data.dataset}, on which "
+            "solo-learn's stem is cifar; expected that, or data.dataset=custom"
+        )
+
+
 def _check_statistics(cfg: DictConfig) -> None:
     key, images = "method_kwargs.statistics_images", cfg.method_kwargs.get("statistics_images")
     if images is None:
@@ -203,6 +215,12 @@ def _check_method_kwargs(cfg: DictConfig) -> None:
     method = plain_method(METHODS[cfg.method])
     known = method.__module__.startswith(("solo.", "solo_gating."))
     for key, value in cfg.method_kwargs.items():
+        owners = OWN_METHOD_KWARGS.get(key, ())
+        if known and owners and _solo_name(cfg.method) not in owners:
+            raise InputError(
+                f"method_kwargs.{key}: got {shown(value)}, method {cfg.method!r} does not read it; "
+                f"those that do are {', '.join(owners)}"
+            )
         if key in METHOD_KWARGS:
             value = (
                 OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value

@@ -260,6 +260,12 @@ METHOD_KWARGS: Table = {
     "group_slope": Kind(lambda v: is_not_negative(v) and v < 1 / 7, "a number from 0, below 1/7"),
 }
 
+# Of METHOD_KWARGS, those that say something to these methods alone.
+OWN_METHOD_KWARGS: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(("teacher", "teacher_path", "teacher_head"), ("simreg", "seed")),
+    **dict.fromkeys(("base_loss", "optimizer_steps", "group_penalty", "group_slope"), ("us3l",)),
+}
+
 _HEAD = ("proj_hidden_dim", "proj_output_dim")
 _PREDICTOR = (*_HEAD, "pred_hidden_dim")
 # The `method_kwargs` without which a method of solo-learn's cannot be built; others have defaults.

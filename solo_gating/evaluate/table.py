@@ -27,6 +27,7 @@ def final_table(
     draws: int,
     budgets: Sequence[float] = (),
     statistics: Iterable | None = None,
+    start: str = "untrained",
 ) -> dict[str, Row]:
     """1-NN accuracy with all labels and with a few per class, and FLOPs per image.
 
@@ -41,9 +42,10 @@ def final_table(
         budgets: that the gates of a backbone for a range are told, one after the other.
         statistics: batches `[images, targets]` from which each row's BatchNorm statistics are made
             anew; None for those of training.
+        start: what the row of `untrained` is called.
 
     Returns:
-        Rows "raw", "untrained", "dense" and "gated" as far as they were trained, and "gated at 0.1"
+        Rows "raw", `start`, "dense" and "gated" as far as they were trained, and "gated at 0.1"
         for a budget of 0.1. Each has `knn_top1`, `knn_top1_<n>_per_class`, `flops` and, on the
         gated path, `flops_cut` (1 − share). Accuracies are None without labels, or where features
         are infinite or NaN.
@@ -74,7 +76,7 @@ def final_table(
 
         return encode
 
-    table = {"raw": row(raw_pixels), "untrained": row(encoder(untrained, paths[0] and "dense"))}
+    table = {"raw": row(raw_pixels), start: row(encoder(untrained, paths[0] and "dense"))}
     for path in paths:
         table[path or "dense"] = row(encoder(backbone, path))
     if isinstance(backbone, TwoPathResNet) and budgets:
@@ -83,7 +85,7 @@ def final_table(
             backbone.budget = budget
             table[f"gated at {budget:g}"] = row(encoder(backbone, "gated"))
         backbone.budget = before
-    whole = table["untrained"].get("flops")
+    whole = table[start].get("flops")
     for name, figures in table.items():
         used = figures.get("flops")
         if name.startswith("gated") and used is not None and whole:

@@ -4,12 +4,13 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
+from types import NoneType, UnionType
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 
-from ..checks import shown
+from ..checks import is_int, is_number, require, shown
 from ..errors import InputError
 
 # What a gate's kind may leave to be turned after training.
@@ -298,19 +299,32 @@ def gate_class(name: Any, key: str = "gate") -> type[BaseGate]:
     return GATES[name]
 
 
+_OF_TYPES: dict[Any, tuple[Callable[[Any], Any], str]] = {
+    float: (is_number, "a number"),
+    int: (lambda v: is_int(v, -(2**31)), "an integer"),
+    bool: (lambda v: isinstance(v, bool), "true or false"),
+    str: (lambda v: isinstance(v, str), "a text"),
+}
+
+
 def check_gate_kwargs(name: str, kwargs: Mapping[str, Any], key: str) -> None:
-    """Refuse a keyword argument that a kind of gate does not take.
+    """Refuse a keyword argument that a kind of gate does not take, or whose type its annotation is not.
 
     Raises:
-        InputError: naming it and those that are.
+        InputError: naming it and what is accepted.
     """
     accepted = _arguments(gate_class(name, key))
-    for argument in kwargs:
+    for argument, value in kwargs.items():
         if argument not in accepted and "**" not in accepted:
             known = ", ".join(accepted) or "none"
             raise InputError(
                 f"{key}.{argument}: no such key of gate {name!r}, expected are {known}"
             )
+        annotation = accepted.get(argument)
+        types = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+        for kind in types:
+            if kind in _OF_TYPES and not (value is None and NoneType in types):
+                require(f"{key}.{argument}", value, *_OF_TYPES[kind])
 
 
 def make_gate(
@@ -338,15 +352,17 @@ def make_gate(
     return cls(in_channels, out_channels, **{**taken, **kwargs})
 
 
-def _arguments(cls: type[BaseGate]) -> list[str]:
-    """The names of a kind's keyword arguments, with those that it hands on; "**" for any."""
-    names: list[str] = []
+def _arguments(cls: type[BaseGate]) -> dict[str, Any]:
+    """A kind's keyword arguments and their annotations, with those that it hands on; "**" for any."""
+    names: dict[str, Any] = {}
     for owner in cls.__mro__:
         init = vars(owner).get("__init__")
         if init is None:
             continue
         own = list(inspect.signature(init).parameters.values())[3:]
-        names += [one.name for one in own if one.kind is not one.VAR_KEYWORD]
+        for one in own:
+            if one.kind is not one.VAR_KEYWORD:
+                names.setdefault(one.name, one.annotation)
         if all(one.kind is not one.VAR_KEYWORD for one in own):
             return names
-    return [*names, "**"]
+    return {**names, "**": None}

@@ -28,8 +28,8 @@ class ContrastiveDualGate(PartialSumGate):
     method (US 2024/0135256); its status was not checked.
 
     Args:
-        in_channels: as in `PartialSumGate`.
-        out_channels: ...
+        in_channels: C_in of the convolution.
+        out_channels: C_out.
         overlap: share of the output groups whose base is the diagonal one in both views; 0 as published,
             and 1, 0.75 and 0.5 in its comparison.
         inference: the base in evaluation, "diagonal" or "antidiagonal".

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ..checks import is_positive, require
+from ..checks import at_least, is_not_negative, is_positive, require
 from .base import ConvolutionGate, GatedOutput, register_gate
 from .grouped import check_divides, grouped
 from .scores import from_means
@@ -38,12 +38,12 @@ class DynamicGroupGate(ConvolutionGate):
         in_channels: C_in of the convolution.
         out_channels: C_out.
         heads: H.
-        squeeze: C_in / rows of F1_h; half of it below 80 channels.
+        squeeze: F1_h has C_in / squeeze rows, twice as many below 80 input channels.
         penalty_weight: λ.
         max_score: the limit of g_h.
 
     Raises:
-        InputError: for numbers of channels that H does not divide, or a limit that is not positive.
+        InputError: for numbers of channels that H does not divide, or values that are not accepted.
     """
 
     dial = "budget"
@@ -62,6 +62,8 @@ class DynamicGroupGate(ConvolutionGate):
         super().__init__(in_channels, out_channels)
         check_divides("heads", heads, in_channels, out_channels)
         require("gate_kwargs.max_score", max_score, is_positive, "a number > 0")
+        require("gate_kwargs.penalty_weight", penalty_weight, is_not_negative, "a number ≥ 0")
+        at_least("gate_kwargs.squeeze", squeeze, 1)
         hidden = max(1, in_channels // (squeeze if in_channels >= 80 else max(1, squeeze // 2)))
         # Each a layer for every head, side by side.
         self.reduce = nn.Conv2d(in_channels, heads * hidden, 1, bias=False)
@@ -97,7 +99,7 @@ class DynamicGroupGate(ConvolutionGate):
         return GatedOutput(out, active.flatten(1), penalty)
 
     def active(self, scores: Tensor, budget: Tensor) -> Tensor:
-        """Scores, B × H × C_in, and a budget or one for each image → ones for those that stay."""
-        number = self.in_channels - (self.in_channels * (1 - budget)).round()
+        """Scores, B × H × C_in, and a budget or one for each image → ones for those that stay, one at least."""
+        number = (self.in_channels - (self.in_channels * (1 - budget)).round()).clamp(min=1)
         of_heads = number.expand(scores.shape[0]).repeat_interleave(self.heads)
         return largest(scores.flatten(0, 1), of_heads).unflatten(0, (-1, self.heads))

@@ -9,7 +9,7 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from ..checks import shown
+from ..checks import is_not_negative, require, shown
 from ..errors import InputError
 from .base import ConvolutionGate, GatedOutput
 from .grouped import check_divides, grouped
@@ -56,7 +56,7 @@ class PartialSumGate(ConvolutionGate):
         run: so many neighbouring output channels share τ and decisions, from the mean of their bases.
 
     Raises:
-        InputError: for numbers of channels that G, or `run`, does not divide.
+        InputError: for numbers of channels that G, or `run`, does not divide, or a negative λ.
     """
 
     dial = "threshold"
@@ -88,6 +88,7 @@ class PartialSumGate(ConvolutionGate):
             )
         if not (isinstance(losses, Sequence) and set(losses) <= set(_LOSSES)):
             raise InputError(f"gate_kwargs.losses: got {shown(losses)}, expected some of {_LOSSES}")
+        require("gate_kwargs.penalty_weight", penalty_weight, is_not_negative, "a number ≥ 0")
         self.groups, self.losses = groups, tuple(losses)
         self.base = Fraction(1, groups)
         self.target = self.own_target if target is None else target

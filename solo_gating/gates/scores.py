@@ -182,7 +182,10 @@ class ScoringGate(Gate):
 
     @torch.no_grad()
     def folded_scores(self) -> FoldedGate:
-        """For a kind's `fold`: the logits, with the BatchNorm folded into W₁, in float64 so that it costs one rounding and no more."""
+        """For a kind's `fold`: the logits, with the BatchNorm folded into W₁.
+
+        In float64, so that it costs one rounding and no more.
+        """
         norm: Any = self.norm
         scale = (norm.running_var.double() + norm.eps).rsqrt()
         shift = -norm.running_mean.double() * scale

@@ -42,7 +42,8 @@ class GatedMethod(BaseMethod):
     """
 
     default_views: tuple[str, ...] = ("gated", "dense")
-    distilled = False  # whether there is a third pass, see `DistilledMethod`
+    # Whether gated passes beside the views' regress to a target: `DistilledMethod`'s third one, or US3L's.
+    regresses = False
     gating_defaults: ClassVar[Mapping[str, Any]] = {}  # where a config's `gating` says nothing
     several_passes = False  # whether it steps its optimiser itself, after several backward passes
     # As many training images re-estimate a path's BatchNorm statistics before it is evaluated, unless
@@ -72,7 +73,7 @@ class GatedMethod(BaseMethod):
     @classmethod
     def gating_config(cls, cfg: DictConfig) -> GatingConfig:
         """The group `gating` of a config for this method, complete in the config, too."""
-        return GatingConfig.from_config(cfg, cls.default_views, cls.distilled, cls.gating_defaults)
+        return GatingConfig.from_config(cfg, cls.default_views, cls.regresses, cls.gating_defaults)
 
     @classmethod
     def check_config(cls, cfg: DictConfig) -> None:
@@ -133,7 +134,7 @@ class GatedMethod(BaseMethod):
             outs = super().training_step(batch, batch_idx)
         large = list(passes)[: self.num_large_crops]
         gated = [view for view in passes if view.path == "gated"]
-        if self.distilled and epoch >= 0:
+        if self.regresses and epoch >= 0:
             third, told, loss = self.third_pass(batch[1], large[0], told)
             outs["loss"] = outs["loss"] + loss
             gated.append(third)
@@ -146,7 +147,7 @@ class GatedMethod(BaseMethod):
     def third_pass(
         self, views: list[Tensor] | Tensor, dense: ForwardPass, told: Tensor | None
     ) -> tuple[ForwardPass, Tensor | None, Tensor]:
-        """A pass beside those of the views; for methods that are `distilled`.
+        """A pass beside those of the views; for methods that have one.
 
         Args:
             views: the step's images, a batch for each view.
@@ -343,7 +344,7 @@ class DistilledMethod(GatedMethod):
     """
 
     default_views = ("dense", "dense")
-    distilled = True
+    regresses = True
 
     def third_pass(
         self, views: list[Tensor] | Tensor, dense: ForwardPass, told: Tensor | None
@@ -393,14 +394,13 @@ class LearntGates(GatedMethod):
         for module in self._resting:
             module.training = False
         views, targets = batch[1], batch[-1]
-        epoch = max(0, self.current_epoch - self.gating.warmup_epochs)
-        budget, told = self.budget_of_step(epoch, targets)
+        budget, told = self.budget_of_step(self.current_epoch, targets)
         with self.backbone.path("dense") as passes:
             outs = self.base_training_step(first_view(views), targets)
         third, told, loss = self.third_pass(views, passes[-1], told)
         self.log("train_class_loss", outs["loss"].detach(), on_epoch=True)
         self._remember([passes[-1], third], targets)
-        return outs["loss"] + loss + self.gate_losses([third], epoch, budget, told)
+        return outs["loss"] + loss + self.gate_losses([third], self.current_epoch, budget, told)
 
 
 def first_view(views: list[Tensor] | Tensor) -> Tensor:

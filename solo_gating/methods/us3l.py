@@ -28,6 +28,8 @@ SLIMMABLE = ("slimmable", "fixed")
 _DECIDED: dict[str, Any] = {
     "gating.separate_bn": False,
     "gating.budget_anneal": 0,
+    "gating.budget_hold": 0,
+    "gating.relative_budget_loss": False,
     "gating.budget_per_image": False,
     "gating.warmup_epochs": 0,
     "gating.distillation_images": 1,
@@ -71,7 +73,7 @@ class US3L(MomentumMethod, GatedMethod):
     """
 
     default_views = ("dense", "dense")
-    distilled = True
+    regresses = True
     several_passes = True
     recalibrate = 2048
     gating_defaults: ClassVar[Mapping[str, Any]] = {

@@ -16,6 +16,7 @@ logs/, metrics.json and training.png; run.lock keeps a second process out of it.
 --config-name prints that config.
 """
 
+import copy
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,8 @@ def _pretrain(cfg: DictConfig, run: ExitStack) -> dict[str, Any]:
     trainer.callbacks.append(continuation)  # type: ignore[attr-defined]
     attach_outputs(trainer, cfg, folder)
 
+    # Its file may be gone at the end of the run.
+    pretrained = copy.deepcopy(model.backbone) if cfg.pretrained is not None else None
     if trainer.is_global_zero:
         say(f"{'continuing' if checkpoint else 'writing to'} {folder}")
     announce_dead_processes()
@@ -125,7 +128,7 @@ def _pretrain(cfg: DictConfig, run: ExitStack) -> dict[str, Any]:
         "logged": continuation.logged(trainer),
     }
     if cfg.final_knn.enabled:  # on every process: each computes its share of the features
-        table = _final_table(cfg, model, trainer.strategy.root_device)
+        table = _final_table(cfg, model, pretrained, trainer.strategy.root_device)
         metrics.update(table)
     if not trainer.is_global_zero:
         return metrics
@@ -163,14 +166,16 @@ def _saved(trainer: pl.Trainer, folder: Path) -> Path | None:
     return file if content.get("global_step") == trainer.global_step else None
 
 
-def _final_table(cfg: DictConfig, model: Any, device: torch.device) -> dict[str, Any]:
+def _final_table(cfg: DictConfig, model: Any, start: Any, device: torch.device) -> dict[str, Any]:
     paths = getattr(model, "trained_paths", (None,))
     images = getattr(model, "recalibrate", 0)
-    # The same seed: as it was before training. Not worth compiling for one pass over the images.
-    untrained: Any = build_model(OmegaConf.merge(cfg, {"performance": {"compile": False}}))  # type: ignore[arg-type]
+    if start is None:
+        # The same seed: as it was before training. Not worth compiling for one pass over the images.
+        uncompiled: Any = OmegaConf.merge(cfg, {"performance": {"compile": False}})
+        start = build_model(uncompiled).backbone
     return final_table(
         model.to(device).backbone,
-        untrained.to(device).backbone,
+        start.to(device),
         paths,
         evaluation_loader(cfg, "train"),
         evaluation_loader(cfg, "val"),
@@ -178,4 +183,5 @@ def _final_table(cfg: DictConfig, model: Any, device: torch.device) -> dict[str,
         cfg.final_knn.draws,
         cfg.final_knn.budgets,
         statistics_loader(cfg, images) if images else None,
+        "untrained" if cfg.pretrained is None else "pretrained",
     )

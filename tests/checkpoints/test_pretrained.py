@@ -4,6 +4,7 @@ import pickle
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from omegaconf import OmegaConf
 from torchvision.models import resnet18, resnet34
 
@@ -12,7 +13,14 @@ from solo_gating.checkpoints.pretrained import load_pretrained
 from solo_gating.config.pretraining import prepare_config
 from solo_gating.training.pretrain import pretrain
 
-from ..support.helpers import randomise_norms, run_config, run_folder, tiny_config, tiny_model
+from ..support.helpers import (
+    randomise_norms,
+    run_config,
+    run_folder,
+    tiny_config,
+    tiny_model,
+    write_images,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -135,6 +143,24 @@ def test_gates_learn_and_the_dense_path_stays_bit_for_bit(train, tmp_path):
         assert torch.equal(net(x), source(x)) == (train == "gates")
 
 
+def test_the_table_has_the_encoder_that_the_run_began_with(tmp_path, monkeypatch):
+    """Its file may be gone by then; the dense path of gates alone is the same."""
+    file = saved(dense(width=4).state_dict(), tmp_path)
+    images_file = write_images(tmp_path / "train.npz", 50)
+    knn = {"enabled": True, "labels_per_class": 1}
+    cfg = learning(tmp_path, file, "gates", final_knn=knn, data={"val_path": str(images_file)})
+    fit = Trainer.fit
+
+    def fit_without_file(*args, **kwargs):
+        file.unlink()
+        fit(*args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "fit", fit_without_file)
+    table = pretrain(cfg)
+    assert table["pretrained"] == table["dense"]
+    assert "untrained" not in table
+
+
 @pytest.mark.parametrize(
     ("method", "overrides", "message"),
     [
@@ -152,6 +178,11 @@ def test_gates_learn_and_the_dense_path_stays_bit_for_bit(train, tmp_path):
             "vicreg_distilled",
             {"pretrained": __file__, "gating": {"train": "gates", "separate_bn": False}},
             "gating.separate_bn=false",
+        ),
+        (
+            "vicreg_distilled",
+            {"pretrained": __file__, "gating": {"train": "gates", "warmup_epochs": 1}},
+            "gating.warmup_epochs=1, expected 0",
         ),
     ],
 )

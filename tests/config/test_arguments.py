@@ -39,7 +39,7 @@ PATHS = [
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("key", ["checkpoint.dir", "+name", "checkpoint"])
+@pytest.mark.parametrize("key", ["checkpoint.dir", "+name", "checkpoint", "pretrained"])
 def test_paths_and_names_are_what_was_typed(path, key):
     (override,) = read_arguments([f"{key}={path}"]).parsed()
     assert override.value() == path

@@ -309,6 +309,17 @@ def test_learning_rates_are_per_256_images():
         ({"data": {"dataset": "mnist"}}, ["data.dataset: got 'mnist'", "cifar10", "custom"]),
         ({"data": {"format": "csv"}}, ["data.format: got 'csv'", "npz"]),
         ({"data": {"train_path": None}}, ["data.train_path: missing"]),
+        (
+            {
+                "data": {"dataset": "cifar100", "num_classes": None},
+                "backbone": {"kwargs": {"stem": "imagenet"}},
+            },
+            ["backbone.kwargs.stem: got 'imagenet' with data.dataset=cifar100", "custom"],
+        ),
+        (
+            {"method_kwargs": {"base_loss": "byol"}},
+            ["method_kwargs.base_loss: got 'byol', method 'vicreg_dual' does not read it", "us3l"],
+        ),
         ({"data": {"num_classes": 0}}, ["data.num_classes: got 0", "an integer ≥ 1"]),
         ({"data": {"num_classes": None}}, ["data.num_classes: got None", "an integer ≥ 1"]),
         ({"data": {"fraction": 1.5}}, ["data.fraction: got 1.5", "(0, 1)"]),

@@ -79,6 +79,48 @@ def test_a_value_is_refused_in_one_sentence(key, value, accepted):
             "gating.views: got no gated view, expected at least one",
         ),
         (
+            {"budget_hold": 0.5, "budget_anneal": 0.6},
+            "gating.budget_hold: got 0.5 beside gating.budget_anneal=0.6, expected at most 1 together, "
+            "so that the budget is reached",
+        ),
+        (
+            {"budget_hold": 1},
+            "gating.budget_hold: got 1 beside gating.budget_anneal=0.0, expected at most 1 together, "
+            "so that the budget is reached",
+        ),
+        (
+            {"gate": "cgnet", "target_budget": [0.1, 0.9]},
+            "gating.target_budget: got [0.1, 0.9], gates of kind 'cgnet' are told no budget; expected "
+            "a number",
+        ),
+        (
+            {"gate_kwargs": {"told": True}},
+            "gating.gate_kwargs.told: got True, expected gating.target_budget alone",
+        ),
+        (
+            {"gate_kwargs": {"temperature": 0}},
+            "gating.gate_kwargs.temperature: got 0, expected gating.temperature alone",
+        ),
+        (
+            {"gate_kwargs": {"bias": "4"}},
+            "gating.gate_kwargs.bias: got '4', expected a number",
+        ),
+        *(
+            (
+                {"gate": kind, "gate_kwargs": {key: value}},
+                f"gating.gate_kwargs.{key}: got {value!r}, expected {accepted}",
+            )
+            for kind, key, value, accepted in [
+                ("cdg", "alpha", None, "a number"),
+                ("cdg", "target", "x", "a number"),
+                ("cdg", "hard", "maybe", "true or false"),
+                ("cdg", "inference", 1, "a text"),
+                ("scdg", "groups", 4.0, "an integer"),
+                ("dgc", "penalty_weight", "x", "a number"),
+                ("top_k", "count", 2.5, "an integer"),
+            ]
+        ),
+        (
             {"separate_bn": True, "views": ["gated", "gated"]},
             "gating.separate_bn: got true with no dense view in gating.views, which would leave "
             "the dense path's BatchNorms untrained; expected false",

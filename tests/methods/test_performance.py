@@ -202,7 +202,8 @@ def test_a_mean_in_float32_copies_nothing_of_half_precision():
         mean = spatial_mean(x, torch.float32)
         (gradient,) = torch.autograd.grad(mean, x, torch.ones(2, 3, 1, 1))
     assert max(sizes) <= 4 * mean.numel()
-    assert mean.dtype == torch.float32 and gradient.dtype == torch.bfloat16
+    assert mean.dtype == torch.float32
+    assert gradient.dtype == torch.bfloat16
     torch.testing.assert_close(mean, x.detach().double().mean((2, 3), keepdim=True).float())
 
 

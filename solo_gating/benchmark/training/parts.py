@@ -34,7 +34,7 @@ def part_milliseconds(step: TrainingStep) -> dict[str, float]:
     backbone = step.model.backbone
     if not isinstance(backbone, TwoPathResNet) or not backbone.gates[0].only_masks:
         return times
-    views = step.model.gating.views.count("gated") + step.model.distilled  # a third pass is gated
+    views = step.model.gating.views.count("gated") + step.model.regresses  # a third pass is gated
     shapes = _shapes(backbone, step.batch[1][0])
     told = backbone.budget_told
     gates = _milliseconds(lambda: _run_gates(shapes, told), step.device)
