@@ -84,14 +84,20 @@ class Embedding:
 class Gate:
     """logits = expand · relu(reduce · m + bias) + shift + embedding(budget), m: means of the input's channels.
 
+    A gate with a beta boosts. Its scores s = relu(reduce · m + bias), one for each channel, choose those
+    that exceed the (count + 1)-th largest score (all, if all are to be chosen), and multiply what they
+    choose: relu(s · y + beta) takes the place of a convolution's relu(y).
+
     Attributes:
-        reduce: hidden × C_in; hidden may be 0.
+        reduce: hidden × C_in; hidden may be 0, and is C_out for a gate that boosts.
         bias: hidden.
         expand: C_out × hidden.
         shift: C_out.
         embedding: None for logits that no budget shifts.
         count: None to compute the channels whose logits reach the threshold; else those with so many of
             the largest logits (of equal ones the first), a number or `BUDGET`.
+        beta: C_out, of a gate that boosts; its expand is C_out × 0, its shift zeros, its embedding None
+            and its count `BUDGET`. None for others.
     """
 
     reduce: Floats
@@ -100,6 +106,13 @@ class Gate:
     shift: Floats
     embedding: Embedding | None = None
     count: int | Literal["budget"] | None = None
+    beta: Floats | None = None
+
+    @classmethod
+    def boosting(cls, reduce: Floats, bias: Floats, beta: Floats) -> "Gate":
+        """A gate that boosts."""
+        nothing = np.zeros((len(beta), 0), np.float32)
+        return cls(reduce, bias, nothing, np.zeros_like(beta), count=BUDGET, beta=beta)
 
 
 @dataclass(frozen=True)
