@@ -6,6 +6,7 @@ scale for each output channel, and activations are numbers from 0 to 255 with a 
 - image: q = clamp(⌊x / image_scale⌉ + 128, 0, 255); pixels outside of the image are 128
 - convolution: sum = Σ q · w, an int32; value = sum · (scale of the input · scale of the channel) + bias
 - a map after its ReLU: q = clamp(⌊value / scale of the map⌉, 0, 255)
+- behind a gate that boosts: value = (value + beta / s) · s, with scores s of at least 1e-20
 
 ⌊·⌉ rounds to the nearest integer, halves to the even one.
 
@@ -19,6 +20,7 @@ halves of float32, rounded to the nearest, halves to even:
   engine, but the same for any batch and number of threads
 - a map: min(max(sum, 0), 3.39e38), rounded once, with bias and shortcut in the sum; a sum that is not
   a number counts as 3.39e38
+- behind a gate that boosts: sum · s + (bias + beta / s) · s, with s as in int8
 - gates, means and the classifier: float32, as in int8; numbers below the least normal float may
   count as 0
 
