@@ -252,13 +252,12 @@ inline int64_t choose(const GateWeights& gate, int64_t channels, const float* me
   return number;
 }
 
-// Scores of a boosting gate as a choice's scale and shift: relu(g · y + β) = g · relu(y + β / g).
-//
-// A score of 0 is one that is too small to matter.
+// Scores s of a boosting gate as a choice's scale and shift: relu(s · y + β) = s · relu(y + β / s).
+// Those below kLeast, 0 among them, count as it, which leaves β.
 inline void boost(const float* beta, int64_t channels, float* scores, float* shifts) {
   constexpr float kLeast = 1e-20f;
   for (int64_t c = 0; c < channels; ++c) {
-    if (scores[c] < kLeast) scores[c] = kLeast;
+    if (scores[c] < kLeast) scores[c] = kLeast;  // NaN stays
     shifts[c] = beta[c] / scores[c];
   }
 }

@@ -102,7 +102,9 @@ def fold_is_of_forward(kind: type[BaseGate]) -> bool:
 
 
 def _boosts(gate: BaseGate) -> bool:
-    folded = gate.fold() if fold_is_of_forward(type(gate)) else None
+    if gate.streams or not fold_is_of_forward(type(gate)):
+        return False
+    folded = gate.fold()
     return folded is not None and folded.beta is not None
 
 

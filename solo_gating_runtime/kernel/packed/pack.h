@@ -95,8 +95,8 @@ inline Factors factors(const Convolution& conv, double in, double out) {
 struct DotWeights {
   int64_t in_channels = 0, out_channels = 0, kernel = 0, stride = 0;
   bool chosen_inputs = false;
-  int64_t row = 0;  // of one output channel
-  float out_scale = 0.0f;
+  int64_t row = 0;         // of one output channel
+  float out_scale = 0.0f;  // of its map
   const PackedWeight* weights = nullptr;
   std::vector<float> multiplier, bias;
 
