@@ -4,7 +4,8 @@ All numbers are little-endian. A word has 8 bytes and is an int64, or a float64 
 for none):
 
     magic               89 53 47 58 0D 0A 1A 0A
-    version             1, or 2 if weights are stored in bfloat16, which is all that 2 adds
+    version             3 if a gate boosts, else 2 if weights are stored in bfloat16, else 1: what each
+                        of them adds
     size                of the file in bytes, a multiple of 64
     checksum            Σ (2 i + 1) · word_i modulo 2^64 over all words behind it, i from 0 on
     words               number of those of the description, which follows
@@ -32,9 +33,10 @@ The description, word by word:
     a block             number of convolutions N, those, 1 and a convolution as shortcut or 0 for the
                         identity, on the gated path N − 1 gates, for int8 N scales (float64)
     a gate              hidden units H, hidden units E of the budget's embedding, count (−1 none, −2
-                        as the budget says). Arrays, float32: reduce (H × C_in of the block), bias (H),
-                        expand (C_out × H), shift (C_out), and weight (E), bias (E) and expand
-                        (C_out × E) of the embedding
+                        as the budget says, −3 the same of a gate that boosts). Arrays, float32: reduce
+                        (H × C_in of the block), bias (H), expand (C_out × H), shift (C_out), and
+                        weight (E), bias (E) and expand (C_out × E) of the embedding. One that boosts
+                        has H = C_out and E = 0; arrays: reduce, bias, beta (C_out)
 
 `network.py` says what they compute.
 """
@@ -55,7 +57,7 @@ from .errors import InputError
 from .network import BUDGET, Block, Convolution, Embedding, Gate, Network
 
 SUFFIX = ".sgx"
-VERSION = 2  # the newest that is read, back to the first
+VERSION = 3  # the newest that is read, back to the first
 
 _MAGIC = b"\x89SGX\r\n\x1a\n"
 _SEALED = 32  # magic, version, size, checksum: what follows is summed
@@ -64,7 +66,7 @@ _TYPES = ("float32", "bfloat16", "int8")
 _STORED = ("float32", "int8", "bfloat16")
 _PATHS = ("dense", "gated")
 _DIALS = (None, "threshold", "budget")
-_BY_THRESHOLD, _BY_BUDGET = -1, -2
+_BY_THRESHOLD, _BY_BUDGET, _BOOSTING = -1, -2, -3
 
 _DAMAGED = "got a damaged file, expected one as it was saved"
 _OTHER = "got another kind of file, expected an encoder that was saved as .sgx"
@@ -73,14 +75,16 @@ _SHORT = "got only a part of a file, expected all of it"
 
 def to_bytes(net: Network) -> bytes:
     """A network as a file's content."""
-    writer = _Writer(net.bfloat16)
+    writer = _Writer(net)
     writer.network(net)
     return writer.content()
 
 
 class _Writer:
-    def __init__(self, bfloat16: bool) -> None:
-        self._bfloat16 = bfloat16
+    def __init__(self, net: Network) -> None:
+        self._bfloat16 = net.bfloat16
+        boosts = any(gate.beta is not None for gate in net.gates)
+        self._version = 3 if boosts else 2 if net.bfloat16 else 1
         self._words: list[np.int64] = []
         self._arrays: list[NDArray[Any]] = []
 
@@ -92,8 +96,7 @@ class _Writer:
             place += len(parts[-2]) + len(parts[-1])
         parts.append(bytes(-place % _LINE))
         body = b"".join(parts)
-        version = 2 if self._bfloat16 else 1
-        head = np.array([version, _SEALED + len(body)], "<i8").tobytes()
+        head = np.array([self._version, _SEALED + len(body)], "<i8").tobytes()
         return _MAGIC + head + _checksum(body).tobytes() + body
 
     def network(self, net: Network) -> None:
@@ -133,6 +136,10 @@ class _Writer:
         self._numbers(*block.scales)
 
     def _gate(self, gate: Gate) -> None:
+        if gate.beta is not None:
+            self._add(len(gate.bias), 0, _BOOSTING)
+            self._floats(gate.reduce, gate.bias, gate.beta)
+            return
         none = np.zeros(0, np.float32)
         embedding = gate.embedding or Embedding(none, none, none)
         count = _BY_THRESHOLD if gate.count is None else gate.count
@@ -181,6 +188,7 @@ class _Reader:
         if len(content) < _SEALED + 8:
             raise _FileError(_SHORT)
         version, size = np.frombuffer(content, "<i8", 2, len(_MAGIC)).tolist()
+        self._least_count = _BY_BUDGET if version < 3 else _BOOSTING
         if not 1 <= version <= VERSION:
             raise _FileError(f"got a file of version {version}, expected 1 to {VERSION}")
         if size > len(content):
@@ -249,8 +257,11 @@ class _Reader:
         return Block(convolutions, shortcut, gates, scales)
 
     def _gate(self, channels: int, out: int) -> Gate:
-        hidden, units, count = self._word(0), self._word(0), self._word(_BY_BUDGET)
+        hidden, units, count = self._word(0), self._word(0), self._word(self._least_count)
         reduce, bias = self._floats(hidden, channels), self._floats(hidden)
+        if count == _BOOSTING:
+            _require(hidden == out and units == 0)
+            return Gate.boosting(reduce, bias, self._floats(out))
         expand, shift = self._floats(out, hidden), self._floats(out)
         embedding = Embedding(self._floats(units), self._floats(units), self._floats(out, units))
         counts: dict[int, Any] = {_BY_THRESHOLD: None, _BY_BUDGET: BUDGET}

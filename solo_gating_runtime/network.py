@@ -6,6 +6,7 @@ scale for each output channel, and activations are numbers from 0 to 255 with a 
 - image: q = clamp(⌊x / image_scale⌉ + 128, 0, 255); pixels outside of the image are 128
 - convolution: sum = Σ q · w, an int32; value = sum · (scale of the input · scale of the channel) + bias
 - a map after its ReLU: q = clamp(⌊value / scale of the map⌉, 0, 255)
+- behind a gate that boosts: value = (value + beta / s) · s, with scores s of at least 1e-20
 
 ⌊·⌉ rounds to the nearest integer, halves to the even one.
 
@@ -19,6 +20,7 @@ halves of float32, rounded to the nearest, halves to even:
   engine, but the same for any batch and number of threads
 - a map: min(max(sum, 0), 3.39e38), rounded once, with bias and shortcut in the sum; a sum that is not
   a number counts as 3.39e38
+- behind a gate that boosts: sum · s + (bias + beta / s) · s, with s as in int8
 - gates, means and the classifier: float32, as in int8; numbers below the least normal float may
   count as 0
 
@@ -84,14 +86,20 @@ class Embedding:
 class Gate:
     """logits = expand · relu(reduce · m + bias) + shift + embedding(budget), m: means of the input's channels.
 
+    A gate with a beta boosts. Its scores s = relu(reduce · m + bias), one for each channel, choose those
+    that exceed the (count + 1)-th largest score (all, if all are to be chosen), and multiply what they
+    choose: relu(s · y + beta) takes the place of a convolution's relu(y).
+
     Attributes:
-        reduce: hidden × C_in; hidden may be 0.
+        reduce: hidden × C_in; hidden may be 0, and is C_out for a gate that boosts.
         bias: hidden.
         expand: C_out × hidden.
         shift: C_out.
         embedding: None for logits that no budget shifts.
         count: None to compute the channels whose logits reach the threshold; else those with so many of
             the largest logits (of equal ones the first), a number or `BUDGET`.
+        beta: C_out, of a gate that boosts; its expand is C_out × 0, its shift zeros, its embedding None
+            and its count `BUDGET`. None for others.
     """
 
     reduce: Floats
@@ -100,6 +108,13 @@ class Gate:
     shift: Floats
     embedding: Embedding | None = None
     count: int | Literal["budget"] | None = None
+    beta: Floats | None = None
+
+    @classmethod
+    def boosting(cls, reduce: Floats, bias: Floats, beta: Floats) -> "Gate":
+        """A gate that boosts."""
+        nothing = np.zeros((len(beta), 0), np.float32)
+        return cls(reduce, bias, nothing, np.zeros_like(beta), count=BUDGET, beta=beta)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from solo_gating_runtime.network import Convolution, Gate, Network
 
-from .engine.fallback import decide
+from .engine.fallback import Chosen, chosen, decide
 from .engine.forks import one_thread_if_forked
 
 # A gate, the thresholds of its logits, and how many channels it chooses, or -1.
@@ -87,23 +87,25 @@ class MaskedNetwork:
         used: list[Tensor] = []
         number = 1
         for block in net.blocks:
-            if given is not None:
-                own = [next(given) for _ in block.hidden]
-            elif rules:
-                own = [_decided(*next(gates), x) for _ in block.hidden]
+            if rules:
+                own = [chosen(*next(gates), x) for _ in block.hidden]
             else:
-                own = [torch.ones(len(x), hidden, dtype=torch.bool) for hidden in block.hidden]
+                own = [
+                    Chosen(torch.ones(len(x), hidden, dtype=torch.bool)) for hidden in block.hidden
+                ]
+            if given is not None:
+                own = [one._replace(mask=next(given)) for one in own]
             out = x
-            for conv, mask in zip(block.convolutions, own, strict=False):
-                out = convolved(conv, out).relu_()
-                note(number, out, mask)
+            for conv, one in zip(block.convolutions, own, strict=False):
+                out = one.boosted(convolved(conv, out)).relu_()
+                note(number, out, one.mask)
                 number += 1
-                out *= mask[:, :, None, None]
+                out *= one.mask[:, :, None, None]
             shortcut = x if block.shortcut is None else convolved(block.shortcut, x)
             x = convolved(block.convolutions[-1], out).add_(shortcut).relu_()
             note(number, x, None)
             number += 1
-            used += own
+            used += [one.mask for one in own]
         features = x.mean((2, 3))
         if net.linear is not None:
             features = F.linear(features, *map(torch.from_numpy, net.linear))
@@ -114,13 +116,3 @@ def convolved(conv: Convolution, x: Tensor) -> Tensor:
     """A convolution with float32 weights."""
     weight, bias = torch.from_numpy(conv.weight), torch.from_numpy(conv.bias)
     return F.conv2d(x, weight, bias, conv.stride, conv.padding)
-
-
-def _decided(gate: Gate, thresholds: Tensor, count: int, x: Tensor) -> Tensor:
-    """What a gate decides, B × channels, bool."""
-    hidden = F.linear(x.mean((2, 3)), torch.from_numpy(gate.reduce), torch.from_numpy(gate.bias))
-    logits = F.linear(hidden.relu_(), torch.from_numpy(gate.expand))
-    if count < 0:
-        return logits >= thresholds
-    chosen = (logits - thresholds).sort(dim=1, descending=True, stable=True).indices[:, :count]
-    return torch.zeros_like(logits, dtype=torch.bool).scatter_(1, chosen, True)

@@ -42,14 +42,20 @@ class FoldedGate:
     logit reaches the threshold, or, for a gate with a count, if it is one of so many with the largest
     logits (of equal ones those that come first).
 
+    A gate with a beta boosts: its scores s = relu(reduce · m + bias), one for each channel, choose those
+    that exceed the (count + 1)-th largest score (all, if all are to be chosen), and h = relu(s · bn(conv
+    x) + beta) for these.
+
     Attributes:
-        reduce: hidden × C_in; hidden may be 0.
+        reduce: hidden × C_in; hidden may be 0, and is C_out for a gate that boosts.
         bias: hidden.
         expand: C_out × hidden.
         shift: C_out.
         embedding: None for logits that no budget shifts.
         count: of channels; "budget" for ⌈b · C_out⌉ at a budget b, which is 1 for a gate that is told
             none; None for a gate with a threshold.
+        beta: C_out, of a gate that boosts, whose count is "budget", and which has no other shift,
+            expand or embedding (`boosting`); None for others.
     """
 
     reduce: Tensor
@@ -58,6 +64,13 @@ class FoldedGate:
     shift: Tensor
     embedding: FoldedEmbedding | None = None
     count: int | Literal["budget"] | None = None
+    beta: Tensor | None = None
+
+    @classmethod
+    def boosting(cls, reduce: Tensor, bias: Tensor, beta: Tensor) -> "FoldedGate":
+        """A gate that boosts."""
+        nothing = beta.new_zeros(len(beta), 0)
+        return cls(reduce, bias, nothing, torch.zeros_like(beta), count="budget", beta=beta)
 
 
 class Decision(NamedTuple):
@@ -106,7 +119,7 @@ class BaseGate(nn.Module):
             that it is told, or None.
         needs_budget: whether it is told the budget also where training has a single one.
         only_masks: whether zeros and ones for whole channels are all that it does; what cuts networks
-            to channels, or runs them without PyTorch, knows no others.
+            to channels knows no others, what runs them without PyTorch those that `fold` describes.
         streams: whether gates of this kind also choose the channels of what flows between blocks: one
             for the stem's output and one for those of each stage's blocks, which are told the budget.
         views: how many of a step's views it tells apart.

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from .base import Decision, Gate, register_gate
+from .base import Decision, FoldedGate, Gate, register_gate
 from .scores import from_means
 from .shares import numbers_of_channels
 
@@ -22,8 +22,7 @@ class BoostingGate(Gate):
     stem's and shortcuts' included), and their input is the block's. From a trained network the original
     lowers d in steps; here `gating.budget_anneal` does so, from the start.
 
-    The multiplication by g is not counted as FLOPs, as no BatchNorm's is. The compiled engine knows no
-    scale: `deploy.compile` runs this kind in PyTorch.
+    The multiplication by g is not counted as FLOPs, as no BatchNorm's is.
 
     Args:
         in_channels: C_in, channels of the block's input.
@@ -71,3 +70,7 @@ class BoostingGate(Gate):
         if self.training and self.penalty_weight:
             penalty = self.penalty_weight * (mask * scores).sum(1).mean()
         return Decision(mask, scores, self.shift, penalty)
+
+    def fold(self) -> FoldedGate:
+        """As in `Gate`: one that boosts."""
+        return FoldedGate.boosting(self.predict.weight, self.predict.bias, self.shift)

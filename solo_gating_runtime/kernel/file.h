@@ -16,7 +16,7 @@
 
 namespace gated {
 
-constexpr int64_t kVersion = 2;  // the newest that is read, back to the first
+constexpr int64_t kVersion = 3;  // the newest that is read, back to the first
 constexpr char kMagic[] = "\x89SGX\r\n\x1a\n";
 constexpr int64_t kWord = 8;
 constexpr int64_t kSealed = 4 * kWord;  // magic, version, size, checksum: what follows is summed
@@ -100,9 +100,9 @@ class Reader {
     require(size_ >= kSealed + kWord, kShort);
     words_ = kWord;
     words_end_ = kSealed + kWord;
-    const int64_t version = word();
-    if (version < 1 || version > kVersion) {
-      throw FileError("got a file of version " + std::to_string(version) + ", expected 1 to " +
+    version_ = word();
+    if (version_ < 1 || version_ > kVersion) {
+      throw FileError("got a file of version " + std::to_string(version_) + ", expected 1 to " +
                       std::to_string(kVersion));
     }
     require(word() <= size_, kShort);
@@ -220,9 +220,14 @@ class Reader {
     gate.hidden = size(0);
     gate.embedding = size(0);
     gate.count = word();
-    require(gate.count >= kByBudget, kDamaged);
+    require(gate.count >= (version_ < 3 ? kByBudget : kBoosting), kDamaged);
     gate.reduce = array<float>({gate.hidden, in_channels});
     gate.bias = array<float>({gate.hidden});
+    if (gate.boosts()) {
+      require(gate.hidden == channels && gate.embedding == 0, kDamaged);
+      gate.beta = array<float>({channels});
+      return gate;
+    }
     gate.expand = array<float>({channels, gate.hidden});
     gate.shift = array<float>({channels});
     gate.embedding_weight = array<float>({gate.embedding});
@@ -285,6 +290,7 @@ class Reader {
   int64_t size_;
   int64_t words_ = 0, words_end_ = 0;  // the next word of the description, and the end
   int64_t place_ = 0;                  // of the next array
+  int64_t version_ = 0;
   std::vector<std::vector<float>> widened_;
 };
 

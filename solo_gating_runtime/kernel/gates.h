@@ -20,11 +20,12 @@ struct Decisions {
                             // their thresholds
 };
 
-// The channels that are computed.
+// The channels that are computed, y: relu(y + shift) · scale.
 struct Choice {
   const int32_t* channels;  // ascending
   int64_t number;
-  const float* scale;  // what channel c is multiplied by; null for 1
+  const float* scale = nullptr;  // of channel c; null for 1
+  const float* shift = nullptr;  // null for 0
 };
 
 // What a setting of the dial means for each gate.
@@ -60,13 +61,15 @@ class Dial {
 
     Shifts(const Gate& gate, int64_t channels)
         : count(gate.count),
-          shift(gate.shift, gate.shift + channels),
+          shift(channels),
           weight(gate.embedding_weight, gate.embedding_weight + gate.embedding),
           bias(gate.embedding_bias, gate.embedding_bias + gate.embedding),
-          expand(gate.embedding_expand, gate.embedding_expand + channels * gate.embedding) {}
+          expand(gate.embedding_expand, gate.embedding_expand + channels * gate.embedding) {
+      if (gate.shift != nullptr) std::copy_n(gate.shift, channels, shift.begin());
+    }
 
     int64_t number(double budget) const {
-      if (count != kByBudget) return count;
+      if (count != kByBudget && count != kBoosting) return count;
       // 0.3 · 10 may come out as 3.0000001; that is no reason for a fourth channel.
       constexpr double kRounding = 1e-3;
       const int64_t channels = shift.size();
@@ -140,7 +143,11 @@ struct GateWeights {
   int64_t hidden = 0, in = 0, out = 0;
   const float* reduce = nullptr;  // hidden × in
   const float* bias = nullptr;
-  const float* expand = nullptr;  // hidden × out
+  const float* expand = nullptr;  // hidden × out; null if the gate boosts
+  const float* beta = nullptr;    // of one that does, else null
+
+  // Of reduce and expand, which lie one behind the other.
+  int64_t size() const { return hidden * (in + (expand == nullptr ? 0 : out)); }
 
   GateWeights() = default;
   GateWeights(const Gate& gate, int64_t in_channels, int64_t channels, Arena& arena)
@@ -153,6 +160,10 @@ struct GateWeights {
       }
     });
     bias = arena.copy(gate.bias, hidden, hidden);
+    if (gate.boosts()) {
+      beta = arena.copy(gate.beta, channels, channels);
+      return;
+    }
     expand = arena.add<float>(hidden * out, [&](float* to) {
       for (int64_t c = 0; c < channels; ++c) {
         for (int64_t k = 0; k < hidden; ++k) to[k * out + c] = gate.expand[c * hidden + k];
@@ -161,10 +172,9 @@ struct GateWeights {
   }
 };
 
-// Some of the largest logits; of equal ones those that come first. NaN is the largest, as
-// PyTorch sorts it.
-inline int64_t choose_largest(const float* logits, int64_t channels, int64_t count,
-                              int32_t* chosen) {
+// Puts channels with so many of the largest logits first; of equal ones those with lower numbers.
+// NaN is the largest, as PyTorch sorts it.
+inline void largest_first(const float* logits, int64_t channels, int64_t count, int32_t* chosen) {
   for (int64_t c = 0; c < channels; ++c) chosen[c] = c;
   const auto larger = [&](int32_t a, int32_t b) {
     const float x = logits[a], y = logits[b];
@@ -173,14 +183,32 @@ inline int64_t choose_largest(const float* logits, int64_t channels, int64_t cou
     return x_nan || x == y ? a < b : x > y;
   };
   if (count < channels) std::nth_element(chosen, chosen + count, chosen + channels, larger);
+}
+
+inline int64_t choose_largest(const float* logits, int64_t channels, int64_t count,
+                              int32_t* chosen) {
+  largest_first(logits, channels, count, chosen);
   std::sort(chosen, chosen + count);
   return count;
+}
+
+// The channels whose scores exceed the (count + 1)-th largest, or all of them: of equal ones at the
+// border none, and no NaN.
+inline int64_t choose_above(const float* scores, int64_t channels, int64_t count, int32_t* chosen) {
+  largest_first(scores, channels, count, chosen);
+  if (count >= channels) return channels;
+  const float border = scores[chosen[count]];
+  int64_t number = 0;
+  for (int64_t c = 0; c < channels; ++c) {
+    if (scores[c] > border) chosen[number++] = c;
+  }
+  return number;
 }
 
 // Which of so many channels a gate chooses; returns their number.
 //
 // `means` are those of the block's input, padded with zeros; `logits` is room for all of them,
-// padded.
+// padded, or for a boosting gate's scores.
 inline int64_t choose(const GateWeights& gate, int64_t channels, const float* means,
                       const Decisions& decisions, float* logits, int32_t* chosen) {
   constexpr int kTogether = kLanes == 4 ? 2 : 4;  // as registers allow
@@ -198,12 +226,19 @@ inline int64_t choose(const GateWeights& gate, int64_t channels, const float* me
     }
     for (int64_t i = 0; i < number; ++i) {
       const float hidden = sum[i] + gate.bias[k + i];
+      if (gate.beta != nullptr) {
+        logits[k + i] = hidden <= 0.0f ? 0.0f : hidden;  // NaN stays
+        continue;
+      }
       if (hidden <= 0.0f) continue;
       const float* expand = gate.expand + (k + i) * gate.out;
       for (int64_t c = 0; c < gate.out; c += kLanes) {
         store(logits + c, load(logits + c) + broadcast(hidden) * load(expand + c));
       }
     }
+  }
+  if (gate.beta != nullptr) {
+    return choose_above(logits, channels, std::max<int64_t>(*decisions.counts, 0), chosen);
   }
   const float* thresholds = decisions.thresholds;
   if (*decisions.counts >= 0) {
@@ -215,6 +250,16 @@ inline int64_t choose(const GateWeights& gate, int64_t channels, const float* me
     if (logits[c] >= thresholds[c]) chosen[number++] = c;
   }
   return number;
+}
+
+// Scores s of a boosting gate as a choice's scale and shift: relu(s · y + β) = s · relu(y + β / s).
+// Those below kLeast, 0 among them, count as it, which leaves β.
+inline void boost(const float* beta, int64_t channels, float* scores, float* shifts) {
+  constexpr float kLeast = 1e-20f;
+  for (int64_t c = 0; c < channels; ++c) {
+    if (scores[c] < kLeast) scores[c] = kLeast;  // NaN stays
+    shifts[c] = beta[c] / scores[c];
+  }
 }
 
 // An image's mask as bytes.

@@ -30,12 +30,13 @@ struct Convolution {
   int64_t out_size(int64_t in_size) const { return (in_size + 2 * padding - kernel) / stride + 1; }
 };
 
-// A gate's `count` that is none, or follows the budget.
+// A gate's `count` that is none, or follows the budget; the latter also of a gate that boosts.
 constexpr int64_t kByThreshold = -1;
 constexpr int64_t kByBudget = -2;
+constexpr int64_t kBoosting = -3;
 
 struct Gate {
-  int64_t hidden = 0;                       // 0: logits = shift
+  int64_t hidden = 0;                       // 0: logits = shift; C_out for a gate that boosts
   const float* reduce = nullptr;            // hidden × C_in of the block's first convolution
   const float* bias = nullptr;              // hidden
   const float* expand = nullptr;            // C_out × hidden
@@ -44,7 +45,10 @@ struct Gate {
   const float* embedding_weight = nullptr;  // embedding
   const float* embedding_bias = nullptr;    // embedding
   const float* embedding_expand = nullptr;  // C_out × embedding
-  int64_t count = kByThreshold;             // or kByBudget, or a number of channels
+  int64_t count = kByThreshold;             // or kByBudget, kBoosting or a number of channels
+  const float* beta = nullptr;  // C_out, of a gate that boosts: it has no expand or shift
+
+  bool boosts() const { return count == kBoosting; }
 };
 
 // A residual block with a gate between each two convolutions.

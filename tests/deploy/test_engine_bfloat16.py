@@ -107,6 +107,15 @@ def test_dials():
 
 @native
 @pytest.mark.parametrize("blocks", [BASIC, BOTTLENECK])
+@pytest.mark.parametrize("width", [13, 16])
+def test_boosts(blocks, width):
+    for budget in (0.05, 0.3, 0.7, 1.0):
+        masks = check(images(1, 3, 7, 9), budget=budget, width=width, blocks=blocks, boosting=True)
+        assert (masks.mean() == 1) == (budget == 1)
+
+
+@native
+@pytest.mark.parametrize("blocks", [BASIC, BOTTLENECK])
 @pytest.mark.parametrize("path", ["gated", "dense"])
 def test_it_is_near_sums_in_float64(blocks, path):
     options = {"width": 64, "blocks": blocks, "path": path}

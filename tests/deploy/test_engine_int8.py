@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from solo_gating.deploy.engine.integer import IntegerEngine
 from solo_gating_runtime import InputError
 from solo_gating_runtime.encoder import Decisions, Kernel
 from solo_gating_runtime.file import to_bytes
@@ -27,6 +28,8 @@ def network(**options):
 @functools.cache
 def kernel(engine, **options):
     net = network(**options)
+    if engine == "pytorch":
+        return IntegerEngine(replace(net, stages=(len(net.blocks),)))
     return Kernel(net, to_bytes(net), engine)
 
 
@@ -116,6 +119,16 @@ def test_dials(engine):
     for budget in (0.1, 0.8):
         check(engine, x, budget=budget, count=BUDGET, embedding=True, **basic)
         check(engine, x, budget=budget, embedding=True, **basic)
+
+
+@pytest.mark.parametrize("engine", [*engines_here("int8"), "pytorch"])
+@pytest.mark.parametrize("blocks", [BASIC, BOTTLENECK])
+@pytest.mark.parametrize("width", [13, 16])
+def test_boosts(engine, blocks, width):
+    for budget in (0.05, 0.3, 0.7, 1.0):
+        options = {"width": width, "blocks": blocks, "boosting": True}
+        masks = check(engine, images(2, 3, 8, 9), budget=budget, **options)
+        assert (masks.mean() == 1) == (budget == 1)
 
 
 @pytest.mark.parametrize("engine", engines_here("int8"))

@@ -12,7 +12,7 @@ from torch import nn
 
 from solo_gating import deploy
 from solo_gating.backbones import BACKBONES
-from solo_gating.gates import GATES, Gate, ScoringGate, register_gate
+from solo_gating.gates import GATES, BoostingGate, Gate, ScoringGate, register_gate
 from solo_gating_runtime.library import supported_engines
 
 from ..support.encoders import digit_tensors, engines_here
@@ -29,6 +29,8 @@ CASES = {
     "top_k of a count": {"gate": "top_k", "gate_kwargs": {"count": 5}},
     "fixed": {"gate": "fixed", "budget_range": (0.3, 0.3)},
     "fixed of a range": {"gate": "fixed", "budget_range": (0.05, 1.0)},
+    "fbs": {"gate": "fbs", "budget_range": (0.3, 0.3)},
+    "fbs of a range": {"gate": "fbs", "budget_range": (0.05, 1.0)},
 }
 
 
@@ -48,6 +50,10 @@ def _lively(name, kwargs):
             nn.init.normal_(gate.expand.weight)
             if gate.expand.bias is not None:
                 nn.init.normal_(gate.expand.bias)
+        if isinstance(gate, BoostingGate):  # with larger weights features explode in 16 blocks
+            nn.init.normal_(gate.predict.weight, std=0.01 * gate.predict.in_features**-0.5)
+            nn.init.normal_(gate.predict.bias, 0.5, 0.5)
+            nn.init.normal_(gate.shift, std=0.3)
     x, _ = digit_tensors(slice(200, 264))
     norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
     for norm in norms:

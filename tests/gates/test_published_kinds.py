@@ -400,8 +400,12 @@ def test_a_kind_trains_and_its_checkpoint_is_evaluated(kind, tmp_path):
     if kind == "scdg":
         calibrate(backbone, images, 0.6, tolerance=0.01).apply(backbone)
         assert mean_share(backbone, images) == pytest.approx(0.6, abs=0.02)
-    with pytest.warns(RuntimeWarning, match="on PyTorch instead of its own kernel"):
+    if kind == "fbs":
         fast = compile_encoder(backbone)
+        assert fast.engine != "pytorch"
+    else:
+        with pytest.warns(RuntimeWarning, match="on PyTorch instead of its own kernel"):
+            fast = compile_encoder(backbone)
     with torch.no_grad(), backbone.path("gated") as passes:
         expected = backbone(images)
     features, masks = fast.features_and_masks(images)
@@ -410,7 +414,10 @@ def test_a_kind_trains_and_its_checkpoint_is_evaluated(kind, tmp_path):
         assert all(map(torch.equal, masks, (mask.bool() for mask in passes[-1].masks)))
     maps = fast.feature_maps(images)[-1]
     torch.testing.assert_close(maps.mean((2, 3)), features)
-    for task in (fast.to_bytes, lambda: compile_encoder(backbone, dtype="bfloat16")):
+    for task in (fast.to_bytes, lambda: compile_encoder(backbone, dtype="bfloat16").to_bytes()):
+        if kind == "fbs":
+            task()
+            continue
         with pytest.raises(InputError, match="PyTorch"):
             task()
     found = extract(backbone, loader(images, labels), "gated")

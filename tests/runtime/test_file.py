@@ -1,6 +1,7 @@
 """The .sgx format: what is written is read, and whatever else there is, is refused in one sentence."""
 
 import dataclasses
+import hashlib
 import struct
 
 import numpy as np
@@ -29,6 +30,10 @@ def convolution(out, channels, kernel, stride=1, int8=False):
 
 def gate(channels, out, **kwargs):
     return Gate(floats(3, channels), floats(3), floats(out, 3), floats(out), **kwargs)
+
+
+def boosting(channels, out):
+    return Gate.boosting(floats(out, channels), floats(out), floats(out))
 
 
 def network(int8=False, **changes):
@@ -85,6 +90,13 @@ def rounded(net):
     return dataclasses.replace(net, stem=rounded(net.stem), blocks=blocks)
 
 
+def with_boosts(net):
+    """With gates that boost in its second block."""
+    first, second = net.blocks
+    gates = (boosting(7, 6), boosting(7, 4))
+    return dataclasses.replace(net, blocks=(first, dataclasses.replace(second, gates=gates)))
+
+
 CASES = {
     "float32": network(),
     "bfloat16": rounded(network(bfloat16=True)),
@@ -92,6 +104,9 @@ CASES = {
     "a float32 stem": network(int8=True, stem=convolution(5, 3, 3)),
     "no classifier": network(linear=None, max_pool=False, dial="budget"),
     "one stage": network(stages=(2,)),
+    "boosts": with_boosts(network()),
+    "boosts in bfloat16": with_boosts(rounded(network(bfloat16=True))),
+    "boosts in int8": with_boosts(network(int8=True)),
 }
 
 
@@ -118,9 +133,44 @@ def test_bfloat16_weights_are_rounded_to_the_nearest_and_take_half_of_the_bytes(
 
 
 def test_versions():
-    assert {name: to_bytes(net)[8] for name, net in CASES.items() if to_bytes(net)[8] != 1} == {
-        "bfloat16": 2
-    }
+    versions = {name: to_bytes(net)[8] for name, net in CASES.items()}
+    boosts = {name: 3 for name in CASES if name.startswith("boosts")}
+    assert versions == dict.fromkeys(CASES, 1) | {"bfloat16": 2} | boosts
+
+
+def counted(net):
+    """With 0, 1/8, 2/8, ... in every array."""
+    if isinstance(net, np.ndarray):
+        whole = np.arange(net.size).reshape(net.shape) % 100
+        return whole.astype(net.dtype) if net.dtype == np.int8 else np.float32(whole / 8)
+    if isinstance(net, tuple):
+        return tuple(map(counted, net))
+    if dataclasses.is_dataclass(net):
+        fields = [field.name for field in dataclasses.fields(net)]
+        return dataclasses.replace(net, **{name: counted(getattr(net, name)) for name in fields})
+    return net
+
+
+@pytest.mark.parametrize(
+    ("case", "digest"),
+    [
+        ("float32", "e1879edbae3f02d2"),
+        ("bfloat16", "48693e8cd90e361c"),
+        ("int8", "4956aa0ab073e11e"),
+    ],
+)
+def test_files_without_boosts_are_those_of_earlier_releases(case, digest):
+    assert hashlib.sha256(to_bytes(counted(CASES[case]))).hexdigest()[:16] == digest
+
+
+def test_earlier_versions_have_no_boosts():
+    whole = to_bytes(CASES["boosts"])
+    for version in (1, 2):
+        content = with_checksum(whole[:8] + struct.pack("<q", version) + whole[16:])
+        with pytest.raises(InputError, match="got a damaged file"):
+            from_bytes(content)
+        with pytest.raises(InputError, match="got a damaged file"):
+            Kernel(CASES["boosts"], content, "portable")
 
 
 def test_the_kernel_reads_stored_bfloat16_as_rounded_float32():
@@ -169,7 +219,7 @@ DAMAGED = {
     "all but one byte": (WHOLE[:-1], "only a part of a file"),
     "more": (WHOLE + bytes(64), "a damaged file"),
     "a weight": (WHOLE[:2000] + bytes([WHOLE[2000] ^ 1]) + WHOLE[2001:], "a damaged file"),
-    "a newer version": (WHOLE[:8] + struct.pack("<q", 3) + WHOLE[16:], "a file of version 3"),
+    "a newer version": (WHOLE[:8] + struct.pack("<q", 4) + WHOLE[16:], "a file of version 4"),
 }
 
 
@@ -193,14 +243,14 @@ def test_what_is_no_file(what, tmp_path):
         load(path)
 
 
-@pytest.mark.parametrize("bfloat16", [False, True])
-def test_whatever_bytes_are_changed_it_is_the_network_or_refused(bfloat16):
+@pytest.mark.parametrize("case", ["float32", "bfloat16", "boosts"])
+def test_whatever_bytes_are_changed_it_is_the_network_or_refused(case):
     """With a checksum that fits, so that every check behind it is reached."""
-    net = network(bfloat16=bfloat16)
+    net = CASES[case]
     whole = to_bytes(net)
     words = 40 + 8 * struct.unpack_from("<q", whole, 32)[0]
     wrong = 0
-    values = (0, 1, -1, 2, 3, 7, 64, 2**31, 2**62, -(2**63))
+    values = (0, 1, -1, -2, -3, 2, 3, 7, 64, 2**31, 2**62, -(2**63))
     for place in range(32, words, 8):
         for value in values:
             content = whole[:place] + struct.pack("<q", value) + whole[place + 8 :]

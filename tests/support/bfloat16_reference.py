@@ -10,6 +10,7 @@ bits; without, they are float64, and nothing but their rounding to bfloat16 is l
   before; each pair of channels with all elements of the kernel. An identity is added at the end
 - other convolutions: the numbers of a row of the kernel are columns × channels; word i goes to partial
   sum i mod 16, row after row; partial sums are folded i with i ^ 1, i ^ 2, i ^ 4, i ^ 8; then the bias
+- behind a gate that boosts these are sum · s + (bias + beta / s) · s
 - a map: max(0, min(sum, the largest bfloat16))
 - means: pixels of even and odd columns apart, row after row, then both, times 1 / pixels
 - sums over channels of gates and classifier: as in int8
@@ -23,7 +24,17 @@ from numpy.typing import NDArray
 
 from solo_gating_runtime.network import Block, Convolution, Gate, Network
 
-from .integer_reference import Floats, Mask, classified, decide, masks_of, stacked, windows
+from .integer_reference import (
+    Boost,
+    Floats,
+    Mask,
+    boosts,
+    classified,
+    decide,
+    masks_of,
+    stacked,
+    windows,
+)
 
 LARGEST = np.float32(3.3895313892515355e38)
 _LANES = 16
@@ -126,7 +137,7 @@ def _run_one(
 
         own = masks_of(block, forced, len(masks), decided)
         masks += own
-        x = _block(block, x, own, exact)
+        x = _block(block, x, own, boosts(block, _means(x)), exact)
         maps.append(x)
     return classified(net, _means(x)), masks, maps
 
@@ -151,14 +162,21 @@ def _stem(net: Network, image: Floats, exact: bool) -> Floats:
     return pools[:, ::2, ::2].max(axis=(3, 4))
 
 
-def _block(block: Block, x: Floats, masks: Sequence[Mask], exact: bool) -> Floats:
+def _block(
+    block: Block, x: Floats, masks: Sequence[Mask], boosted: Sequence[Boost | None], exact: bool
+) -> Floats:
     *firsts, last = block.convolutions
     h, inputs = x, np.arange(len(x))
-    for number, (conv, mask) in enumerate(zip(firsts, masks, strict=True)):
+    for number, (conv, mask, boost) in enumerate(zip(firsts, masks, boosted, strict=True)):
         chosen = np.flatnonzero(mask)
-        part = replace(conv, weight=conv.weight[chosen][:, inputs], bias=conv.bias[chosen])
+        bias, scale = conv.bias[chosen], np.ones(len(chosen), np.float32)
+        if boost is not None:
+            scale = boost[0][chosen]
+            bias = (bias + boost[1][chosen]) * scale
+        part = replace(conv, weight=conv.weight[chosen][:, inputs], bias=np.zeros_like(bias))
         # Maps have whole vectors of channels, hidden ones whole quads of those that are chosen.
-        h = _map(_dots(part, h, 4 if number else _LANES) if exact else _sums(part, h))
+        sums = _dots(part, h, 4 if number else _LANES) if exact else _sums(part, h)
+        h = _map(sums * scale[:, None, None] + bias[:, None, None])
         inputs = chosen
     last = replace(last, weight=last.weight[:, inputs])
     shortcut = block.shortcut

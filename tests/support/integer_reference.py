@@ -5,6 +5,7 @@ engine has to give the same bits. The definition is in `solo_gating_runtime/netw
 
 - image: q = clamp(⌊x · (1 / image_scale)⌉ + 128, 0, 255), with 128 around the image
 - a map: q = clamp(⌊float(sum) · m + b⌉, 0, 255), m and b computed in float64 and rounded once
+- behind a gate that boosts: float(sum) · (m · s) + (b + (beta / s) / scale) · s, each a float32
 - sums over channels of gates and classifier: 16 partial sums, folded i with i + 8, i + 4, i + 2, i + 1
 """
 
@@ -20,6 +21,7 @@ from solo_gating_runtime.network import BUDGET, Block, Convolution, Embedding, G
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
+Boost = tuple[Floats, Floats]
 
 _ZERO_OF_IMAGE = 128
 
@@ -97,7 +99,7 @@ def _run_one(
 
         own = masks_of(block, forced, len(masks), decided)
         masks += own
-        x = _block(block, x, scale, own)
+        x = _block(block, x, scale, own, boosts(block, _means(x, scale)))
         scale = _f64(block.scales[-1])
         maps.append(x)
     features = classified(net, _means(x, scale))
@@ -124,12 +126,23 @@ def _stem(net: Network, image: Floats) -> Bytes:
     return _to_bytes(_scaled(_sums(conv, q, _ZERO_OF_IMAGE), m, b))
 
 
-def _block(block: Block, x: Bytes, x_scale: np.float64, masks: Sequence[Mask]) -> Bytes:
+def _block(
+    block: Block,
+    x: Bytes,
+    x_scale: np.float64,
+    masks: Sequence[Mask],
+    boosted: Sequence[Boost | None],
+) -> Bytes:
     h, scale = x, x_scale
-    for conv, mask, out in zip(block.convolutions[:-1], masks, block.scales, strict=False):
+    for conv, mask, out, boost in zip(
+        block.convolutions[:-1], masks, block.scales, boosted, strict=False
+    ):
         out_scale = _f64(out)
-        m = scale * conv.scale.astype(np.float64) / out_scale
-        values = _scaled(_sums(conv, h), m, conv.bias.astype(np.float64) / out_scale)
+        m = np.float32(scale * conv.scale.astype(np.float64) / out_scale)
+        b = np.float32(conv.bias.astype(np.float64) / out_scale)
+        if boost is not None:
+            m, b = m * boost[0], (b + boost[1] / np.float32(out_scale)) * boost[0]
+        values = _scaled(_sums(conv, h), m, b)
         h, scale = _to_bytes(values) * mask[:, None, None], out_scale
     last, out_scale = block.convolutions[-1], _f64(block.scales[-1])
     bias = last.bias.astype(np.float64)
@@ -177,6 +190,10 @@ def stacked(of_images: Iterable[Sequence[NDArray]]) -> tuple[NDArray, ...]:
 
 def decide(gate: Gate, means: Floats, threshold: float, budget: float | None) -> Mask:
     """What a gate decides, from the means of its block's input."""
+    if gate.beta is not None:
+        s = scores(gate, means)
+        beyond = sorted(s, reverse=True)[number_of_channels(budget, len(s)) :]
+        return np.array([not beyond or score > beyond[0] for score in s])
     logits = np.zeros(len(gate.shift), np.float32)
     for k in range(len(gate.bias)):
         hidden = dot(means, gate.reduce[k]) + gate.bias[k]
@@ -191,6 +208,22 @@ def decide(gate: Gate, means: Floats, threshold: float, budget: float | None) ->
     mask = np.zeros(channels, bool)
     mask[order[:count]] = True
     return mask
+
+
+def scores(gate: Gate, means: Floats) -> Floats:
+    """Of a gate that boosts, one for each channel."""
+    sums = [dot(means, row) + bias for row, bias in zip(gate.reduce, gate.bias, strict=True)]
+    return np.maximum(np.float32(sums), np.float32(0))
+
+
+def boosts(block: Block, means: Floats) -> list[Boost | None]:
+    """For each gate of a block, or where it would be, its scores s and beta / s if it boosts."""
+    found: list[Boost | None] = [None] * len(block.hidden)
+    for k, gate in enumerate(block.gates):
+        if gate.beta is not None:
+            s = np.maximum(scores(gate, means), np.float32(1e-20))
+            found[k] = (s, gate.beta / s)
+    return found
 
 
 def number_of_channels(budget: float | None, channels: int) -> int:
@@ -291,6 +324,7 @@ def random_network(
     count: int | str | None = None,
     embedding: bool = False,
     extreme: bool = False,
+    boosting: bool = False,
 ) -> Network:
     """An int8 network with random weights, whose maps use most of the 256 numbers.
 
@@ -309,6 +343,7 @@ def random_network(
         count: of all gates, as in `Gate`.
         embedding: whether gates have one.
         extreme: all weights of convolutions are −127 or 127, so that sums get as large as they can.
+        boosting: whether all gates boost; some of the scores are 0, and some are equal.
     """
     rng = np.random.default_rng(seed)
 
@@ -328,6 +363,11 @@ def random_network(
         return Convolution(quantised, floats(outputs, scale=0.2), stride, kernel // 2, scale)
 
     def gate(inputs: int, channels: int) -> Gate:
+        if boosting:
+            reduce, bias = floats(channels, inputs, scale=1 / inputs), 1 + floats(channels)
+            reduce[:2], bias[0], bias[1] = 0, -1, 1
+            reduce[3], bias[3] = reduce[2], bias[2]
+            return Gate.boosting(reduce, bias, floats(channels, scale=0.3))
         hidden = max(1, inputs // 4)
         told = Embedding(floats(4), floats(4), floats(channels, 4)) if embedding else None
         return Gate(
@@ -368,8 +408,10 @@ def random_network(
         max_pool=imagenet_stem,
         blocks=tuple(made),
         linear=None if classes is None else (floats(classes, inputs), floats(classes)),
-        budget_range=(0.05, 0.9) if embedding or count == BUDGET else None,
-        dial="threshold" if count is None else "budget" if count == BUDGET else None,
+        budget_range=(0.05, 1.0 if boosting else 0.9)
+        if embedding or boosting or count == BUDGET
+        else None,
+        dial="budget" if boosting or count == BUDGET else "threshold" if count is None else None,
         image_scale=float(np.float32(4 / 127)),
         stem_scale=float(np.float32(4 / 255)),
     )

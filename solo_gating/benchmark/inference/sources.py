@@ -111,8 +111,8 @@ class CheckpointSource:
         kind: Any = encoder.backbone.gates[0]  # type: ignore[index]
         if not kind.only_masks:
             raise InputError(
-                f"--checkpoint: got gates of kind {kind.kind!r}, which no engine here makes faster than "
-                "the dense path; expected kinds that only choose channels"
+                f"--checkpoint: got gates of kind {kind.kind!r}, which have no static networks to be "
+                "timed beside; expected kinds that only choose channels"
             )
         self._backbone = cast(Any, encoder.backbone)
         self._checkpoint, self._densities = checkpoint, densities

@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +25,32 @@ from ...gates import Gate as GateModule
 from ...gates.shares import number_of_channels
 from .fold import Folded
 from .forks import one_thread_if_forked
+
+
+class Chosen(NamedTuple):
+    """What a gate decided, for B images or, without the first dimension, for one.
+
+    Attributes:
+        mask: B × C_out, bool.
+        scale: B × C_out, what a convolution's output is multiplied by; None for 1, as `beta` for 0.
+        beta: C_out, added to that.
+    """
+
+    mask: Tensor
+    scale: Tensor | None = None
+    beta: Tensor | None = None
+
+    def boosted(self, out: Tensor) -> Tensor:
+        """A convolution's output, B × C_out × H × W or for one image, with scale and beta."""
+        if self.scale is None or self.beta is None:
+            return out
+        return out * self.scale[..., None, None] + self.beta[:, None, None]
+
+    def of_channels(self, channels: Tensor | None) -> "Chosen":
+        """For some of the channels only, of one image."""
+        if channels is None or self.scale is None or self.beta is None:
+            return self
+        return Chosen(self.mask[channels], self.scale[channels], self.beta[channels])
 
 
 class TorchEngine:
@@ -86,12 +113,12 @@ class TorchEngine:
         for number in net.stages:
             for block in itertools.islice(blocks, number):
                 own = [
-                    torch.ones(channels, dtype=torch.bool, device="cpu")
+                    Chosen(torch.ones(channels, dtype=torch.bool, device="cpu"))
                     if decisions is None
-                    else _mask(*next(gates), x, decisions.budget)
+                    else _chosen(*next(gates), x, decisions.budget)
                     for channels in block.hidden
                 ]
-                masks += own
+                masks += [one.mask for one in own]
                 x = _masked_block(block, x, own) if extreme else _gathered_block(block, x, own)
             stages.append(x)
         features = x.mean((2, 3))
@@ -165,19 +192,37 @@ def _embedded(embedding: Embedding, budget: float) -> NDArray[np.float64]:
     return expand @ np.maximum(weight * log_odds + bias, 0)
 
 
-def _mask(
-    gate: Gate | GateModule, thresholds: Tensor, count: int, x: Tensor, budget: float | None
-) -> Tensor:
-    """The mask for one image, C_out, bool."""
-    if isinstance(gate, GateModule):
-        return gate(x, None if budget is None else x.new_tensor(budget))[0] > 0
+def chosen(gate: Gate, thresholds: Tensor, count: int, x: Tensor) -> Chosen:
+    """What a gate decides.
+
+    Args:
+        gate: of B images' blocks.
+        thresholds: of its logits, C_out.
+        count: how many channels it chooses, or -1.
+        x: the block's input, B × C_in × H × W.
+    """
     reduce, bias, expand = map(torch.from_numpy, (gate.reduce, gate.bias, gate.expand))
     hidden = functional.linear(x.mean((2, 3)), reduce, bias).relu_()
-    logits = functional.linear(hidden, expand)[0]
+    if gate.beta is not None:
+        border = hidden.sort(dim=1, descending=True).values[:, count : count + 1]
+        every = count >= hidden.shape[1]
+        mask = torch.ones_like(hidden, dtype=torch.bool) if every else hidden > border
+        return Chosen(mask, hidden, torch.from_numpy(gate.beta))
+    logits = functional.linear(hidden, expand)
     if count < 0:
-        return logits >= thresholds
-    chosen = (logits - thresholds).sort(descending=True, stable=True).indices[:count]
-    return torch.zeros_like(logits, dtype=torch.bool).index_fill_(0, chosen, True)
+        return Chosen(logits >= thresholds)
+    first = (logits - thresholds).sort(dim=1, descending=True, stable=True).indices[:, :count]
+    return Chosen(torch.zeros_like(logits, dtype=torch.bool).scatter_(1, first, True))
+
+
+def _chosen(
+    gate: Gate | GateModule, thresholds: Tensor, count: int, x: Tensor, budget: float | None
+) -> Chosen:
+    """The same for one image, or what a gate's module decides."""
+    if isinstance(gate, GateModule):
+        return Chosen(gate(x, None if budget is None else x.new_tensor(budget))[0] > 0)
+    mask, scale, beta = chosen(gate, thresholds, count, x)
+    return Chosen(mask[0], None if scale is None else scale[0], beta)
 
 
 def _weights(conv: Convolution) -> tuple[Tensor, Tensor]:
@@ -188,13 +233,13 @@ def _convolved(conv: Convolution, x: Tensor) -> Tensor:
     return functional.conv2d(x, *_weights(conv), conv.stride, conv.padding)
 
 
-def _gathered_block(block: Block, x: Tensor, masks: list[Tensor]) -> Tensor:
+def _gathered_block(block: Block, x: Tensor, decided: list[Chosen]) -> Tensor:
     out, inputs = x, None
-    for conv, mask in zip(block.convolutions, [*masks, None], strict=True):
+    for conv, own in zip(block.convolutions, [*decided, None], strict=True):
         weight, bias = _weights(conv)
         if inputs is not None:
             weight = weight[:, inputs]
-        inputs = None if mask is None or bool(mask.all()) else mask.nonzero().flatten()
+        inputs = None if own is None or bool(own.mask.all()) else own.mask.nonzero().flatten()
         if inputs is not None:
             weight, bias = weight[inputs], bias[inputs]
         # PyTorch has no convolution of no channels.
@@ -203,17 +248,17 @@ def _gathered_block(block: Block, x: Tensor, masks: list[Tensor]) -> Tensor:
             out = bias[None, :, None, None].expand(1, -1, *size)
         else:
             out = functional.conv2d(out, weight, bias, conv.stride, conv.padding)
-        if mask is not None:
-            out = out.relu()
+        if own is not None:
+            out = own.of_channels(inputs).boosted(out).relu()
     return (out + _shortcut(block, x)).relu_()
 
 
-def _masked_block(block: Block, x: Tensor, masks: list[Tensor]) -> Tensor:
+def _masked_block(block: Block, x: Tensor, decided: list[Chosen]) -> Tensor:
     out = x
-    for conv, mask in zip(block.convolutions, [*masks, None], strict=True):
+    for conv, own in zip(block.convolutions, [*decided, None], strict=True):
         out = _convolved(conv, out)
-        if mask is not None:
-            out = out.relu_() * mask[:, None, None]
+        if own is not None:
+            out = own.boosted(out).relu_() * own.mask[:, None, None]
     return (out + _shortcut(block, x)).relu_()
 
 

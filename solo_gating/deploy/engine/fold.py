@@ -14,7 +14,7 @@ from solo_gating_runtime.network import Gate as FoldedGate
 from ...backbones import ResNet, TwoPathResNet, checked_path, convolutions
 from ...errors import InputError
 from ...gates import Gate
-from .known import check_network, named_blocks, only_pytorch_runs
+from .known import check_network, fold_is_of_forward, named_blocks, only_pytorch_runs
 
 _GATE_WEIGHTS = ("reduce", "bias", "expand", "shift")
 
@@ -27,8 +27,8 @@ class Folded:
         network: for the kernel.
         modules: for each of its gates None, or the module to decide instead of it, for a gate that
             cannot be folded.
-        whole: for gates that do more than mask, a copy of the backbone; its network is then good for
-            its shapes only.
+        whole: for gates that do more than mask and boost, a copy of the backbone; its network is then
+            good for its shapes only.
     """
 
     network: Network
@@ -69,12 +69,14 @@ def fold(
     if budget is None and budget_range is not None:
         budget = _of_all_gates("budget", backbone)
     modules: list[Gate | None] = []
+    as_it_is = gated and only_pytorch_runs(backbone)
     network = Network(
         path=path,
         stem=_folded(encoder.conv1, encoder.bn1, "conv1"),
         max_pool=not isinstance(encoder.maxpool, nn.Identity),
         blocks=tuple(
-            _folded_block(block, path, name, modules) for name, block in named_blocks(encoder)
+            _folded_block(block, path, name, as_it_is, modules)
+            for name, block in named_blocks(encoder)
         ),
         linear=_linear(fc) if isinstance(fc, nn.Linear) else None,
         budget_range=budget_range,
@@ -84,7 +86,7 @@ def fold(
         budget=budget,
     )
     whole = None
-    if gated and only_pytorch_runs(backbone):
+    if as_it_is:
         # A copy, as of gates: later changes to the backbone have no effect.
         whole = cast(TwoPathResNet, copy.deepcopy(backbone)).to("cpu", torch.float32).eval()
     return Folded(network, tuple(modules), whole)
@@ -97,16 +99,17 @@ def _of_all_gates(attribute: str, backbone: Any) -> Any:
     return value
 
 
-def _folded_block(block: Any, path: str, name: str, modules: list[Gate | None]) -> Block:
+def _folded_block(
+    block: Any, path: str, name: str, as_it_is: bool, modules: list[Gate | None]
+) -> Block:
     layers = convolutions(block)
     norms = [norm for _, _, norm in layers]
     gates: list[FoldedGate] = []
     if path == "gated":
         norms = getattr(block, "gated_norms", norms)
-        masks = all(gate.only_masks for gate in block.gates)
         for number, (_, conv, _) in enumerate(layers[:-1]):
             folded, module = _no_gate(conv.out_channels), None
-            if masks:
+            if not as_it_is:
                 folded, module = _folded_gate(
                     block.gates[number], conv.out_channels, f"{name}'s gate"
                 )
@@ -129,13 +132,16 @@ def _folded_gate(gate: Gate, channels: int, name: str) -> tuple[FoldedGate, Gate
     # A copy: later changes to the backbone have no effect.
     gate = copy.deepcopy(gate).to("cpu").eval()
     with torch.device("cpu"):
-        folded = gate.fold() if _fold_is_of_forward(type(gate)) else None
+        folded = gate.fold() if fold_is_of_forward(type(gate)) else None
         if folded is None:
             return _no_gate(channels), gate.float()
     embedding = None
     if folded.embedding is not None:
         parts = (folded.embedding.weight, folded.embedding.bias, folded.embedding.expand)
         embedding = Embedding(*(_float(part, name) for part in parts))
+    if folded.beta is not None:
+        parts = (folded.reduce, folded.bias, folded.beta)
+        return FoldedGate.boosting(*(_float(part, name) for part in parts)), None
     weights = {key: _float(getattr(folded, key), name) for key in _GATE_WEIGHTS}
     return FoldedGate(**weights, embedding=embedding, count=folded.count), None
 
@@ -144,16 +150,6 @@ def _no_gate(channels: int) -> FoldedGate:
     """In the place of a gate that the kernel does not run."""
     nothing = np.zeros(0, np.float32)
     return FoldedGate(nothing, nothing, nothing, np.zeros(channels, np.float32))
-
-
-def _fold_is_of_forward(kind: type[Gate]) -> bool:
-    """Whether no subclass decides otherwise than the class whose `fold` it inherits."""
-
-    def owner(name: str) -> type:
-        return next(cls for cls in kind.__mro__ if name in vars(cls))
-
-    decides = [name for name in ("forward", "logits") if hasattr(kind, name)]
-    return all(issubclass(owner("fold"), owner(name)) for name in decides)
 
 
 def _folded(conv: Any, norm: Any, name: str) -> Convolution:

@@ -28,6 +28,9 @@ _Rule = tuple[Gate, Floats, int]
 # A dot product's partial sums.
 _LANES = 16
 
+# A boosting gate's smaller scores count as this.
+_LEAST_SCORE = np.float32(1e-20)
+
 
 @dataclass(frozen=True)
 class _Convolution:
@@ -45,14 +48,27 @@ class _Convolution:
     stride: int
     padding: int
 
-    def __call__(self, x: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
-        """The map before rounding, of the chosen input channels (`columns`) and output ones."""
+    def __call__(
+        self,
+        x: Tensor,
+        rows: Tensor | None,
+        columns: Tensor | None,
+        boost: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """The map before rounding, of the chosen input channels (`columns`) and output ones.
+
+        With a boost, two numbers for each of the latter, the second one is added, and the first one
+        multiplies.
+        """
         weight, factor, offset = self.weight, self.factor, self.offset
         if columns is not None:
             weight = weight[:, columns]
         if rows is not None:
             weight, factor = weight[rows], factor[rows]
             offset = None if offset is None else offset[rows]
+        if boost is not None and offset is not None:
+            scale, shift = boost
+            factor, offset = factor * scale, (offset + shift) * scale
         if weight.shape[0] == 0 or weight.shape[1] == 0:  # PyTorch has no such convolution
             size = [-(-side // self.stride) for side in x.shape[1:]]
             sums = torch.zeros(len(weight), *size)
@@ -126,15 +142,16 @@ class IntegerEngine:
             net.blocks, self._blocks, self._scales, self._scales[1:], strict=False
         ):
             means = _means(x, scale)
-            own = [torch.ones(channels, dtype=torch.bool) for channels in block.hidden]
+            own = [_Chosen(torch.ones(channels, dtype=torch.bool)) for channels in block.hidden]
             if rules:
-                own = [_mask(*rule, means) for rule in rules[len(masks) : len(masks) + len(own)]]
-            masks += own
+                own = [_chosen(*rule, means) for rule in rules[len(masks) : len(masks) + len(own)]]
+            masks += [one.mask for one in own]
             *firsts, last, shortcut = parts
             out, columns = x, None
-            for conv, mask in zip(firsts, own, strict=True):
-                rows = mask.nonzero().flatten()
-                out, columns = _rounded(conv(out, rows, columns)), rows
+            for conv, one, map_scale in zip(firsts, own, block.scales, strict=False):
+                rows = one.mask.nonzero().flatten()
+                out = _rounded(conv(out, rows, columns, one.boost(rows, map_scale)))
+                columns = rows
             added = x * _float(scale, out_scale) if shortcut is None else shortcut(x, None, None)
             x = _rounded(last(out, None, columns) + added)
             outputs.append(x.numpy() * np.float32(out_scale))
@@ -197,7 +214,7 @@ def _convolution(
     )
 
 
-def _column(values: NDArray[np.float64]) -> Tensor:
+def _column(values: NDArray[Any]) -> Tensor:
     return torch.from_numpy(values.astype(np.float32))[:, None, None]
 
 
@@ -237,17 +254,38 @@ def _dots(weight: Floats, x: Floats) -> Floats:
     return lanes[:, 0]
 
 
-def _mask(gate: Gate, thresholds: Floats, count: int, means: Floats) -> Tensor:
-    """What a gate decides."""
+@dataclass(frozen=True)
+class _Chosen:
+    """What a gate decided: a mask, and of one that boosts s and beta / s, else None."""
+
+    mask: Tensor
+    scale: Floats | None = None
+    shift: Floats | None = None
+
+    def boost(self, rows: Tensor, map_scale: float) -> tuple[Tensor, Tensor] | None:
+        """For these channels of a map: relu(s · y + beta) = s · relu(y + beta / s)."""
+        if self.scale is None or self.shift is None:
+            return None
+        return _column(self.scale)[rows], _column(self.shift / np.float32(map_scale))[rows]
+
+
+def _chosen(gate: Gate, thresholds: Floats, count: int, means: Floats) -> _Chosen:
     hidden = _dots(gate.reduce, means) + gate.bias if len(gate.bias) else gate.bias
+    if gate.beta is not None:
+        scores = np.maximum(hidden, 0)
+        ordered = np.append(
+            np.sort(scores)[::-1], np.float32(-np.inf)
+        )  # below all, if all are chosen
+        scale = np.maximum(scores, _LEAST_SCORE)
+        return _Chosen(torch.from_numpy(scores > ordered[count]), scale, gate.beta / scale)
     alive = hidden > 0
     products = (hidden[alive] * gate.expand[:, alive]).T
     logits = np.zeros_like(gate.shift)
     if len(products):
         logits = np.add.accumulate(products)[-1]
     if count < 0:
-        return torch.from_numpy(logits >= thresholds)
+        return _Chosen(torch.from_numpy(logits >= thresholds))
     order = np.argsort(-(logits - thresholds), kind="stable")
     mask = torch.zeros(len(logits), dtype=torch.bool)
     mask[torch.from_numpy(order[:count].copy())] = True
-    return mask
+    return _Chosen(mask)

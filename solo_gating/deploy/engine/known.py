@@ -5,7 +5,7 @@ attribute that changes what it computes.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,15 @@ from ...backbones.blocks import plain_block
 from ...backbones.resnet import PickingConv2d
 from ...backbones.sliced import sliced_block
 from ...errors import InputError
-from ...gates import GATES, BaseGate, BudgetEmbedding, ChannelGate, Gate, ScoringGate
+from ...gates import (
+    GATES,
+    BaseGate,
+    BoostingGate,
+    BudgetEmbedding,
+    ChannelGate,
+    Gate,
+    ScoringGate,
+)
 
 # The networks, and their blocks.
 _BLOCKS: dict[type[nn.Module], tuple[type[nn.Module], ...]] = {
@@ -78,9 +86,26 @@ def check_network(backbone: nn.Module, path: str) -> None:
 
 
 def only_pytorch_runs(backbone: nn.Module) -> bool:
-    """Whether the gated path's gates do more than mask: then the backbone runs as it is."""
+    """Whether gates do more than mask, and do not say how that folds: then the backbone runs as it is."""
     gates = [module for module in backbone.modules() if isinstance(module, BaseGate)]
-    return not all(gate.only_masks for gate in gates)
+    return not all(gate.only_masks or _boosts(gate) for gate in gates)
+
+
+def fold_is_of_forward(kind: type[BaseGate]) -> bool:
+    """Whether no subclass decides otherwise than the class whose `fold` it inherits."""
+
+    def owner(name: str) -> type:
+        return next(cls for cls in kind.__mro__ if name in vars(cls))
+
+    decides = [name for name in ("forward", "logits") if hasattr(kind, name)]
+    return all(issubclass(owner("fold"), owner(name)) for name in decides)
+
+
+def _boosts(gate: BaseGate) -> bool:
+    if gate.streams or not fold_is_of_forward(type(gate)):
+        return False
+    folded = gate.fold()
+    return folded is not None and folded.beta is not None
 
 
 def named_blocks(encoder: Any) -> Iterator[tuple[str, Any]]:
@@ -167,8 +192,8 @@ class _Inspection:
     def _block(self, name: str, channels: int, path: str) -> int:
         block: Any = self._backbone.get_submodule(name)
         self._part(f"{name}.relu", nn.ReLU)
-        own = "gated_" if path == "gated" and getattr(block, "separate_bn", False) else ""
         layers = convolutions(block)
+        norms = self._norms(name, path, len(layers))
         widths, stride = [channels], 1
         for number, ((conv, _, _), kernel) in enumerate(
             zip(layers, _kernels(block, layers), strict=True), 1
@@ -177,9 +202,13 @@ class _Inspection:
             if kernel == 3 and stride == 1:
                 step = 2 if self._part(f"{name}.{conv}", nn.Conv2d).stride == (2, 2) else 1
                 stride = step
-            norm = f"{name}.{own}bn{number}"
             width = self._convolution(
-                f"{name}.{conv}", norm, widths[-1], kernel, stride=step, padding=kernel // 2
+                f"{name}.{conv}",
+                norms[number - 1],
+                widths[-1],
+                kernel,
+                stride=step,
+                padding=kernel // 2,
             )
             widths.append(width)
         out = widths[-1]
@@ -204,6 +233,16 @@ class _Inspection:
                 self._gate(gate, channels, hidden)
         return out
 
+    def _norms(self, name: str, path: str, number: int) -> list[str]:
+        """The names of a block's BatchNorms on a path."""
+        block: Any = self._backbone.get_submodule(name)
+        own = "gated_" if path == "gated" and getattr(block, "separate_bn", False) else ""
+        norms = [f"{name}.{own}bn{n}" for n in range(1, number + 1)]
+        for n, gate in enumerate(self._gates(name) if path == "gated" else []):
+            if cast(Any, self._backbone.get_submodule(gate)).has_output_norm and n < number:
+                norms[n] = f"{gate}.output_norm"
+        return norms
+
     def _gates(self, name: str) -> list[str]:
         """The names of a block's gates."""
         children = self._backbone.get_submodule(name).named_children()
@@ -212,6 +251,10 @@ class _Inspection:
     def _gate(self, name: str, channels: int, hidden: int) -> None:
         gate: Any = self._backbone.get_submodule(name)
         self._part(name, *GATES.values())
+        if isinstance(gate, BoostingGate):
+            if self._linear(f"{name}.predict", channels) != hidden:
+                self._refuse("another number of channels", str(hidden), f"{name}.predict")
+            self._numbers(f"{name}.shift", gate.shift, (hidden,))
         if not isinstance(gate, ScoringGate):
             return
         self._part(f"{name}.relu", nn.ReLU)

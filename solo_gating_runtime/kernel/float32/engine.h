@@ -38,6 +38,7 @@ struct Scratch {
   Buffer partial;              // sums of a band of dot products
   // For each gate of a block, its logits, and the channels that it chooses.
   Buffer logits[kMostConvolutions - 1];
+  Buffer shifts[kMostConvolutions - 1];
   std::vector<int32_t> chosen[kMostConvolutions - 1];
   bool extreme = false;  // whether this thread's part of the image is
 };
@@ -108,6 +109,7 @@ struct Workspace {
       for (Buffer& logits : fresh.logits) {
         logits = Buffer(padded_to_partials(l.largest_channels));
       }
+      for (Buffer& shifts : fresh.shifts) shifts = Buffer(l.largest_channels);
       for (std::vector<int32_t>& chosen : fresh.chosen) chosen.resize(l.largest_channels);
       scratch.push_back(std::move(fresh));
     }
@@ -293,11 +295,15 @@ class Engine {
         const int64_t number =
             choose(b.gates[g], channels, w.pooled.data(), decisions, logits, chosen);
         if (mask != nullptr && team.rank == 0) write_mask(chosen, number, channels, mask);
-        if (at.extreme) {
-          choices[g].scale = as_scale(chosen, number, channels, logits);
-        } else {
-          choices[g] = {chosen, number, nullptr};
+        if (!at.extreme) choices[g] = {chosen, number};
+        const bool boosts = b.gates[g].beta != nullptr;
+        if (boosts) {
+          float* shifts = w.scratch[team.rank].shifts[g].data();
+          boost(b.gates[g].beta, channels, logits, shifts);
+          choices[g].scale = logits;
+          choices[g].shift = shifts;
         }
+        if (at.extreme) choices[g].scale = as_scale(chosen, number, channels, boosts, logits);
         decisions.thresholds += channels;
         ++decisions.counts;
       } else if (mask != nullptr && team.rank == 0) {
@@ -307,7 +313,7 @@ class Engine {
     }
   }
 
-  Choice all(int64_t channels) const { return {all_.data(), channels, nullptr}; }
+  Choice all(int64_t channels) const { return {all_.data(), channels}; }
 
   // Whether a block's gates, if they choose, need the means of its input.
   static bool needs_means(const PackedBlock& b, const Decisions& decisions) {
@@ -431,12 +437,18 @@ class Engine {
     }
   }
 
-  // The mask as numbers: in an extreme image the masked network computes NaN · 0 = NaN in channels
-  // that are not chosen, and so must we.
-  static const float* as_scale(const int32_t* chosen, int64_t number, int64_t channels,
+  // The mask as numbers, times the scale that there is if `boosts`: in an extreme image the masked
+  // network computes NaN · 0 = NaN in channels that are not chosen, and so must we.
+  static const float* as_scale(const int32_t* chosen, int64_t number, int64_t channels, bool boosts,
                                float* scale) {
-    std::fill_n(scale, channels, 0.0f);
-    for (int64_t j = 0; j < number; ++j) scale[chosen[j]] = 1.0f;
+    if (!boosts) std::fill_n(scale, channels, 1.0f);
+    for (int64_t c = 0, j = 0; c < channels; ++c) {
+      if (j < number && chosen[j] == c) {
+        ++j;
+      } else {
+        scale[c] *= 0.0f;
+      }
+    }
     return scale;
   }
 
@@ -579,7 +591,7 @@ class Engine {
         const int64_t c = chosen[first + k];
         rows[k] = conv.weight + c * row_size;
         next_rows[k] = conv.weight + chosen[next + k] * row_size;
-        product.bias[k] = conv.bias[c];
+        product.bias[k] = conv.bias[c] + (choice.shift == nullptr ? 0.0f : choice.shift[c]);
         scales[k] = scale == nullptr ? 1.0f : scale[c];
         product.y[k] = hidden.copies ? w.scratch[team.rank].planes[at.out_map].data() +
                                            k * hidden.map.padded_pixels()

@@ -96,7 +96,7 @@ inline void convolve(const PackedConvolution& conv, bool grouped, const PlaneSha
         const int64_t c = out.channels[first + k];
         product.weights[k] =
             conv.weight + conv.in_channels * num_taps * (grouped ? first : c) + (grouped ? k : 0);
-        product.bias[k] = conv.bias[c];
+        product.bias[k] = conv.bias[c] + (out.shift == nullptr ? 0.0f : out.shift[c]);
         product.scale[k] = out.scale == nullptr ? 1.0f : out.scale[c];
         product.y[k] = y + (first + k) * shape.out_plane() + first_pixel;
       }

@@ -96,7 +96,9 @@ class Engine {
     Storage<PackedWeight> unit;  // packed words
     Storage<PackedWeight> weights;  // of chosen inputs
     Chooser inputs;
-    Buffer logits;
+    // For each gate of a block, its logits and shifts, and the channels that it chooses.
+    Buffer logits[kMostConvolutions - 1];
+    Buffer shifts[kMostConvolutions - 1];
     std::vector<int32_t> chosen[kMostConvolutions - 1];
     bool finite = true;  // whether this thread's part of the image is
   };
@@ -421,7 +423,7 @@ class Engine {
 
     Choice choice[kMostConvolutions - 1];
     decide(w, b, decisions, mask, team, choice);
-    Choice read{all_.data(), b.dots[0].in_channels, nullptr};
+    Choice read{all_.data(), b.dots[0].in_channels};
     int64_t channels = in.channels;
     for (size_t k = 0; k < b.dots.size(); ++k) {
       const bool last = k + 1 == b.dots.size();
@@ -459,13 +461,19 @@ class Engine {
     Scratch& own = w.scratch[team.rank];
     for (size_t g = 0; g < b.dots.size(); ++g) {
       const int64_t channels = b.dots[g].out_channels;
-      choices[g] = {all_.data(), channels, nullptr};
+      choices[g] = {all_.data(), channels};
       if (!b.gates.empty()) {
         int32_t* chosen = own.chosen[g].data();
+        float* logits = own.logits[g].data();
         const int64_t number =
-            choose(b.gates[g], channels, w.means.data(), decisions, own.logits.data(), chosen);
+            choose(b.gates[g], channels, w.means.data(), decisions, logits, chosen);
         std::fill_n(chosen + number, kBeyond, number > 0 ? chosen[number - 1] : 0);
-        choices[g] = {chosen, number, nullptr};
+        choices[g] = {chosen, number};
+        if (b.gates[g].beta != nullptr) {
+          boost(b.gates[g].beta, channels, logits, own.shifts[g].data());
+          choices[g].scale = logits;
+          choices[g].shift = own.shifts[g].data();
+        }
         decisions.thresholds += channels;
         ++decisions.counts;
       }
@@ -560,6 +568,7 @@ class Engine {
     product.x = x;
     product.channels = channels;
     product.row = (at.in.width + 2) * channels;
+    product.scales = out.scale != nullptr;
     product.run = DotWeights::run_of(conv.kernel, channels);
     const int64_t steps = std::max<int64_t>(1, conv.kernel * product.run / kRow);
     for (int64_t i = 0; i < pieces; ++i) {
@@ -580,6 +589,10 @@ class Engine {
         const int64_t c = out.channels[j];
         multiplier[m] = conv.multiplier[c];
         bias[m] = conv.bias[c];
+        if (out.scale != nullptr) {
+          multiplier[m] *= out.scale[c];
+          bias[m] = (bias[m] + out.shift[c] / conv.out_scale) * out.scale[c];
+        }
         product.weights[m] = conv.weights + c * conv.row;
         const int64_t later = j + kQuad;
         soon[m] =
@@ -759,7 +772,7 @@ class Engine {
     }
     if (index + 1 == net_->blocks.size() || words == 0) return;
     const GateWeights& gate = net_->blocks[index + 1].gates[0];
-    const int64_t row = conv.taps * 64, bytes = gate.hidden * (gate.in + gate.out) * sizeof(float);
+    const int64_t row = conv.taps * 64, bytes = gate.size() * sizeof(float);
     if ((tile + 1) * words * row > bytes || words > static_cast<int64_t>(all_.size())) return;
     product.ahead = reinterpret_cast<const PackedWeight*>(gate.reduce) +
                     tile * words * row / static_cast<int64_t>(sizeof(PackedWeight));
@@ -843,7 +856,8 @@ inline void Engine::Workspace::prepare(const Engine& engine, std::shared_ptr<con
     fresh.unit = Storage<PackedWeight>(l.largest_unit * (kPacksAhead ? 2 : 1));
     fresh.weights = Storage<PackedWeight>(l.largest_rows);
     fresh.inputs.make_room(up_to(l.largest_channels, kRow) / kRow);
-    fresh.logits = Buffer(padded_to_partials(l.largest_channels));
+    for (Buffer& logits : fresh.logits) logits = Buffer(padded_to_partials(l.largest_channels));
+    for (Buffer& shifts : fresh.shifts) shifts = Buffer(l.largest_channels);
     for (std::vector<int32_t>& chosen : fresh.chosen) {
       chosen.resize(l.largest_channels + kBeyond);
     }

@@ -95,7 +95,8 @@ inline Factors factors(const Convolution& conv, double in, double out) {
 struct DotWeights {
   int64_t in_channels = 0, out_channels = 0, kernel = 0, stride = 0;
   bool chosen_inputs = false;
-  int64_t row = 0;  // of one output channel
+  int64_t row = 0;         // of one output channel
+  float out_scale = 0.0f;  // of its map
   const PackedWeight* weights = nullptr;
   std::vector<float> multiplier, bias;
 
@@ -105,7 +106,8 @@ struct DotWeights {
         out_channels(conv.out_channels),
         kernel(conv.kernel),
         stride(conv.stride),
-        chosen_inputs(chosen_inputs) {
+        chosen_inputs(chosen_inputs),
+        out_scale(static_cast<float>(out)) {
     check_sums(conv);
     const int64_t taps = kernel * kernel;
     const int64_t step = chosen_inputs ? up_to(in_channels, kRow) : channels;

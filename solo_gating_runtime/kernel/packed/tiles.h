@@ -256,6 +256,7 @@ struct DotProduct {
   int64_t run;                                // numbers in each: whole vectors
   const PackedWeight* weights[kDotChannels];  // of each output channel
   float multiplier[kLaneFactors], bias[kLaneFactors];  // of each sum: see set_factors
+  bool scales;  // whether sums of floats have a multiplier, too
   // Tiles of four channels write these together, others apart.
   Number* y[kDotChannels];
   int64_t y_pixel;
@@ -338,8 +339,12 @@ void dot_tile(const DotProduct& a) {
     constexpr int kFirst = index * kLanes;
     const int from = kTogether ? 0 : kFirst;
     const Sums totals = total<std::min(kSums - kFirst, kLanes)>(sum + kFirst);
-    const Numbers numbers =
-        to_numbers(scaled(totals, load(a.multiplier + from)) + load(a.bias + from));
+    const Vec multiplier = load(a.multiplier + from);
+    Vec value = scaled(totals, multiplier);
+    if constexpr (!kIntegers) {
+      if (a.scales) value *= multiplier;
+    }
+    const Numbers numbers = to_numbers(value + load(a.bias + from));
     std::memcpy(lanes + kFirst, &numbers, sizeof numbers);
   });
   if constexpr (kTogether) {
