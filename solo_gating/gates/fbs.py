@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from ..checks import is_not_negative, require
 from .base import Decision, FoldedGate, Gate, register_gate
 from .scores import from_means
 from .shares import numbers_of_channels
@@ -39,6 +40,7 @@ class BoostingGate(Gate):
 
     def __init__(self, in_channels: int, out_channels: int, *, penalty_weight: float = 0.0):
         super().__init__()
+        require("gate_kwargs.penalty_weight", penalty_weight, is_not_negative, "a number ≥ 0")
         self.predict = nn.Linear(in_channels, out_channels)
         nn.init.trunc_normal_(self.predict.weight, std=0.05, a=-0.1, b=0.1)
         nn.init.ones_(self.predict.bias)

@@ -490,6 +490,28 @@ def test_a_checkpoint_end_to_end(run, tmp_path, monkeypatch):
     assert dynamic["realised_density"] == pytest.approx(0.4, abs=0.02)
 
 
+@pytest.mark.parametrize("gate", ["fbs", "cgnet"])
+def test_a_checkpoint_whose_gates_do_more_than_mask(gate, tmp_path, monkeypatch, capsys):
+    """Those that the engine runs are timed, but for static networks, which they have not."""
+    cfg = run_config(tmp_path, gating={"gate": gate, "target_budget": 0.5})
+    saved = save_run(cfg, tmp_path)
+    common = ("--checkpoint", saved.checkpoint, "--seconds", 0.1, "--output", tmp_path / "out")
+    common += ("--engines", "torch", "ours", "static", "--dtypes", "float32", "bfloat16")
+    if gate == "cgnet":
+        with pytest.raises(SystemExit):
+            call(monkeypatch, *common)
+        assert "which no engine here makes faster" in capsys.readouterr().err
+        return
+    call(monkeypatch, *common)
+    assert "static is left out" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "out/benchmark.json").read_text())["rows"]
+    assert {row["engine"] for row in rows} == {"torch", "dense", "dynamic"}
+    for row in rows:
+        if row["engine"] == "dynamic":
+            assert row["realised_density"] == pytest.approx(0.5, abs=0.01)
+            assert row.get("feature_difference", 0) < 0.1
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -33,6 +33,7 @@ from solo_gating.evaluate import calibrate as dial
 from solo_gating.evaluate import evaluation, policy
 from solo_gating.evaluate import extract as features
 from solo_gating.flops import count_flops
+from solo_gating.gates import ScoringGate
 from solo_gating.training import pretrain as training_pretrain
 from solo_gating_runtime.encoder import Kernel
 from solo_gating_runtime.library import supported_engines
@@ -82,9 +83,10 @@ def enliven(backbone):
     """Gates whose decisions depend on the image, and statistics as after some training."""
     norms = [m for m in backbone.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     images, _ = digit_tensors(slice(200, 264))
-    for block in backbone.gated_blocks:
-        nn.init.ones_(block.gate.norm.bias)  # else all hidden units of a small gate are often off
-        nn.init.normal_(block.gate.expand.weight)
+    for gate in backbone.gates:
+        if isinstance(gate, ScoringGate):
+            nn.init.ones_(gate.norm.bias)  # else all hidden units of a small gate are often off
+            nn.init.normal_(gate.expand.weight)
     for norm in norms:
         norm.momentum = 1.0
     with torch.no_grad(), backbone.train().path("dense", "gated"):

@@ -16,12 +16,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ...backbones import BACKBONES, TwoPathResNet
 from ...deploy.onnx import to_onnx
 from ...deploy.others_int8 import gates_of, onnx_int8, openvino_int8
-from ...deploy.static import kept_channels, slice_encoder, static_flops
+from ...deploy.static import Kept, kept_channels, slice_encoder, static_flops
 from ...evaluate.calibrate import threshold_for
 from ...evaluate.extract import extract
 from ...evaluate.policy import policy_of
 from ...flops import BackboneFlops, count_flops, selected_channels
-from ...gates import ScoringGate
+from ...gates import Decision, ScoringGate
 
 # With narrower blocks a random gate has too few hidden units to tell images apart.
 LEAST_WIDTH = 8
@@ -86,9 +86,7 @@ class GatedCase:
         masks: for each gate B × channels, zeros and ones.
         flops: of the backbone.
         calibration: N × 3 × H × W, to quantise on.
-        static: the physically smaller network of the channels that any calibration image selects,
-            with gates, which give the gated path's features.
-        static_without_gates: the same, which computes all of them for every image.
+        others: N × 3 × H × W, N ≥ 2, to choose the static networks' channels on.
     """
 
     asked: float | None
@@ -98,8 +96,28 @@ class GatedCase:
     masks: tuple[Tensor, ...]
     flops: BackboneFlops
     calibration: Tensor
-    static: Network
-    static_without_gates: Network
+    others: Tensor
+
+    @cached_property
+    def static(self) -> Network:
+        """The smaller network of the channels that any of `others` selects, with gates: the same features."""
+        return self._sliced(gates=True)
+
+    @cached_property
+    def static_without_gates(self) -> Network:
+        """The same, which computes all of them for every image."""
+        return self._sliced(gates=False)
+
+    @cached_property
+    def _kept(self) -> Kept:
+        labels = torch.zeros(len(self.others), dtype=torch.long)
+        batches = list(zip(self.others.split(64), labels.split(64), strict=True))
+        policy = policy_of(self.backbone, extract(self.backbone, batches, "gated"), "", {}, None)
+        return kept_channels(policy, self.flops, "dynamic")
+
+    def _sliced(self, gates: bool) -> Network:
+        module = slice_encoder(self.backbone, self._kept, gates)
+        return Network(Model(module, self.calibration), self.images)
 
     @property
     def dial(self) -> str | None:
@@ -114,7 +132,7 @@ class GatedCase:
             masks: for each gate B × channels.
         """
         hooks = [
-            gate.register_forward_hook(lambda m, x, mask, own=own: own.to(mask.dtype))
+            gate.register_forward_hook(lambda m, x, decided, own=own: _with_mask(decided, own))
             for gate, own in zip(self.backbone.gates, masks, strict=True)
         ]
         try:
@@ -151,7 +169,7 @@ def gated_case(
     asked: float | None,
     calibration: Tensor | None = None,
 ) -> GatedCase:
-    """Measure what a gated encoder does on a batch, and make the static networks.
+    """Measure what a gated encoder does on a batch.
 
     Args:
         backbone: with its gates and threshold as they are to be.
@@ -168,14 +186,13 @@ def gated_case(
         features = backbone(first)
         masks = passes[-1].masks
     flops = count_flops(backbone, size)
-    labels = torch.zeros(len(images), dtype=torch.long)
-    found = extract(backbone, list(zip(images.split(64), labels.split(64), strict=True)), "gated")
-    kept = kept_channels(policy_of(backbone, found, "", {}, None), flops, "dynamic")
-    static, without = (
-        Network(Model(slice_encoder(backbone, kept, gates), calibration), first)
-        for gates in (True, False)
-    )
-    return GatedCase(asked, backbone, first, features, masks, flops, calibration, static, without)
+    return GatedCase(asked, backbone, first, features, masks, flops, calibration, images)
+
+
+def _with_mask(decided: Tensor | Decision, mask: Tensor) -> Tensor | Decision:
+    if isinstance(decided, Decision):
+        return decided._replace(mask=mask.to(decided.mask.dtype))
+    return mask.to(decided.dtype)
 
 
 def random_images(number: int, size: int, seed: int) -> Tensor:

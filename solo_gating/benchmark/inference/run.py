@@ -107,6 +107,11 @@ def benchmark(options: argparse.Namespace) -> dict[str, Any]:
     dtypes = tuple(dtype for dtype in DTYPES if dtype in options.dtypes)
     for name in set(options.engines) - set(engines):
         say_once(f"{name} is left out: it cannot be kept to {options.isa}")
+    if STATIC in engines and not source.has_static:
+        engines = tuple(name for name in engines if name != STATIC)
+        say_once(
+            "static is left out: gates that do more than choose channels have no smaller network"
+        )
     for resolution in options.resolution or source.resolutions:
         for dense, gated in source.batches(resolution, options.batch):
             for threads in options.threads:

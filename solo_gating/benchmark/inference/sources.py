@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...checkpoints.encoder import encoder_of
 from ...deploy.dense import dense_resnet
+from ...deploy.engine.known import only_pytorch_runs
 from ...errors import InputError
 from ...evaluate.evaluation import images_of
 from .cases import (
@@ -48,10 +49,12 @@ class RandomSource:
         description: of the network, for the report.
         images: which ones, in a word.
         resolutions: those used by default.
+        has_static: as in `CheckpointSource`.
     """
 
     images = "random"
     resolutions = (32,)
+    has_static = True
 
     def __init__(
         self, backbone: str, width: int, stem: str | None, densities: list[float], seed: int
@@ -100,6 +103,7 @@ class CheckpointSource:
         description: of the network, for the report.
         images: which ones, in a word.
         resolutions: those used by default: pre-training's crop size.
+        has_static: whether smaller networks without the unused channels can be made.
 
     Raises:
         InputError: for a checkpoint that cannot be read or has no gates.
@@ -109,11 +113,12 @@ class CheckpointSource:
         encoder = encoder_of(checkpoint, key="--checkpoint")
         encoder.paths("gated")
         kind: Any = encoder.backbone.gates[0]  # type: ignore[index]
-        if not kind.only_masks:
+        if only_pytorch_runs(encoder.backbone):
             raise InputError(
-                f"--checkpoint: got gates of kind {kind.kind!r}, which have no static networks to be "
-                "timed beside; expected kinds that only choose channels"
+                f"--checkpoint: got gates of kind {kind.kind!r}, which no engine here makes faster than "
+                "the dense path; expected kinds that choose channels"
             )
+        self.has_static = kind.only_masks
         self._backbone = cast(Any, encoder.backbone)
         self._checkpoint, self._densities = checkpoint, densities
         self._overrides, self._seed = overrides, seed
