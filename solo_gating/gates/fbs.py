@@ -30,6 +30,9 @@ class BoostingGate(Gate):
         out_channels: C, channels of the convolution.
         penalty_weight: λ of λ · Σ_c mask · g, mean over the images, which training adds; 0 as in the
             original's own configs.
+
+    Raises:
+        InputError: for a negative λ.
     """
 
     losses = ()
