@@ -32,7 +32,8 @@ class DynamicGroupGate(ConvolutionGate):
 
     Each layer multiplies its input by scores of it, so that what is unusual in an image grows from layer to
     layer as 2, 4, 16, ...: in evaluation, where BatchNorm's statistics are not the image's own, the features
-    of some in a thousand real images overflow. Scores therefore end at a limit, which the original has not.
+    of some in a thousand real images overflow. In evaluation scores therefore end at a limit, which the
+    original has not.
 
     Args:
         in_channels: C_in of the convolution.
@@ -40,7 +41,7 @@ class DynamicGroupGate(ConvolutionGate):
         heads: H.
         squeeze: F1_h has C_in / squeeze rows, twice as many below 80 input channels.
         penalty_weight: λ.
-        max_score: the limit of g_h.
+        max_score: the limit of g_h in evaluation.
 
     Raises:
         InputError: for numbers of channels that H does not divide, or values that are not accepted.
@@ -88,8 +89,10 @@ class DynamicGroupGate(ConvolutionGate):
         scores = from_means(
             x,
             self.reduce.weight.dtype,
-            lambda m: self.expand(self.reduce(m).relu()).relu().clamp(max=self.max_score),
+            lambda m: self.expand(self.reduce(m).relu()).relu(),
         ).unflatten(1, (self.heads, -1))[..., 0, 0]
+        if not self.training:
+            scores = scores.clamp(max=self.max_score)
         active = self.active(scores.detach(), self.budget_or_own(budget).to(scores))
         masked = (x[:, None] * (scores * active).to(x.dtype)[..., None, None]).flatten(1, 2)
         out = grouped(conv, masked, conv.weight, self.heads)
