@@ -24,7 +24,7 @@ Point = tuple[float, float]  # FLOPs in % of the network `dense`, accuracy in %
 
 # Okabe and Ito's other colours; a student's or a published kind's point has its own marker, too.
 _COLOURS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_MARKERS = "D^vP*X<>dph8"
+_MARKERS = "D^vP*X<>dph8so+x"
 _DENSE = "dense networks, one training each"
 
 
