@@ -23,7 +23,8 @@ prepare "$1"; shift
 # The last two as in the runs of docs/results/every_budget.md.
 gated="gating.sparsity_weight=100 gating.warmup_epochs=$((epochs / 10)) gating.bound_gradient=all gating.weight_decay=1e-4"
 range="gating.target_budget=[0.05,0.9]"
-absolute="$range gating.budget_anneal=0.5 gating.budget_per_image=true method=vicreg_distilled"
+any="$range gating.budget_anneal=0.5 gating.budget_per_image=true"  # vicreg_any_*
+absolute="$any method=vicreg_distilled"
 distilled="$absolute gating.relative_budget_loss=true"  # vicreg_distilled_*
 annealed="$range gating.gate_kwargs.bias=4 gating.budget_anneal=0.5"
 declare -A overrides=(
@@ -32,8 +33,7 @@ declare -A overrides=(
     [range_untold]="$range gating.budget_embedding=false"
     [annealed]="$annealed"
     [annealed_only]="$range gating.budget_anneal=0.5"
-    [any]="$range gating.budget_anneal=0.5 gating.budget_per_image=true"  # vicreg_any_*
-    [any_relative]="$range gating.budget_anneal=0.5 gating.budget_per_image=true gating.relative_budget_loss=true"
+    [any]="$any" [any_relative]="$any gating.relative_budget_loss=true"
     [annealed_slow]="$annealed gating.budget_anneal=1"
     [annealed_log_uniform]="$annealed method=vicreg_log_uniform"
     [annealed_sandwich]="$annealed method=vicreg_sandwich"
@@ -61,7 +61,7 @@ declare -A overrides=(
     [distilled_projections]="$distilled method=vicreg_distilled_projections"
     [distilled_across_views]="$distilled method=vicreg_distilled_across_views"
     [distilled_gates]="$distilled method=vicreg_distilled_gates"
-    [any_long]="$range gating.budget_anneal=0.5 gating.budget_per_image=true"
+    [any_long]="$any"
     # The dense run of the same seed made gated, in so many epochs: gates alone, or all weights.
     [existing_gates_1]="$distilled gating.train=gates" [existing_gates_3]="$distilled gating.train=gates"
     [existing_gates_10]="$distilled gating.train=gates" [existing_gates_30]="$distilled gating.train=gates"

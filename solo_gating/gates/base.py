@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, get_args
 import torch
 from torch import Tensor, nn
 
-from ..checks import is_int, is_number, require, shown
+from ..checks import Kind, is_int, is_number, shown
 from ..errors import InputError
 
 # What a gate's kind may leave to be turned after training.
@@ -312,11 +312,11 @@ def gate_class(name: Any, key: str = "gate") -> type[BaseGate]:
     return GATES[name]
 
 
-_OF_TYPES: dict[Any, tuple[Callable[[Any], Any], str]] = {
-    float: (is_number, "a number"),
-    int: (lambda v: is_int(v, -(2**31)), "an integer"),
-    bool: (lambda v: isinstance(v, bool), "true or false"),
-    str: (lambda v: isinstance(v, str), "a text"),
+_OF_TYPES: dict[Any, Kind] = {
+    float: Kind(is_number, "a number"),
+    int: Kind(lambda v: is_int(v, -(2**31)), "an integer"),
+    bool: Kind(lambda v: isinstance(v, bool), "true or false"),
+    str: Kind(lambda v: isinstance(v, str), "a text"),
 }
 
 
@@ -335,9 +335,11 @@ def check_gate_kwargs(name: str, kwargs: Mapping[str, Any], key: str) -> None:
             )
         annotation = accepted.get(argument)
         types = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
-        for kind in types:
-            if kind in _OF_TYPES and not (value is None and NoneType in types):
-                require(f"{key}.{argument}", value, *_OF_TYPES[kind])
+        if value is None and NoneType in types:
+            continue
+        for one in types:
+            if one in _OF_TYPES:
+                _OF_TYPES[one].check(f"{key}.{argument}", value)
 
 
 def make_gate(

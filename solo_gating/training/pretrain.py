@@ -98,8 +98,10 @@ def _pretrain(cfg: DictConfig, run: ExitStack) -> dict[str, Any]:
     trainer.callbacks.append(continuation)  # type: ignore[attr-defined]
     attach_outputs(trainer, cfg, folder)
 
-    # Its file may be gone at the end of the run.
-    pretrained = copy.deepcopy(model.backbone) if cfg.pretrained is not None else None
+    pretrained = None
+    if cfg.pretrained is not None and cfg.final_knn.enabled:
+        # For the table; its file may be gone at the end of the run.
+        pretrained = copy.deepcopy(model.backbone)
     if trainer.is_global_zero:
         say(f"{'continuing' if checkpoint else 'writing to'} {folder}")
     announce_dead_processes()

@@ -273,9 +273,8 @@ def _chosen(gate: Gate, thresholds: Floats, count: int, means: Floats) -> _Chose
     hidden = _dots(gate.reduce, means) + gate.bias if len(gate.bias) else gate.bias
     if gate.beta is not None:
         scores = np.maximum(hidden, 0)
-        ordered = np.append(
-            np.sort(scores)[::-1], np.float32(-np.inf)
-        )  # below all, if all are chosen
+        # The last one is below all scores, for when all are chosen.
+        ordered = np.append(np.sort(scores)[::-1], np.float32(-np.inf))
         scale = np.maximum(scores, _LEAST_SCORE)
         return _Chosen(torch.from_numpy(scores > ordered[count]), scale, gate.beta / scale)
     alive = hidden > 0
