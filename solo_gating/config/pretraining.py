@@ -31,7 +31,14 @@ from ..methods import (
     plain_method,
     record_widths,
 )
-from ..solo_learn import METHODS, BaseMethod, BaseMomentumMethod, VICReg, with_momentum
+from ..solo_learn import (
+    METHODS,
+    WITH_CIFAR_STEM,
+    BaseMethod,
+    BaseMomentumMethod,
+    VICReg,
+    with_momentum,
+)
 from .defaults import DEFAULTS
 from .gating import GatingConfig
 from .schema import (
@@ -173,7 +180,7 @@ def _check_policy(cfg: DictConfig) -> None:
 def _check_stem(cfg: DictConfig) -> None:
     """solo-learn gives every ResNet its CIFAR stem where the data set is called so."""
     stem = cfg.backbone.kwargs.get("stem")
-    if cfg.data.dataset in ("cifar10", "cifar100") and stem not in (None, "cifar"):
+    if cfg.data.dataset in WITH_CIFAR_STEM and stem not in (None, "cifar"):
         raise InputError(
             f"backbone.kwargs.stem: got {shown(stem)} with data.dataset={cfg.data.dataset}, on which "
             "solo-learn's stem is cifar; expected that, or data.dataset=custom"

@@ -10,7 +10,7 @@ from ..checkpoints.encoder import Encoder
 from ..checkpoints.reading import read_checkpoint
 from ..errors import InputError
 from ..methods import GATED_METHODS, plain_method
-from ..solo_learn import METHODS
+from ..solo_learn import METHODS, WITH_CIFAR_STEM
 
 _OURS = ("gated", "two_encoders", "plain")
 
@@ -70,11 +70,11 @@ def solo_learn_args(encoder: Encoder) -> dict[str, Any]:
         raise InputError(
             f"format: got solo-learn with an encoder of width {width}; solo-learn has 64 only"
         )
-    small = args["data"]["dataset"] in ("cifar10", "cifar100")
+    small = args["data"]["dataset"] in WITH_CIFAR_STEM
     if small != (stem == "cifar"):
         raise InputError(
             f"format: got solo-learn with the {stem} stem on {args['data']['dataset']}; solo-learn "
-            "has the cifar stem on cifar10 and cifar100 only"
+            f"has the cifar stem on {' and '.join(WITH_CIFAR_STEM)} only"
         )
     method = args["method"]
     if method in GATED_METHODS:

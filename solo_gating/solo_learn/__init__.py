@@ -8,7 +8,7 @@ written against the modern API. No solo-learn code is copied here.
 
 import warnings
 
-from .line import installed_line
+from .line import WITH_CIFAR_STEM, installed_line
 
 LINE = installed_line()
 
@@ -46,6 +46,7 @@ __all__ = [
     *installed.__all__,
     "LINE",
     "SOLO_METHODS",
+    "WITH_CIFAR_STEM",
     "installed_line",
     "register",
     "with_momentum",

@@ -52,6 +52,7 @@ from solo.utils.pretrain_dataloader import (
 from .lars import LARS
 from .legacy_augmentations import build_transform_pipeline
 from .legacy_optimizers import configure_optimizers
+from .line import WITH_CIFAR_STEM
 
 WeightedKNNClassifier = current_knn(_WeightedKNNClassifier)
 solo_base.WeightedKNNClassifier = WeightedKNNClassifier
@@ -117,7 +118,7 @@ class BaseMethod(solo_base.BaseMethod):
         super().__init__(
             encoder="resnet18",  # only says that the backbone is a ResNet; see __setattr__
             num_classes=data.num_classes,
-            backbone_args={**cfg.backbone.kwargs, "cifar": data.dataset in ("cifar10", "cifar100")},
+            backbone_args={**cfg.backbone.kwargs, "cifar": data.dataset in WITH_CIFAR_STEM},
             max_epochs=cfg.max_epochs,
             batch_size=optimizer.batch_size,
             optimizer=optimizer.name,

@@ -1,7 +1,10 @@
-"""Which of solo-learn's two public lines is installed, found without importing it."""
+"""What can be said of solo-learn without importing it, such as which of its lines is installed."""
 
 import importlib.util
 from pathlib import Path
+
+# The data sets on which its ResNets get the CIFAR stem (`solo/methods/base.py`).
+WITH_CIFAR_STEM = ("cifar10", "cifar100")
 
 INSTALL_HINT = (
     "solo-learn is missing: install it with `pip install --no-deps solo-learn==1.0.2`, or put a "
