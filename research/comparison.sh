@@ -21,10 +21,10 @@ distilled="$any method=vicreg_distilled gating.relative_budget_loss=true"  # as 
 slimmable="us3l_cifar10 optimizer.weight_decay=0 scheduler.interval=step method_kwargs.pred_hidden_dim=512"
 declare -A overrides=(
     [dense]=vicreg_cifar10 [dense_0.1]=vicreg_cifar10 [dense_0.3]=vicreg_cifar10 [dense_0.5]=vicreg_cifar10
-    [dense_long]=vicreg_cifar10  # three times as long: US3L makes three steps a batch
+    [dense_3x]=vicreg_cifar10  # three times as long: US3L makes three steps a batch
     [dual_0.3]="vicreg_dual_cifar10 $channel gating.target_budget=0.3"
     [any]="$any"
-    [distilled]="$distilled" [distilled_long]="$distilled" [distilled_fixed]="$distilled gating.gate=fixed"
+    [distilled]="$distilled" [distilled_3x]="$distilled" [distilled_fixed]="$distilled gating.gate=fixed"
     [simclr]=simclr_cifar10 [simclr_0.3]=simclr_cifar10
     [simclr_channel_0.3]="simclr_cdg_cifar10 recipe=simclr_gated $channel gating.target_budget=0.3"
     [simclr_channel_0.5]="simclr_cdg_cifar10 recipe=simclr_gated $channel gating.target_budget=0.5"
@@ -48,7 +48,7 @@ done
 arguments() { # variant, seed -> run, length, run_width
     local variant=$1 seed=$2 share=${1##*_} teacher policy
     read -r -a run <<<"${overrides[$variant]}"
-    [[ $variant != *_long ]] || length=$((epochs * 3))
+    [[ $variant != *_3x ]] || length=$((epochs * 3))
     case $variant in
     dense_0* | simclr_0*) run_width=$(narrow "$share") ;;
     simreg | seed)

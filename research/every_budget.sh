@@ -57,7 +57,7 @@ declare -A overrides=(
     [distilled_0.3]="$distilled gating.target_budget=0.3 gating.budget_per_image=false"
     [distilled_per_step]="$distilled gating.budget_per_image=false"  # images may use more than others
     [distilled_top_k]="$distilled gating.gate=top_k"
-    [distilled_slimmable]="$distilled gating.gate=fixed"  # universally slimmable, between convolutions
+    [distilled_fixed]="$distilled gating.gate=fixed"  # universally slimmable, between convolutions
     [distilled_projections]="$distilled method=vicreg_distilled_projections"
     [distilled_across_views]="$distilled method=vicreg_distilled_across_views"
     [distilled_gates]="$distilled method=vicreg_distilled_gates"

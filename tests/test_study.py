@@ -54,17 +54,25 @@ def test_the_picture_shows_means_over_seeds_at_their_flops(tmp_path):
         write("dense", seed, dense=(200.0, 50.0 + seed))
         write("dense_0.3", seed, dense=(60.0, 40.0))
         write("any", seed, dense=(200.0, 48.0), **{"gated at 30%": (60.0 + 2 * seed, 44.0 + seed)})
-        write("fbs", seed, dense=(200.0, 41.0), **{picture.OWN: (70.0, 43.0)})
-    drawn = {}
+        write("fbs_0.3", seed, dense=(200.0, 41.0), **{picture.OWN: (70.0, 43.0)})
+        write("fbs_0.5", seed, dense=(200.0, 42.0), **{picture.OWN: (100.0, 44.0)})
+        write("dual_0.3", seed, dense=(200.0, 41.0), **{picture.OWN: (70.0, 39.0 + 2 * seed)})
+    drawn, bars = {}, []
 
     def keep(path, figure):
         (axis,) = figure.axes
         drawn.update({line.get_label(): line.get_xydata().tolist() for line in axis.lines})
+        bars.extend(end.tolist() for group in axis.collections for end in group.get_segments())
 
     with mock.patch.object(picture, "write_picture", keep):
         picture.picture(tmp_path, tmp_path / "unused.png")
     assert drawn == {
         "dense networks, one training each": [[30.0, 40.0], [100.0, 50.5]],
         "any": [[30.5, 44.5], [100.0, 48.0]],
-        "fbs": [[35.0, 43.0]],
+        "fbs": [[35.0, 43.0], [50.0, 44.0]],
+        "dual_0.3": [[35.0, 40.0]],
     }
+    deviation = 0.5**0.5  # of two seeds a point apart
+    expected = [(100, 50.5, deviation), (30.5, 44.5, deviation), (35, 40, 2 * deviation)]
+    for bar, (x, mean, by) in zip(bars, expected, strict=True):
+        assert bar == [[x, pytest.approx(mean - by)], [x, pytest.approx(mean + by)]]

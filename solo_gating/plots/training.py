@@ -82,7 +82,7 @@ def draw_curves(
     if not shown:
         return None
     last = 1 + max(epoch for points in logs.values() for epoch in points)
-    columns = len(shown) if len(shown) <= 4 else 3
+    columns = 2 if len(shown) == 4 else min(3, len(shown))
     rows = -(-len(shown) // columns)
     figure = Figure(figsize=(4.2 * columns, 3.6 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flat
