@@ -1,4 +1,4 @@
-"""Variants of VICReg-Dual-Gating that docs/results/every_budget.md studies and the package does not have.
+"""Variants of VICReg-Dual-Gating that the study of budgets has and the package does not.
 
 python research/ablations.py --config-name vicreg_dual_cifar10 method=NAME [key=value ...]
 

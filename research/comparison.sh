@@ -23,11 +23,13 @@ declare -A overrides=(
     [dense]=vicreg_cifar10 [dense_0.1]=vicreg_cifar10 [dense_0.3]=vicreg_cifar10 [dense_0.5]=vicreg_cifar10
     [dense_3x]=vicreg_cifar10  # three times as long: US3L makes three steps a batch
     [dual_0.3]="vicreg_dual_cifar10 $channel gating.target_budget=0.3"
+    [gated_0.3]="vicreg_gated_cifar10 $channel gating.target_budget=0.3"  # both views, as the SimCLR kinds
     [any]="$any"
     [distilled]="$distilled" [distilled_3x]="$distilled" [distilled_fixed]="$distilled gating.gate=fixed"
     [simclr]=simclr_cifar10 [simclr_0.3]=simclr_cifar10
     [simclr_channel_0.3]="simclr_cdg_cifar10 recipe=simclr_gated $channel gating.target_budget=0.3"
     [simclr_channel_0.5]="simclr_cdg_cifar10 recipe=simclr_gated $channel gating.target_budget=0.5"
+    [simclr_dual_0.3]="simclr_cdg_cifar10 recipe=simclr_gated method=simclr_dual $channel gating.target_budget=0.3"
     [simclr_fbs_0.3]="simclr_fbs_cifar10 $rest gating.target_budget=0.3"
     [simclr_fbs_0.5]="simclr_fbs_cifar10 $rest gating.target_budget=0.5"
     [simclr_dgc_0.3]="simclr_dgc_cifar10 gating.target_budget=0.3"
@@ -66,7 +68,7 @@ arguments() { # variant, seed -> run, length, run_width
 
 default=""
 for variant in dense dense_0.1 dense_0.3 any distilled distilled_fixed us3l us3l_per_batch simclr \
-    simclr_{channel,fbs,dgc}_{0.3,0.5} simclr_{cdg,scdg,cgnet}_{0,0.55} simreg seed dual_0.3; do
+    simclr_{channel,fbs,dgc}_{0.3,0.5} simclr_{cdg,scdg,cgnet}_{0,0.55} simreg seed dual_0.3 gated_0.3 simclr_dual_0.3; do
     default+=" $variant"
 done
 read -r -a variants <<<"${VARIANTS:-$default}"

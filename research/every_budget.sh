@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # One run for every budget, or one for each? Trains variants of VICReg-Dual-Gating and their rivals with
 # several seeds, evaluates both paths (1-NN, and logistic regression on standardised features) at given
-# shares of the FLOPs, and prints a table (mean ± std). docs/results/every_budget.md has the results.
+# shares of the FLOPs, and prints a table (mean ± std). docs/results/every_budget.md and
+# dual_gating_range.md have the results.
 #
 #   bash research/every_budget.sh digits [key=value ...]
 #   DATA=FOLDER bash research/every_budget.sh cifar10|cifar100 [key=value ...]
@@ -20,7 +21,7 @@ cifar10 | cifar100) dual=vicreg_dual_$1 dense=("vicreg_$1") ;;
 esac
 prepare "$1"; shift
 
-# The last two as in the runs of docs/results/every_budget.md.
+# The last two as in the runs of these pages.
 gated="gating.sparsity_weight=100 gating.warmup_epochs=$((epochs / 10)) gating.bound_gradient=all gating.weight_decay=1e-4"
 range="gating.target_budget=[0.05,0.9]"
 any="$range gating.budget_anneal=0.5 gating.budget_per_image=true"  # vicreg_any_*
