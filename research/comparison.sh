@@ -68,7 +68,8 @@ arguments() { # variant, seed -> run, length, run_width
 
 default=""
 for variant in dense dense_0.1 dense_0.3 any distilled distilled_fixed us3l us3l_per_batch simclr \
-    simclr_{channel,fbs,dgc}_{0.3,0.5} simclr_{cdg,scdg,cgnet}_{0,0.55} simreg seed dual_0.3 gated_0.3 simclr_dual_0.3; do
+    simclr_{channel,fbs,dgc}_{0.3,0.5} simclr_{cdg,scdg,cgnet}_{0,0.55} simreg seed \
+    {dual,gated,simclr_dual}_0.3; do
     default+=" $variant"
 done
 read -r -a variants <<<"${VARIANTS:-$default}"
