@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import torch.fx
+import torch.nn.functional as F
 from torch import Tensor
 
 from .base import FoldedGate, register_gate
@@ -20,9 +21,9 @@ def largest(scores: Tensor, number: Tensor, temperature: float | None = None) ->
     Args:
         scores: B × C.
         number: how many; a number or one for each row, B.
-        temperature: τ of the gradient, which is that of sigmoid((score − b) / τ), where b lies half
-            way between the smallest score that is marked and the largest that is not; None for no
-            gradient.
+        temperature: τ of the gradient, which is that of sigmoid((score − b) / τ). b lies half way
+            between the smallest score that is marked and the largest that is not, and moves with the
+            scores so that the sigmoids' sum stays; None for no gradient.
 
     Returns:
         Zeros and exactly `number` ones in each row, of equal scores those that come first; in at
@@ -40,7 +41,13 @@ def largest(scores: Tensor, number: Tensor, temperature: float | None = None) ->
     last = (number.long() - 1).expand(len(scores), 1)
     beyond = (last + 1).clamp(max=scores.shape[1] - 1)
     border = (ordered.gather(1, last) + ordered.gather(1, beyond)) / 2
-    return straight_through(hard, torch.sigmoid((scores - border.detach()) / temperature))
+    away = (scores - border).detach() / temperature
+    # With a border that stays, every loss that likes channels raises all scores together, which marks
+    # none, and drowns what tells them apart.
+    moves = (F.logsigmoid(away) + F.logsigmoid(-away)).softmax(dim=1)
+    relative = scores - (moves * scores).sum(dim=1, keepdim=True)
+    soft = torch.sigmoid(away + (relative - relative.detach()) / temperature)
+    return straight_through(hard, soft)
 
 
 @register_gate("top_k")
@@ -49,7 +56,7 @@ class TopKGate(ScoringGate):
 
     The cost is the same for every image, so that it needs neither budget nor bound loss. In training
     logistic noise is added to the scores and the gradient is straight-through: of the sigmoids around
-    the border between both groups.
+    the border between both groups, whose sum stays (`largest`).
 
     Args:
         in_channels: C_in, channels of the block's input.

@@ -1,11 +1,13 @@
 """Kinds of gates: those that are shipped, and one from outside of the package."""
 
+import itertools
 import math
 import warnings
 
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import brentq
 from torch import Tensor
 
 from solo_gating import InputError, create_backbone, main_flops
@@ -15,6 +17,7 @@ from solo_gating.evaluate.calibrate import calibrate, mean_share
 from solo_gating.flops import count_flops, selected_channels
 from solo_gating.gates import GATES, ChannelGate, FixedGate, Gate, TopKGate, register_gate
 from solo_gating.gates.shares import number_of_channels
+from solo_gating.gates.top_k import largest
 from solo_gating.main_knn import evaluate_knn
 from solo_gating.main_policy import evaluate_policy
 from solo_gating.main_pretrain import pretrain
@@ -177,21 +180,36 @@ def test_top_k_takes_the_largest_scores_of_each_image():
     assert torch.equal(gate(x, torch.tensor(0.3)).sum(1), torch.full((9,), 3.0))
 
 
-def test_top_k_s_gradient_is_that_of_sigmoids_around_the_border():
-    gate = TopKGate(6, 8, reduction=2, temperature=0.5).double().train()
-    x = torch.randn(5, 6, 4, 4, dtype=torch.float64)
-    direction = torch.randn(5, 8, dtype=torch.float64)
-    torch.manual_seed(3)
-    (gate(x, torch.tensor(0.5)) * direction).sum().backward()
-    found = gate.expand.weight.grad.clone()
-    gate.expand.weight.grad = None
-    torch.manual_seed(3)
-    logits = gate.logits(x)
-    noisy = logits + torch.logit(torch.rand(5, 8, dtype=torch.float64))
-    ordered = noisy.detach().sort(1, descending=True).values
-    border = (ordered[:, 3:4] + ordered[:, 4:5]) / 2
-    (torch.sigmoid((noisy - border) / 0.5) * direction).sum().backward()
-    torch.testing.assert_close(found, gate.expand.weight.grad, rtol=1e-9, atol=1e-12)
+def test_top_k_s_gradient_is_that_of_sigmoids_whose_sum_stays():
+    rng = np.random.default_rng(0)
+    scores, tau = 2 * rng.standard_normal((5, 8)), 0.5
+    numbers = np.array([1, 3, 4, 7, 8])
+    direction = rng.standard_normal((5, 8))
+    given = torch.tensor(scores, requires_grad=True)
+    (largest(given, torch.tensor(numbers), tau) * torch.tensor(direction)).sum().backward()
+
+    def soft(row, border):
+        return 1 / (1 + np.exp(-(row - border) / tau))
+
+    def of_sum(row, total):  # the border at which the sigmoids add up to it
+        return brentq(lambda border: soft(row, border).sum() - total, -60, 60, xtol=1e-14)
+
+    for row, number, weights, found in zip(scores, numbers, direction, given.grad, strict=True):
+        ordered = np.sort(row)[::-1]
+        border = (ordered[number - 1] + ordered[min(number, 7)]) / 2
+        total = soft(row, border).sum()
+        expected = np.zeros(8)
+        for c, step in itertools.product(range(8), (1e-5, -1e-5)):
+            moved = row + step * np.eye(8)[c]
+            expected[c] += weights @ soft(moved, of_sum(moved, total)) / (2 * step)
+        np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e4])
+def test_a_loss_that_likes_channels_does_not_move_top_k_s_scores(spread):
+    scores = (spread * torch.randn(4, 16)).requires_grad_()
+    largest(scores, torch.tensor(5), 2 / 3).sum().backward()
+    torch.testing.assert_close(scores.grad, torch.zeros(4, 16), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["resnet18_gated", "resnet50_gated", "resnet18_two_encoders"])
