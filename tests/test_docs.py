@@ -200,7 +200,7 @@ def as_ours():
 def test_python_runs(page, as_ours, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SOLO_GATING_ISA", "pytorch")  # building the kernel takes long
-    run = tmp_path / "trained_models/vicreg_dual/<run>"
+    run = tmp_path / "trained_models/vicreg_distilled/<run>"
     shutil.copytree(CHECKPOINT.parent, run)
     images = torch.randn(2, 3, 16, 16)
     names = {"__name__": "block", "images": images, "one": images, "other": images + 1}
