@@ -18,6 +18,7 @@ from .errors import InputError
 
 __all__ = [
     "Kind",
+    "are_three",
     "at_least",
     "checked_threshold",
     "is_int",
@@ -106,3 +107,8 @@ def shortened(names: Sequence[str], most: int = 10) -> str:
     """Names for a message, separated by commas; of many only the first."""
     rest = f", ... ({len(names)} in all)" if len(names) > most else ""
     return ", ".join(names[:most]) + rest
+
+
+def are_three(value: Any, test: Callable[[Any], bool]) -> bool:
+    """Whether a value is a list of three that pass a test: one number for each colour."""
+    return isinstance(value, list) and len(value) == 3 and all(map(test, value))

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.resnet import ResNet as TorchvisionResNet
@@ -10,6 +11,11 @@ from ..errors import InputError
 from .blocks import BLOCKS, plain_block
 
 STEMS = ("imagenet", "cifar")
+_NOT_HERE = {
+    "groups": (1, "ResNeXt's grouped convolutions"),
+    "width_per_group": (64, "wide ResNets"),
+    "replace_stride_with_dilation": (False, "dilated ResNets"),
+}
 _TORCHVISIONS_WIDTH = 64
 
 # Below it oneDNN, up to 3.12 at least, writes past its workspace in the weights' gradient of a strided
@@ -45,10 +51,12 @@ class ResNet(TorchvisionResNet):
             3×3, stride 1, padding 2, no max-pool (`solo/methods/base.py` of vturrisi/solo-learn).
         block: the class of the residual blocks, or its name in `BLOCKS`.
         zero_init_residual: start every residual branch at zero, as torchvision's argument.
-        kwargs: torchvision's other arguments (`num_classes`, `norm_layer`, ...).
+        kwargs: torchvision's other arguments (`num_classes`, `norm_layer`), but for those of
+            ResNeXt, wide and dilated ResNets, whose convolutions nothing that counts, cuts or exports
+            networks knows.
 
     Raises:
-        InputError: for a width or stem that is not accepted.
+        InputError: for a width or stem that is not accepted, or one of these arguments.
     """
 
     def __init__(
@@ -65,6 +73,12 @@ class ResNet(TorchvisionResNet):
             raise InputError(f"backbone.kwargs.width: got {width!r}, expected an integer ≥ 1")
         if stem not in STEMS:
             raise InputError(f"backbone.kwargs.stem: got {stem!r}, expected {STEMS}")
+        for name, (usual, what) in _NOT_HERE.items():
+            if kwargs.get(name) not in (None, usual) and any(np.ravel(kwargs[name]) != usual):
+                raise InputError(
+                    f"backbone.kwargs.{name}: got {kwargs[name]!r}, expected {usual}: {what} are not "
+                    "supported"
+                )
         block = BLOCKS[block] if isinstance(block, str) else block
         self._width = width  # before torchvision builds its layers
         super().__init__(block, layers, zero_init_residual=zero_init_residual, **kwargs)  # type: ignore[arg-type]

@@ -40,7 +40,8 @@ class SlicedBlock(BlockMixin):
             # As torchvision initialises a ResNet's.
             nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
             setattr(self, f"conv{number}", new)
-            setattr(self, f"bn{number}", type(norm)(widths[number]))
+            if norm.num_features != widths[number]:  # else it may start at zero
+                setattr(self, f"bn{number}", type(norm)(widths[number]))
         self.set_gates(gates)
 
     def forward(self, x: Tensor) -> Tensor:

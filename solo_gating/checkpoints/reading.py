@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..backbones import PATHS
 from ..budgets import RANGE, is_range
-from ..checks import is_int, is_number, is_positive, is_share, require, shown
+from ..checks import are_three, is_int, is_number, is_positive, is_share, require, shown
 from ..errors import InputError
 from ..files import read_json
 
@@ -255,8 +255,8 @@ _ARGS: dict[str, _Check] = {
         lambda v: is_int(v, 1) and v <= LARGEST_SIDE,
         f"an integer from 1 to {LARGEST_SIDE}",
     ),
-    "augmentations.0.mean": (lambda v: _are(v, is_number), "a list of 3 numbers"),
-    "augmentations.0.std": (lambda v: _are(v, is_positive), "a list of 3 numbers > 0"),
+    "augmentations.0.mean": (lambda v: are_three(v, is_number), "a list of 3 numbers"),
+    "augmentations.0.std": (lambda v: are_three(v, is_positive), "a list of 3 numbers > 0"),
     "method_kwargs": _GROUP,
     "optimizer": _GROUP,
     "optimizer.kwargs": _GROUP,
@@ -281,7 +281,9 @@ _READING_FILES = re.compile(r"pretrained.*|weights.*|checkpoint_path")
 
 
 def trained_paths(group: Mapping[str, Any]) -> tuple[str, ...]:
-    """The paths that a run with a group `gating` trains, dense first; without views, both."""
+    """The paths that a run with a group `gating` trains, dense first; of a group without views, both."""
+    if not group:
+        return ("dense",)
     taken = set(group.get("views") or PATHS)
     if group.get("distillation_weight") is not None:
         taken.add("gated")
@@ -365,10 +367,6 @@ def _select(content: dict[str, Any], name: str) -> Any:
         else:
             found = found.get(part) if isinstance(found, dict) else None
     return None if found == "???" else found  # which is OmegaConf's word for a missing value
-
-
-def _are(value: Any, accepted: Callable[[Any], bool]) -> bool:
-    return isinstance(value, list) and len(value) == 3 and all(map(accepted, value))
 
 
 def _is_paths(value: Any) -> bool:

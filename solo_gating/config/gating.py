@@ -190,6 +190,11 @@ class GatingConfig:
         self._check_gate()
         self._check_train(cfg)
         one_of("gating.momentum_path", self.momentum_path, MOMENTUM_PATHS)
+        if self.momentum_path == "gated" and "gated" not in self.views:
+            raise InputError(
+                "gating.momentum_path: got gated with no gated view in gating.views, whose students "
+                "learn as in the plain method; expected dense"
+            )
         one_of("gating.bound_gradient", self.bound_gradient, GRADIENTS)
         require("gating.temperature", self.temperature, is_positive, "a number > 0")
         at_least("gating.reduction", self.reduction, 1)

@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from omegaconf import DictConfig, OmegaConf
 
 from ..backbones.sliced import POLICY
@@ -20,6 +21,7 @@ from ..data import (
     check_augmentations,
     check_data,
     check_device_pipeline,
+    check_view,
     count_class_folders,
 )
 from ..errors import InputError
@@ -108,6 +110,11 @@ def prepare_config(cfg: DictConfig) -> DictConfig:
     one_of("data.pipeline", cfg.data.pipeline, PIPELINES)
     if cfg.data.pipeline == "device":
         check_device_pipeline(cfg.data)
+        if cfg.get("overfit_batches"):
+            raise InputError(
+                f"overfit_batches: got {cfg.overfit_batches} with data.pipeline=device, whose loader "
+                "Lightning cannot cut; expected 0, or data.pipeline=workers"
+            )
     check_optimizer(cfg.optimizer, least_batch=2)  # for BatchNorm
     if cfg.scheduler.name == "step" and not cfg.scheduler.get("lr_decay_steps"):
         raise InputError(
@@ -156,6 +163,7 @@ def prepare_config(cfg: DictConfig) -> DictConfig:
                 "no momentum encoder; expected dense, or no such key"
             )
         _check_final_budgets(cfg.final_knn, gating)
+        _warn_of_short_run(gating, cfg.max_epochs)
     elif cfg.pretrained is not None:
         raise InputError(
             f"pretrained: got {shown(cfg.pretrained)}, but method {cfg.method!r} has no gates to learn"
@@ -289,8 +297,26 @@ def _check_views(cfg: DictConfig) -> None:
     for number, view in enumerate(views):
         try:
             check_values(view, VIEW)
+            check_view(cfg.data.dataset, view)
         except InputError as error:
             raise InputError(f"augmentations[{number}].{error}") from error
+
+
+def _warn_of_short_run(gating: GatingConfig, epochs: int) -> None:
+    """Where gates learn nothing, or not the budget that is asked for."""
+    if gating.warmup_epochs >= epochs:
+        rank_zero_warn(
+            f"gating.warmup_epochs: got {gating.warmup_epochs} with max_epochs={epochs}, so that the "
+            "gates rest to the end and the gated path learns nothing"
+        )
+        return
+    schedule = gating.schedule(epochs)
+    last, _ = schedule.ends(epochs - gating.warmup_epochs - 1)
+    if last > schedule.low + 1e-9:
+        rank_zero_warn(
+            f"gating.budget_anneal, gating.budget_hold: the budget is still {last:.2f} in the last of "
+            f"{epochs} epochs, and {schedule.low} never"
+        )
 
 
 def _check_final_budgets(final_knn: DictConfig, gating: GatingConfig) -> None:

@@ -17,7 +17,16 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ..backbones import PATHS
 from ..checkpoints.reading import LARGEST_SIDE, as_text, literal
-from ..checks import Kind, is_int, is_not_negative, is_number, is_positive, no_such_key, shown
+from ..checks import (
+    Kind,
+    are_three,
+    is_int,
+    is_not_negative,
+    is_number,
+    is_positive,
+    no_such_key,
+    shown,
+)
 from ..errors import InputError
 from .arguments import ALIASES, todays_name
 
@@ -173,6 +182,7 @@ PRETRAINING: Table = {
     "method": ANY,
     "resume_from_checkpoint": PATH_OR_NULL,
     "pretrained": PATH_OR_NULL,
+    "optimizer.layer_decay": Kind(lambda v: v == 0, "0: only linear evaluation reads it"),
     "accumulate_grad_batches": COUNT,
     "backbone.name": ANY,
     "backbone.kwargs": GROUP,
@@ -287,8 +297,8 @@ QUEUE_SIZE = 65536
 VIEW: Table = {
     "crop_size": CROP,
     "num_crops": COUNT,
-    "mean": Kind(lambda v: isinstance(v, list) and all(map(is_number, v)), "a list of numbers"),
-    "std": Kind(lambda v: isinstance(v, list) and all(map(is_positive, v)), "numbers > 0"),
+    "mean": Kind(lambda v: are_three(v, is_number), "a list of 3 numbers"),
+    "std": Kind(lambda v: are_three(v, is_positive), "a list of 3 numbers > 0"),
     "rrc.enabled": TRUTH,
     "rrc.crop_min_scale": PROBABILITY,
     "rrc.crop_max_scale": PROBABILITY,

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Subset
 from ..errors import InputError
 from .augmentations import (
     check_augmentations,
+    check_view,
     classification_transform,
     evaluation_transform,
     training_transform,
@@ -35,27 +36,31 @@ def training_loader(cfg: DictConfig, place: Place | None = None) -> Any:
 
     Args:
         cfg: a complete config (`config.prepare_config`).
-        place: with `data.pipeline: device`, where the views are to be made; default: this
-            process alone, on the CPU.
+        place: which of how many processes this is, and with `data.pipeline: device` where the views
+            are to be made; default: this process alone, on the CPU.
 
     Returns:
         A DataLoader whose workers make views from PIL images, or a `device.loader.DeviceLoader`.
 
     Raises:
-        InputError: for data that cannot be used, or fewer images than one batch.
+        InputError: for data that cannot be used, or fewer images than one batch for each process.
     """
     on_device = cfg.data.pipeline == "device"
     transform = None if on_device else training_transform(cfg.data.dataset, cfg.augmentations)
     dataset: Any = open_dataset(cfg.data, "train", transform)
     if cfg.data.fraction > 0:
         dataset = fraction_of(dataset, cfg.data.fraction)
-    if len(dataset) < cfg.optimizer.batch_size:
+    place = place or Place()
+    # Workers repeat some images where they do not divide evenly, the device leaves some out.
+    of_each = (len(dataset) + (0 if on_device else place.processes - 1)) // place.processes
+    if of_each < cfg.optimizer.batch_size:
+        where = "" if place.processes == 1 else f" on {place.processes} processes"
         raise InputError(
-            f"optimizer.batch_size: got {cfg.optimizer.batch_size} with {len(dataset)} training "
-            "images, expected at most their number (an incomplete last batch is dropped)"
+            f"optimizer.batch_size: got {cfg.optimizer.batch_size}{where} with {len(dataset)} training "
+            f"images, expected at most {of_each} (an incomplete last batch is dropped)"
         )
     if on_device:
-        return device_loader(cfg, dataset, place or Place())
+        return device_loader(cfg, dataset, place)
     return LazyLoader(
         SeededImages(dataset),
         sampler=SeededSampler(len(dataset), cfg.seed),
@@ -172,6 +177,7 @@ __all__ = [
     "check_augmentations",
     "check_data",
     "check_device_pipeline",
+    "check_view",
     "classification_loader",
     "count_class_folders",
     "evaluation_loader",

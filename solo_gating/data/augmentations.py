@@ -73,6 +73,29 @@ def view_transform(dataset: str, view: DictConfig) -> transforms.Compose:
     return transforms.Compose(steps)
 
 
+def check_view(dataset: str, view: DictConfig) -> None:
+    """Refuse an entry of which torchvision makes no view.
+
+    Args:
+        dataset: as in `view_transform`.
+        view: an entry that `check_augmentations` has completed, its values of the right types.
+
+    Raises:
+        InputError: naming the operation.
+    """
+    rrc = view.rrc
+    if rrc.get("enabled") and rrc.get("crop_min_scale", 0) > rrc.get("crop_max_scale", 1):
+        raise InputError(
+            f"rrc.crop_min_scale: got {rrc.crop_min_scale}, expected at most "
+            f"rrc.crop_max_scale={rrc.crop_max_scale}"
+        )
+    try:
+        view_transform(dataset, view)
+    except Exception as error:  # whatever solo-learn, OmegaConf and torchvision say
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{', '.join(view)}: no view can be made of them ({reason})") from error
+
+
 def training_transform(dataset: str, views: ListConfig) -> Callable[[Any], list[Any]]:
     """From one PIL image to the list of all its views."""
     return FullTransformPipeline(

@@ -1,9 +1,14 @@
 """Channel gating (CGNet): each output's partial sum decides about the rest of it."""
 
-from torch import nn
+from typing import Any
+
+import torch.fx
+from torch import Tensor, nn
 
 from .base import register_gate
-from .partial_sum import PartialSumGate
+from .partial_sum import PartialSumGate, in_float32
+
+torch.fx.wrap("in_float32")
 
 
 @register_gate("cgnet")
@@ -25,3 +30,8 @@ class ChannelGatingGate(PartialSumGate):
     def normalisation(self) -> nn.Module:
         """As in `PartialSumGate`."""
         return nn.BatchNorm2d(self.out_channels, affine=False)
+
+    def normalised(self, salience: Tensor) -> Tensor:
+        """As in `PartialSumGate`; a network in half precision has its statistics in that."""
+        norm: Any = self.norm
+        return in_float32(norm(salience.to(norm.running_mean.dtype)))

@@ -118,6 +118,10 @@ class PartialSumGate(ConvolutionGate):
         """Makes U of the base's output, or of its means over runs."""
         raise NotImplementedError(f"{type(self).__name__} has no normalisation")
 
+    def normalised(self, salience: Tensor) -> Tensor:
+        """U, B × K × H × W, in at least float32."""
+        return self.norm(in_float32(salience))
+
     def forward(
         self, x: Tensor, conv: nn.Conv2d, view: int = 0, budget: Tensor | None = None
     ) -> GatedOutput:
@@ -128,9 +132,7 @@ class PartialSumGate(ConvolutionGate):
             salience = base.unflatten(1, (-1, self.run)).mean(2)
         # In evaluation only, as other gates' thresholds.
         tau = self.tau if self.training else self.tau + self.threshold
-        mask = decided(
-            self.norm(in_float32(salience)), tau, self.alpha, self.hard, self.sparse_gradient
-        )
+        mask = decided(self.normalised(salience), tau, self.alpha, self.hard, self.sparse_gradient)
         shares = (mask if self.losses else mask.detach()).mean((2, 3))
         if self.run > 1:
             mask, shares = (one.repeat_interleave(self.run, 1) for one in (mask, shares))

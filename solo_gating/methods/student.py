@@ -124,7 +124,9 @@ def record_widths(cfg: DictConfig) -> None:
     name, kwargs = cfg.backbone.name, cfg.backbone.get("kwargs") or {}
     file = kwargs.get("policy")
     if file is None:
-        kwargs.pop("policy", None)  # of a recipe's, for another backbone than the recipe's
+        for key in ("policy", "hidden"):  # of a recipe's, for another backbone than the recipe's
+            if kwargs.get(key) is None:
+                kwargs.pop(key, None)
         return
     if not name.endswith("_policy"):
         raise InputError(f"{POLICY}: got {file!r}, backbone {name!r} takes none; expected null")

@@ -123,6 +123,11 @@ class US3L(MomentumMethod, GatedMethod):
                 f"gating.gate: got {cfg.gating.gate!r} with method us3l, whose widths are the same "
                 f"for all images; expected {' or '.join(SLIMMABLE)}"
             )
+        if cfg.gating.gate_kwargs.get("count") is not None:
+            raise InputError(
+                f"gating.gate_kwargs.count: got {cfg.gating.gate_kwargs.count} with method us3l, whose "
+                "gates have the channels of each width; expected none"
+            )
         budget: Any = cfg.gating.target_budget
         if isinstance(budget, (int, float)) or budget[1] != 1:
             raise InputError(

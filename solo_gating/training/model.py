@@ -26,6 +26,8 @@ def build_model(cfg: DictConfig) -> Any:
     model = build_method(cfg)
     if cfg.get("pretrained") is not None:
         load_pretrained(model.backbone, cfg.pretrained)
+        if "momentum" in cfg:  # the teacher began as a copy of other weights
+            model.momentum_backbone.load_state_dict(model.backbone.state_dict())
     if not cfg.performance.disable_channel_last:
         model = model.to(memory_format=torch.channels_last)
     if cfg.performance.compile:

@@ -1,6 +1,7 @@
 """Lightning's Trainer from solo-learn's config keys."""
 
 import inspect
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,8 +14,9 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
+from ..backbones import gated_backbones
 from ..errors import InputError
 from ..gates import gate_class
 from ..methods import GATED_METHODS
@@ -125,17 +127,33 @@ def _on_cpu(cfg: DictConfig) -> bool:
 
 
 def _strategy(cfg: DictConfig) -> Any:
-    if cfg.strategy != "ddp":
-        return cfg.strategy or "auto"
+    # Of several processes Lightning makes DDP, too, but for notebooks, where it has a form of its own.
+    several = (cfg.num_nodes != 1 or _devices(cfg) > 1) and not hasattr(sys, "ps1")
+    if cfg.strategy == "ddp" or (cfg.strategy in ("auto", None) and several):
+        return DDPStrategy(find_unused_parameters=_some_are_unused(cfg))
+    return cfg.strategy or "auto"
+
+
+def _devices(cfg: DictConfig) -> int:
+    """On how many this machine's part of a run trains."""
+    if cfg.devices in ("auto", -1, "-1", None):
+        return 1 if _on_cpu(cfg) else max(1, torch.cuda.device_count())
+    if isinstance(cfg.devices, str) and "," in cfg.devices:
+        return sum(number.strip() != "" for number in cfg.devices.split(","))
+    return len(cfg.devices) if OmegaConf.is_list(cfg.devices) else int(cfg.devices)
+
+
+def _some_are_unused(cfg: DictConfig) -> bool:
+    """Whether a step's backward pass leaves parameters out."""
+    if cfg.method not in GATED_METHODS:
+        return cfg.backbone.name in gated_backbones()  # whose gates nothing trains
     # While the gates rest, their parameters and the gated BatchNorms have no gradient; nor have
-    # BatchNorms of the dense path that no view takes and gates replace; and in a method of several
-    # backward passes none reaches all parameters.
-    gating: Any = cfg.get("gating") or {}
-    kind: Any = gate_class(gating.get("gate", "channel"))
-    replaced = getattr(kind, "has_output_norm", False) and "dense" not in gating.get("views", ())
-    several = cfg.method in GATED_METHODS and GATED_METHODS[cfg.method].several_passes
-    unused = gating.get("warmup_epochs", 0) > 0 or replaced or several
-    return DDPStrategy(find_unused_parameters=unused)
+    # BatchNorms that no view takes and gates replace, those of a gated encoder of its own among them;
+    # and in a method of several backward passes none reaches all parameters.
+    gating: Any = cfg.gating
+    taken = "dense" in gating.views and "two_encoders" not in cfg.backbone.name
+    replaced = getattr(gate_class(gating.gate), "has_output_norm", False) and not taken
+    return gating.warmup_epochs > 0 or replaced or GATED_METHODS[cfg.method].several_passes
 
 
 def _wandb(cfg: DictConfig, folder: Path) -> WandbLogger:

@@ -44,22 +44,13 @@ def device_loader(cfg: DictConfig, dataset: Any, place: Place) -> "DeviceLoader"
         cfg: a complete config.
         dataset: the training images, in memory.
         place: device, rank and number of processes.
-
-    Raises:
-        InputError: for fewer images than one batch on every process.
     """
     # Only here: kornia is an extra.
     from .loader import DeviceLoader, arrays_of
     from .views import DeviceView
 
-    batch = cfg.optimizer.batch_size
-    if len(dataset) < batch * place.processes:
-        raise InputError(
-            f"optimizer.batch_size: got {batch} on {place.processes} processes with "
-            f"{len(dataset)} training images, expected at most their number"
-        )
     views = [(DeviceView(cfg.data.dataset, view), view.num_crops) for view in cfg.augmentations]
-    return DeviceLoader(*arrays_of(dataset), views, batch, cfg.seed, place)
+    return DeviceLoader(*arrays_of(dataset), views, cfg.optimizer.batch_size, cfg.seed, place)
 
 
 def place_of(trainer: Any) -> Place:
