@@ -16,8 +16,9 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from solo_gating import BACKBONES, GATED_METHODS, METHODS, BaseMethod
 from solo_gating.backbones import create_backbone
+from solo_gating.config.compose import composed
 from solo_gating.config.gating import GatingConfig
-from solo_gating.config.schema import EVALUATIONS, METHOD_KWARGS, PRETRAINING
+from solo_gating.config.schema import EVALUATIONS, METHOD_KWARGS, OWN_METHOD_KWARGS, PRETRAINING
 from solo_gating.flops import count_flops
 from solo_gating.gates import GATES
 
@@ -157,6 +158,22 @@ def test_the_other_keys_exist():
             for key in re.findall(r"`([\w.]+)(?:=\w+)?`", cell):
                 if not key.startswith("main_") and key != "dataset":
                     assert known(key, everything), key
+
+
+@pytest.mark.parametrize("name", ["simreg_cifar100", "seed_cifar100", "us3l_cifar100"])
+def test_the_keys_of_a_method_can_be_overridden_as_documented(name):
+    cfg = composed(name, [])
+    kwargs = {key for key, methods in OWN_METHOD_KWARGS.items() if cfg.method in methods}
+    assert kwargs <= {*cfg.method_kwargs}
+    if cfg.method in ("simreg", "seed"):
+        assert {"policy", "hidden", "width"} <= {*cfg.backbone.kwargs}
+
+
+def test_the_keys_of_gating_can_be_overridden_as_documented():
+    assert {field.name for field in fields(GatingConfig)} == {
+        *composed("byol_dual_cifar10", []).gating
+    }
+    assert "momentum_path" in composed("vicreg_dual_cifar10", []).gating
 
 
 def test_the_readme_names_what_there_is():

@@ -154,3 +154,13 @@ def test_a_policy_of_another_depth_is_refused(tmp_path):
     for name in ("resnet34", "resnet50"):
         with pytest.raises(InputError, match=r"^backbone.kwargs.policy: .*policy.json"):
             BACKBONES[f"{name}_policy"](policy=str(file), width=4)
+
+
+def test_residual_branches_start_at_zero_where_they_are_to():
+    hidden = [4, 5, 7, 8, 16, 3, 32, 30]
+    for zero in (True, False):
+        net = create_backbone(
+            "resnet18_policy", width=4, stem="cifar", hidden=hidden, zero_init_residual=zero
+        )
+        assert all(block.bn2.weight.eq(0).all() == zero for block in net.blocks)
+        assert all(block.bn1.weight.eq(1).all() for block in net.blocks)

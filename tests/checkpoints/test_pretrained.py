@@ -11,6 +11,7 @@ from torchvision.models import resnet18, resnet34
 from solo_gating import METHODS, InputError, create_backbone
 from solo_gating.checkpoints.pretrained import load_pretrained
 from solo_gating.config.pretraining import prepare_config
+from solo_gating.training.model import build_model
 from solo_gating.training.pretrain import pretrain
 
 from ..support.helpers import (
@@ -193,3 +194,19 @@ def test_a_config_that_cannot_be_is_refused(method, overrides, message):
 
 def test_gates_that_train_with_all_weights_are_recorded_as_ever():
     assert "train" not in prepare_config(tiny_config("vicreg_distilled")).gating
+
+
+@pytest.mark.parametrize("method", ["byol_distilled", "us3l"])
+def test_a_teacher_begins_as_the_encoder_too(method, tmp_path):
+    source = dense()
+    overrides = {"momentum": {"base_tau": 0.99, "final_tau": 0.99}}
+    if method == "us3l":
+        overrides["optimizer"] = {"weight_decay": 0}
+    cfg = tiny_config(method, backbone={"kwargs": {"width": 8}}, **overrides)
+    cfg.pretrained = str(saved(source.state_dict(), tmp_path))
+    model = build_model(prepare_config(cfg))
+    expected = {k: v for k, v in source.state_dict().items() if not k.startswith("fc.")}
+    for net in (model.backbone, model.momentum_backbone):
+        found = net.dense_state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], value) for key, value in expected.items())

@@ -1,7 +1,10 @@
 """What config keys accept: each key has its check, and each setting one place."""
 
 import os
+import re
+import warnings
 from contextlib import suppress
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -194,6 +197,88 @@ def test_trainer_arguments_that_were_overridden_silently_count():
     cfg = prepare_config(tiny_config(num_sanity_val_steps=2, enable_model_summary=True))
     trainer = build_trainer(cfg)
     assert trainer.num_sanity_val_steps == 2
+
+
+@pytest.mark.parametrize(
+    ("asked", "found", "unused"),
+    [
+        ({"strategy": "ddp"}, "DDPStrategy", False),
+        ({"strategy": "auto"}, "SingleDeviceStrategy", None),
+        ({"strategy": "auto", "devices": 2}, "DDPStrategy", False),
+        ({"strategy": None, "devices": 2, "gating": {"warmup_epochs": 1}}, "DDPStrategy", True),
+        ({"strategy": "auto", "devices": [0]}, "SingleDeviceStrategy", None),
+        ({"strategy": "ddp", "gating": {"gate": "fbs"}}, "DDPStrategy", False),
+        (
+            {
+                "strategy": "ddp",
+                "gating": {"gate": "fbs"},
+                "backbone": {"name": "resnet18_two_encoders"},
+            },
+            "DDPStrategy",
+            True,
+        ),
+        ({"strategy": "ddp", "method": "vicreg"}, "DDPStrategy", False),
+        (
+            {"strategy": "ddp", "method": "vicreg", "backbone": {"name": "resnet18_gated"}},
+            "DDPStrategy",
+            True,
+        ),
+    ],
+)
+def test_which_strategy_expects_parameters_without_gradient(asked, found, unused):
+    cfg = prepare_config(tiny_config(asked.pop("method", "vicreg_dual"), **asked))
+    with mock.patch("solo_gating.training.trainer.pl.Trainer") as trainer:
+        build_trainer(cfg)
+    strategy = trainer.call_args.kwargs["strategy"]
+    if unused is None:
+        assert strategy == "auto"
+    else:
+        assert type(strategy).__name__ == found
+        assert strategy._ddp_kwargs == {"find_unused_parameters": unused}
+
+
+@pytest.mark.parametrize(
+    ("view", "parts"),
+    [
+        ({"rrc": {"enabled": True}}, ["crop_min_scale"]),
+        ({"rrc": {"enabled": True, "crop_min_scale": 0.9, "crop_max_scale": 0.1}}, ["0.9", "0.1"]),
+        ({"color_jitter": {"prob": 0.8, "brightness": 0.4}}, ["contrast"]),
+        ({"affine": {"degrees": 20, "translate": [2, 2]}}, ["translation"]),
+        ({"affine": {"degrees": -5}}, ["degrees"]),
+        ({"erasing": {"prob": 0.5, "scale": [0.5, 2]}}, ["cale"]),
+        ({"mean": [0.5], "std": [0.5]}, ["3 numbers"]),
+        ({"std": [0.5, 0.5, 0]}, ["3 numbers > 0"]),
+    ],
+)
+def test_a_view_that_cannot_be_made_is_refused(view, parts):
+    cfg = tiny_config()
+    cfg.augmentations = [{"crop_size": 16, "num_crops": 2, **view}]
+    with pytest.raises(InputError, match=r"^augmentations\[0\]\.") as error:
+        prepare_config(cfg)
+    message = str(error.value)
+    assert "\n" not in message
+    assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize(
+    ("gating", "epochs", "warning"),
+    [
+        ({"warmup_epochs": 2}, 2, r"gating.warmup_epochs: got 2 with max_epochs=2"),
+        ({"budget_anneal": 1.0}, 10, r"still 0.37 in the last of 10 epochs, and 0.3 never"),
+        ({"budget_hold": 0.9, "budget_anneal": 0.1}, 10, r"still 1.00"),
+        ({"budget_anneal": 0.5, "warmup_epochs": 6}, 10, r"still 0.58"),
+        ({"budget_anneal": 0.5}, 10, None),
+        ({"warmup_epochs": 1}, 2, None),
+    ],
+)
+def test_a_run_too_short_for_its_gates_is_warned_of(gating, epochs, warning):
+    cfg = tiny_config(max_epochs=epochs, gating={"target_budget": 0.3, **gating})
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        prepare_config(cfg)
+    found = [str(one.message) for one in found if "gating." in str(one.message)]
+    assert len(found) == (warning is not None)
+    assert all(re.search(warning, one) for one in found)
 
 
 # Copies

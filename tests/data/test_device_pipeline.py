@@ -555,6 +555,28 @@ def test_images_of_two_sizes_and_fewer_than_a_batch_for_each_process_are_refused
         loader(file, Place(processes=3))
 
 
+@pytest.mark.parametrize(("pipeline", "most"), [("workers", 7), ("device", 6)])
+def test_each_of_several_processes_has_a_batch(pipeline, most, tmp_path):
+    pytest.importorskip("kornia")
+    write_images(tmp_path / "a.npz", 20)
+
+    def of_three(batch):
+        cfg = device_config(tmp_path / "a.npz")
+        cfg.data.pipeline, cfg.optimizer.batch_size = pipeline, batch
+        return training_loader(prepare_config(cfg), Place(processes=3))
+
+    of_three(most)
+    with pytest.raises(InputError, match=rf"got {most + 1} on 3 processes with 20.*most {most} "):
+        of_three(most + 1)
+
+
+def test_lightning_s_overfitting_is_refused(file):
+    cfg = device_config(file)
+    cfg.overfit_batches = 2
+    with pytest.raises(InputError, match=r"^overfit_batches: got 2 with data.pipeline=device"):
+        prepare_config(cfg)
+
+
 # The benchmark
 
 

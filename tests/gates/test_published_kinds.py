@@ -109,6 +109,15 @@ def test_a_partial_sum_decides_about_the_rest_of_each_pixel(kind, view):
 
 
 @pytest.mark.parametrize("kind", PER_PIXEL)
+def test_a_network_in_half_precision_decides_too(kind):
+    gate, conv, x = (one.bfloat16() for one in layer(kind))
+    for mode in (gate.train(), gate.eval()):
+        out, shares, _ = mode(x, conv)
+        assert out.dtype == torch.bfloat16
+        assert 0.2 < shares.float().mean() < 0.8
+
+
+@pytest.mark.parametrize("kind", PER_PIXEL)
 def test_the_ends_of_tau_are_the_plain_and_the_grouped_convolution(kind):
     gate, conv, x = layer(kind)
     for view in (0, 1):

@@ -164,6 +164,7 @@ def test_a_recorded_run_says_which_paths_it_trained():
     cfg = prepare_config(tiny_config("vicreg_distilled"))
     assert list(cfg.gating.views) == ["dense", "dense"]
     assert trained_paths(cfg.gating) == ("dense", "gated")
+    assert trained_paths({}) == ("dense",)  # of a method without gates, whatever the backbone
     assert "distillation_weight" not in prepare_config(tiny_config("vicreg_dual")).gating
 
 

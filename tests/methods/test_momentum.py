@@ -426,6 +426,7 @@ def test_a_method_without_the_group_momentum_is_built_as_it_is(method):
         ("vicreg_dual", {"momentum": {"base_tau": 0.9}}, "'vicreg_dual' has no momentum encoder"),
         ("byol_dual", {"gating": {"momentum_path": "both"}}, "gating.momentum_path.*both.*dense"),
         ("vicreg_dual", {"gating": {"momentum_path": "same"}}, "no momentum encoder; expected dense"),
+        ("byol_distilled", {"gating": {"momentum_path": "gated"}}, "momentum_path: got gated with no gated view"),
         ("mocov2plus_dual", {"method_kwargs": {"queue_size": 30}}, "queue_size: got 30.*multiple of the 8"),
         ("nnclr", {"method_kwargs": {"queue_size": 12}}, "queue_size: got 12"),
     ],

@@ -435,6 +435,10 @@ def test_a_width_is_exported_as_a_narrow_network(checkpoint, tmp_path, monkeypat
     ("overrides", "message"),
     [
         ({"gating": {"gate": "channel"}}, "gating.gate: got 'channel'.*slimmable or fixed"),
+        (
+            {"gating": {"gate": "fixed", "gate_kwargs": {"count": 4}}},
+            "gate_kwargs.count: got 4.*expected none",
+        ),
         ({"gating": {"target_budget": 0.5}}, r"gating.target_budget: got 0.5.*\[0.25, 1.0\]"),
         ({"gating": {"target_budget": [0.2, 0.9]}}, "gating.target_budget: got"),
         ({"gating": {"separate_bn": True}}, "gating.separate_bn: got True.*expected False"),
