@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from solo_gating.backbones import TwoPathResNet
-from solo_gating.evaluate.calibrate import calibrate, lowest_share
+from solo_gating.evaluate.calibrate import calibrate, reachable_shares
 from solo_gating.evaluate.evaluation import evaluation_of
 from solo_gating.evaluate.extract import extract
 from solo_gating.evaluate.knn import knn_top1
@@ -61,8 +61,8 @@ def evaluate(checkpoint: Path, file: Path, shares: list[float]) -> None:
             shares = []
         images = torch.cat([images for images, _ in batches["train"]])
         images = images[:: max(1, len(images) // CALIBRATION_IMAGES)][:CALIBRATION_IMAGES]
-        lowest = lowest_share(backbone, (images.shape[-2], images.shape[-1]))
-        for share in [share for share in shares if share >= lowest]:
+        least, most = reachable_shares(backbone, images) if shares else (0, 1)
+        for share in [share for share in shares if least <= share <= most]:
             calibrate(backbone, images, share, share if told else None).apply(backbone)
             found[column(share)] = of_path("gated")
     write_json(file, found)

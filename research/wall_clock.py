@@ -15,7 +15,8 @@ from omegaconf import DictConfig
 from torch import nn
 
 from solo_gating.checks import is_positive, one_of, require
-from solo_gating.cli import composed, config_names, one_sentence_errors
+from solo_gating.cli import one_sentence_errors
+from solo_gating.config.compose import composed, config_names
 from solo_gating.config.pretraining import prepare_config
 from solo_gating.training.model import build_model
 

@@ -272,7 +272,10 @@ def one_sentence_errors(evaluation: str | None = None) -> Iterator[None]:
 
 
 def _how_to_continue(evaluation: str | None) -> str:
-    return CONTINUE if evaluation is None else "the same command continues after what was finished"
+    if evaluation is None:
+        return CONTINUE
+    finished = "continues after what was finished" if evaluation == "linear" else "begins again"
+    return f"the same command {finished}"
 
 
 def _fail(sentence: str, code: int = 2) -> None:

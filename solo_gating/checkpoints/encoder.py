@@ -1,5 +1,6 @@
 """Encoders from checkpoints, ready to be evaluated."""
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,16 @@ class Encoder:
                 f"({self.args.backbone.name}) has no gates; expected dense"
             )
         return (wanted,)
+
+    def warn_of_statistics(self, path: str | None) -> None:
+        """Say where a gated path is about to be used with BatchNorm statistics of another width."""
+        method = METHODS.get(self.args.method)
+        if path == "gated" and getattr(method, "recalibrate", 0):
+            warnings.warn(
+                f"{self.args.method} has BatchNorm statistics of its full width only; evaluations and "
+                "exports estimate those of a budget from images (recalibrate), this does not",
+                stacklevel=3,
+            )
 
     @property
     def crop_size(self) -> int:
@@ -146,6 +157,7 @@ def load_encoder(
     encoder = encoder_of(checkpoint)
     if path is not None:
         encoder.paths(path)
+    encoder.warn_of_statistics(path)
     backbone: Any = encoder.backbone
     if isinstance(backbone, TwoPathResNet):
         for name, value in (("path", path), ("budget", budget), ("threshold", threshold)):

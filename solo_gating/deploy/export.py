@@ -50,9 +50,10 @@ without these on those of the folder. export.json says what was made.
 """
 
 import argparse
+import copy
 import io
 from contextlib import nullcontext, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -69,7 +70,7 @@ from ..data.augmentations import normalisation
 from ..errors import InputError
 from ..evaluate.calibrate import Setting
 from ..evaluate.evaluation import Evaluation, evaluation_of
-from ..evaluate.extract import extract
+from ..evaluate.extract import Extraction, extract
 from ..evaluate.knn import knn_top1
 from ..evaluate.table import figure
 from ..files import make_folder, write_bytes, write_json
@@ -126,6 +127,10 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
     evaluation = None
     if options.evaluate or options.overrides:
         evaluation = evaluation_of(options.checkpoint, overrides, ("train", "val"))
+    statistics = None if evaluation is None else evaluation.statistics
+    if statistics is not None and options.policy is None:  # of a policy at its own position
+        with recalibrated(encoder.backbone, statistics, options.path):
+            encoder = replace(encoder, backbone=copy.deepcopy(encoder.backbone))
     if options.path == "dense":
         dense = dense_network(encoder)
         net: nn.Module = dense
@@ -133,13 +138,15 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
     elif options.policy is None:  # of our own engine the gated path as it is
         backbone: Any = encoder.backbone
         net = backbone
-        report = {"path": "gated", "flops": count_flops(backbone, (size, size)).dense}
+        report = {"path": "gated", "dense_flops": count_flops(backbone, (size, size)).dense}
         report |= {
             key: getattr(backbone, key) for key in _DIALS if getattr(backbone, key) is not None
         }
     else:
         net, report = _static(options, encoder, size, evaluation)
     report |= {"checkpoint": str(options.checkpoint), "resolution": [size, size]}
+    if statistics is not None and evaluation is not None:
+        report["recalibrate"] = evaluation.cfg.recalibrate
     images, real = _examples(evaluation, size)
     after = net
     files: dict[str, bytes] = {}
@@ -156,7 +163,11 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
         if options.policy is not None:
             _turn(evaluation.encoder.backbone, read_policy(options.policy))
         _set_dial(options, evaluation.encoder.backbone)
-        report |= _accuracies(evaluation, options.path, after)
+        accuracies = _accuracies(evaluation, options.path, after)
+        flops = accuracies.pop("path_flops")
+        if "dense_flops" in report and flops is not None:
+            report |= {"flops": flops, "flops_cut": 1 - flops / report["dense_flops"]}
+        report |= accuracies
     files = files or _contents(options, encoder, net, images, real, report)
     for name, content in files.items():
         write_bytes(options.output / name, content)
@@ -276,17 +287,22 @@ def _turn(backbone: Any, policy: Policy) -> None:
 
 
 def _accuracies(evaluation: Evaluation, path: str, net: nn.Module) -> dict[str, Any]:
-    def accuracy(backbone: nn.Module) -> float:
+    """1-NN of the path and of the network made of it, and the path's mean FLOPs."""
+
+    def extractions(backbone: nn.Module) -> list[Extraction]:
         ours = path if isinstance(backbone, TwoPathResNet) else None
-        train, val = (extract(backbone, evaluation.loaders[s], ours) for s in ("train", "val"))
+        return [extract(backbone, evaluation.loaders[s], ours) for s in ("train", "val")]
+
+    def accuracy(train: Extraction, val: Extraction) -> float:
         return knn_top1((train.features, train.targets), (val.features, val.targets))
 
     device = evaluation.fabric.device
     with evaluation.of_path(path):
-        before = accuracy(evaluation.encoder.backbone)
-    after = accuracy(net.to(device))
+        before = extractions(evaluation.encoder.backbone)
+    after = accuracy(*extractions(net.to(device)))
     net.to("cpu")
-    return {"knn_top1_before": before, "knn_top1_after": after}
+    found = {"knn_top1_before": accuracy(*before), "knn_top1_after": after}
+    return found | {"path_flops": before[1].flops}
 
 
 def _examples(evaluation: Evaluation | None, size: int) -> tuple[Tensor, bool]:
@@ -419,9 +435,13 @@ def _saved(content: Any) -> bytes:
 
 def format_export(report: dict[str, Any]) -> str:
     """What was made, as text."""
-    lines = [f"{report['path']} path: {report['flops']:,} FLOPs per image"]
-    if "hidden" in report:
+    if "flops" in report:
+        lines = [f"{report['path']} path: {report['flops']:,.0f} FLOPs per image"]
+    else:
+        lines = [f"{report['path']} path: at most {report['dense_flops']:,} FLOPs per image"]
+    if "flops_cut" in report:
         lines[0] += f", {report['flops_cut']:.1%} fewer than the dense encoder"
+    if "hidden" in report:
         lines.append(f"channels inside the blocks: {', '.join(map(str, report['hidden']))}")
     if "knn_top1_before" in report:
         lines.append(

@@ -32,12 +32,22 @@ def to_onnx(net: nn.Module, images: Tensor) -> bytes:
     """
     try:
         import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
+        from onnxscript import opset18
     except ImportError as error:
         raise InputError(
             "format: onnx needs onnx and onnxscript: pip install 'solo-gating[export]', or pip "
             f"install onnx onnxscript onnxruntime ({error})"
         ) from error
+
+    op: Any = opset18
+
+    def sort_stable(
+        x: Any, stable: bool | None = None, dim: int = -1, descending: bool = False
+    ) -> Any:
+        # Of equal values TopK has those first that come first.
+        size = op.Gather(op.Shape(x), op.Constant(value_ints=[dim]))
+        return op.TopK(x, size, axis=dim, largest=int(descending), sorted=1)
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's own deprecations
         program = torch.onnx.export(
@@ -47,6 +57,7 @@ def to_onnx(net: nn.Module, images: Tensor) -> bytes:
             output_names=["features"],
             dynamic_shapes=({0: torch.export.Dim("batch")},),
             dynamo=True,
+            custom_translation_table={torch.ops.aten.sort.stable: sort_stable},
             verbose=False,
         )
     content = io.BytesIO()

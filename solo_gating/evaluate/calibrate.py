@@ -18,6 +18,7 @@ from ..errors import InputError
 from ..flops import BackboneFlops, count_flops, selected_channels
 
 _LARGEST = 1e6
+_SLACK = 0.01  # whole channels and some hundred images meet no share exactly
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,11 @@ def calibrate(
 def _budget_for(
     backbone: TwoPathResNet, images: Tensor, flops: BackboneFlops, share: float, tolerance: float
 ) -> Setting:
-    """The budget at which gates that only know budgets use a share; the nearest of the range."""
+    """The budget at which gates that only know budgets use a share.
+
+    Raises:
+        InputError: for a share beyond those of the range's ends.
+    """
 
     def at(budget: float) -> Setting:
         backbone.budget = budget
@@ -105,6 +110,11 @@ def _budget_for(
 
     low, high = backbone.budget_range  # type: ignore[misc]
     fewer, more = at(low), at(high)
+    if not fewer.share - _SLACK <= share <= more.share + _SLACK:
+        raise InputError(
+            f"calibrate: got {share}, expected shares from {fewer.share:.4f} to {more.share:.4f}: those "
+            f"of budgets from {low:g} to {high:g}, for which the network was trained"
+        )
     best = min((fewer, more), key=lambda s: abs(s.share - share))
     while abs(best.share - share) > tolerance and more.budget - fewer.budget > 1e-4:  # type: ignore[operator]
         setting = at((fewer.budget + more.budget) / 2)  # type: ignore[operator]
@@ -170,6 +180,26 @@ def lowest_share(backbone: TwoPathResNet, resolution: tuple[int, int]) -> float:
         resolution: height and width of the images.
     """
     return count_flops(backbone, resolution).lowest_share
+
+
+def reachable_shares(backbone: TwoPathResNet, images: Tensor) -> tuple[float, float]:
+    """The shares of the FLOPs that the dial can be turned to, F^R / F^O, from the least to the most.
+
+    Args:
+        backbone: a gated encoder; its dial is put back afterwards.
+        images: as in `calibrate`.
+    """
+    if backbone.gates[0].dial != "budget":
+        return lowest_share(backbone, (images.shape[-2], images.shape[-1])), 1.0
+    before = current(backbone)
+    try:
+        shares = []
+        for budget in backbone.budget_range:  # type: ignore[union-attr]
+            backbone.budget = budget
+            shares.append(mean_share(backbone, images))
+    finally:
+        before.apply(backbone)
+    return shares[0] - _SLACK, shares[1] + _SLACK
 
 
 def mean_share(backbone: TwoPathResNet, images: Tensor) -> float:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,6 +126,11 @@ class Evaluation:
         """Tell the user, once, however many processes there are."""
         self.fabric.print(line, flush=True)
 
+    def earlier(self) -> dict[str, Any]:
+        """What the folder's `metrics.json` holds of these settings; empty where that is nothing."""
+        before = _metrics_before(self.folder / "metrics.json")
+        return before if before.get("identity") == self.identity else {}
+
     def write(
         self, rows: dict[str, dict[str, Any]], train_images: int, train: Any = None
     ) -> dict[str, Any]:
@@ -155,9 +160,7 @@ class Evaluation:
             **rows,
         }
         with one_at_a_time(self.folder):  # another terminal may evaluate the other path
-            before = _metrics_before(file)
-            metrics = before if before.get("identity") == self.identity else {}
-            metrics |= figures
+            metrics = self.earlier() | figures
             if self.fabric.is_global_zero:
                 write_json(file, metrics)
         self.say(str(file))
@@ -192,7 +195,20 @@ def prepare_evaluation(
     """
     evaluation = _prepare(cfg, kind, settings, splits)
     make_folder(evaluation.folder)
+    before = _metrics_before(evaluation.folder / "metrics.json").get("pretraining")
+    own = evaluation.encoder.description()
+    if before is not None and _run(before) != _run(own):
+        raise InputError(
+            f"output: got {str(evaluation.folder)!r}, whose metrics.json is of another run, "
+            f"{before.get('checkpoint')!r}; expected another folder"
+        )
     return evaluation
+
+
+def _run(pretraining: Mapping[str, Any]) -> list[Any]:
+    """What tells runs apart wherever their folders are moved, and however long they are continued."""
+    folder = Path(pretraining.get("checkpoint") or "").parent.name
+    return [folder, *(pretraining.get(key) for key in ("name", "method", "seed"))]
 
 
 def _prepare(

@@ -27,7 +27,10 @@ _COLOURS = {
     "simsiam": "#E69F00",
     "simsiam_gated": "black",
 }
-_MARKERS = "osD^vP*X"  # of one measured source after the other; published points are circles
+# Of other methods, in order of their names; what shares one has another marker.
+_FURTHER = ("#009E73", "#CC79A7", "#56B4E9", "#E69F00", "black", NEUTRAL)
+_MARKERS = "osD^vP*X<>dph8"  # of one measured source after the other; published points are circles
+_LABEL = 50  # characters in a line of the legend
 _METRICS = {
     "linear": "linear evaluation",
     "knn": "1-NN",
@@ -65,7 +68,7 @@ def draw_accuracy_flops(published: Iterable[Cell], measured: Iterable[Cell]) -> 
         methods = {cell.variant for cell in found[panel]}
         beside = [cell for cell in known if _panel(cell) == panel and cell.variant in methods]
         panels[panel] = _curves([*found[panel], *beside])
-    heights = [max(3.8, 1.2 + 0.36 * len(curves)) for curves in panels.values()]
+    heights = [max(3.8, 1.4 + 0.19 * _legend_lines(curves)) for curves in panels.values()]
     figure = Figure(figsize=(11, sum(heights)), layout=ConstrainedLayoutEngine(h_pad=0.12))
     axes = figure.subplots(len(panels), 1, height_ratios=heights, squeeze=False)
     for axis, (panel, curves) in zip(axes.flat, panels.items(), strict=True):
@@ -113,10 +116,17 @@ def _draw_panel(axis: Axes, panel: _Panel, curves: Sequence[list[Cell]]) -> None
     markers = {source: _MARKERS[i % len(_MARKERS)] for i, (_, source) in enumerate(sources)}
     place = float(_STRIP)
     handles = []
+    further = sorted({curve[0].variant for curve in curves} - _COLOURS.keys())
     for curve in curves:
-        handles.append(_draw_curve(axis, curve, markers.get(curve[0].source, "o"), place))
+        variant, marker = curve[0].variant, markers.get(curve[0].source, "o")
+        colour = _COLOURS.get(variant, NEUTRAL)
+        if variant in further:
+            number = further.index(variant)
+            colour = _FURTHER[number % len(_FURTHER)]
+            shift = len(sources) + number // len(_FURTHER) + _MARKERS.index(marker)
+            marker = _MARKERS[shift % len(_MARKERS)]
+        handles.append(_draw_curve(axis, curve, colour, marker, place))
         place += _STEP * any(cell.path == "dense" for cell in curve)
-    labels = [f"{variant_name(curve[0].variant)}, {curve[0].source}" for curve in curves]
     title = transfer_name(trained_on, evaluated_on) + (f" ({images})" if images else "")
     axis.set(
         title=in_picture(f"{title}, {_METRICS[metric]}"),
@@ -138,7 +148,7 @@ def _draw_panel(axis: Axes, panel: _Panel, curves: Sequence[list[Cell]]) -> None
     axis.grid(alpha=0.3)
     axis.legend(
         handles,
-        ["\n".join(map(in_picture, textwrap.wrap(label, 50))) for label in labels],
+        [_label(curve) for curve in curves],
         handler_map={tuple: HandlerTuple(ndivide=None)},
         loc="upper left",
         bbox_to_anchor=(1.01, 1.0),
@@ -148,12 +158,20 @@ def _draw_panel(axis: Axes, panel: _Panel, curves: Sequence[list[Cell]]) -> None
     )
 
 
+def _label(curve: Sequence[Cell]) -> str:
+    text = f"{variant_name(curve[0].variant)}, {curve[0].source}"
+    return "\n".join(map(in_picture, textwrap.wrap(text, _LABEL)))
+
+
+def _legend_lines(curves: Iterable[Sequence[Cell]]) -> float:
+    return sum(_label(curve).count("\n") + 1.5 for curve in curves)
+
+
 def _draw_curve(
-    axis: Axes, cells: Sequence[Cell], marker: str, dense_place: float
+    axis: Axes, cells: Sequence[Cell], colour: str, marker: str, dense_place: float
 ) -> tuple[Line2D, ...]:
     """Gated points joined in order of FLOPs, and dense ones; returns what the legend shows."""
     measured = cells[0].measured
-    colour = _COLOURS.get(cells[0].variant, NEUTRAL)
     handles = []
     for path in ("gated", "dense"):
         points = [cell for cell in cells if cell.path == path]

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..files import png_of
-from ..report.records import Record, Sweep
+from ..report.records import STUDENTS, Record, Sweep
 from ..report.tables import NOTHING, Row, Table, transfer_name, variant_name
 from ..texts import in_picture
 from .style import DENSE, GATED, NEUTRAL
@@ -89,7 +89,7 @@ def _rivals(records: Iterable[Record]) -> dict[_Panel, dict[str, list[Record]]]:
     found: dict[_Panel, dict[str, list[Record]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
         plain = record.pretraining.get("gating") is None and record.flops is not None
-        if plain and record.published_metric == "knn":
+        if plain and not record.variant.startswith(STUDENTS) and record.published_metric == "knn":
             found[_panel(record)][_name(record)].append(record)
     return found
 

@@ -229,6 +229,10 @@ def unusual_settings(record: Record) -> list[str]:
             words.append("classifier without augmentation")
     if record.settings["threshold"] != 0:
         words.append(f"gates' threshold {record.settings['threshold']}")
+    if images := record.settings.get("recalibrate"):
+        words.append(f"statistics of {images:,} images")
+    if (precision := record.settings.get("precision", "32-true")) != "32-true":
+        words.append(f"precision {precision}")
     return words
 
 

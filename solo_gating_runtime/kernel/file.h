@@ -242,9 +242,7 @@ class Reader {
         net.lowest_budget > 0 && net.lowest_budget <= net.highest_budget && net.highest_budget <= 1;
     require(told || (std::isnan(net.lowest_budget) && std::isnan(net.highest_budget)), kDamaged);
     require(!std::isnan(net.threshold), kDamaged);
-    require(told ? net.lowest_budget <= net.budget && net.budget <= net.highest_budget
-                 : std::isnan(net.budget),
-            kDamaged);
+    require(net.can_be_told(net.budget), kDamaged);
     const bool is_int8 = net.type == Type::kInt8;
     if (is_int8) require(is_scale(net.image_scale) && is_scale(net.stem_scale), kDamaged);
     const Convolution& stem = net.stem;

@@ -51,8 +51,9 @@ GATED_EXPORT void gated_map_shapes(const gated_engine* engine, int64_t height, i
                                    int64_t* shapes);
 
 /* Sets the dial: the threshold of the gates' logits, for gates that have one, and the budget, for
- * gates that are told one (else NaN). At first both are as they were saved. Not while the engine is
- * run. Returns 0, or 1 if there is not enough memory. */
+ * gates that are told one. NaN is what was saved, as both are at first. Not while the engine is run.
+ * Returns 0, or 1 if there is not enough memory, or 2 for a budget outside of the range that the
+ * network was trained for, or any for gates that are told none; then the dial stays. */
 GATED_EXPORT int gated_set(gated_engine* engine, double threshold, double budget);
 
 /* What such a setting means: a threshold for each channel, and for each gate a number of channels,

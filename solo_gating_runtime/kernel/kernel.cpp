@@ -1,6 +1,7 @@
 // The C interface (gated.h) of one engine: which one, the compiler's flags say.
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <exception>
@@ -140,6 +141,9 @@ void gated_map_shapes(const gated_engine* engine, int64_t height, int64_t width,
 }
 
 int gated_set(gated_engine* engine, double threshold, double budget) {
+  if (std::isnan(threshold)) threshold = engine->shape().threshold;
+  if (std::isnan(budget)) budget = engine->shape().budget;
+  if (!engine->shape().can_be_told(budget)) return 2;
   try {
     engine->set(threshold, budget);
     return 0;

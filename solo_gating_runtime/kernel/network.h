@@ -5,6 +5,7 @@
 
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <limits>
 #include <vector>
@@ -91,6 +92,12 @@ struct Network {
       nullptr;  // features × channels of the last block; null without a classifier
   const float* linear_bias = nullptr;
   float image_scale = 0, stem_scale = 0;  // int8
+
+  // Whether gates can be told this; NaN for those that are told nothing.
+  bool can_be_told(double budget) const {
+    if (std::isnan(lowest_budget)) return std::isnan(budget);
+    return lowest_budget <= budget && budget <= highest_budget;
+  }
 
   // Of all gates, or where they would be: length of an image's mask.
   int64_t channels() const {

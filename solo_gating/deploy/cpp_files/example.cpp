@@ -88,6 +88,13 @@ Image raw(const std::string& path, int64_t channels, const char* height, const c
   return image;
 }
 
+double decimal(const std::string& text) {
+  char* end = nullptr;
+  const double value = std::strtod(text.c_str(), &end);
+  if (text.empty() || *end != '\0') throw std::runtime_error(text + ": expected a number");
+  return value;
+}
+
 int run(const std::vector<std::string>& arguments) {
   if (arguments.size() < 2) throw std::runtime_error("expected ENCODER.sgx IMAGE.ppm");
   const std::string bytes = content(arguments[0]);
@@ -107,10 +114,12 @@ int run(const std::vector<std::string>& arguments) {
     throw std::runtime_error(path + ": the encoder needs other images");
   }
   if (arguments.size() > next) {
-    const double threshold = std::atof(arguments[next].c_str());
+    const double threshold = decimal(arguments[next]);
     const double budget =
-        arguments.size() > next + 1 ? std::atof(arguments[next + 1].c_str()) : std::nan("");
-    gated_set(engine, threshold, budget);
+        arguments.size() > next + 1 ? decimal(arguments[next + 1]) : std::nan("");  // as saved
+    if (gated_set(engine, threshold, budget) != 0) {
+      throw std::runtime_error("the encoder's gates cannot be told this budget");
+    }
   }
 
   std::vector<float> features(gated_features(engine));

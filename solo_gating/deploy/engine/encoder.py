@@ -302,7 +302,7 @@ def compile(
         raise InputError(
             "calibration: missing, dtype=int8 needs some 256 images to find the range of each map"
         )
-    backbone = source if isinstance(source, nn.Module) else _backbone(source)
+    backbone = source if isinstance(source, nn.Module) else _backbone(source, path)
     engine = chosen_engine(engine, dtype, also=(PYTORCH,))
     with one_thread_if_forked():
         folded = fold(backbone, path, threshold, budget)
@@ -326,9 +326,10 @@ def compile(
             rounded, number = partial(quantise, images=images, float_stem=float_stem), len(images)
         made = _compiled(replace(folded, network=rounded(folded.network)), engine)
         if not any(folded.modules):
+            both = [folded if one == path else fold(backbone, one) for one in paths_of(backbone)]
+            # A gated path that only PyTorch runs has no network to compare with.
             networks = tuple(
-                folded.network if other == path else fold(backbone, other).network
-                for other in paths_of(backbone)
+                one.network for one in both if one.whole is None and not any(one.modules)
             )
             made._origin = Origin(networks, rounded, number)
         return made
@@ -358,7 +359,7 @@ def load(file: str | Path, engine: str | None = None) -> CompiledEncoder:
         return _compiled(Folded(net, (None,) * len(net.gates)), name, content, str(file))
 
 
-def _backbone(checkpoint: str | Path) -> nn.Module:
+def _backbone(checkpoint: str | Path, path: str) -> nn.Module:
     # Only here: whoever compiles a module needs nothing of solo-learn.
     from ...checkpoints.encoder import encoder_of
 
@@ -367,7 +368,9 @@ def _backbone(checkpoint: str | Path) -> nn.Module:
     torch.set_default_dtype(torch.float32)  # else the checkpoint's weights would be rounded
     try:
         with torch.device("cpu"), one_thread_if_forked():
-            return encoder_of(checkpoint, key="source").backbone
+            encoder = encoder_of(checkpoint, key="source")
+            encoder.warn_of_statistics(path)
+            return encoder.backbone
     finally:
         torch.set_default_dtype(dtype)
 

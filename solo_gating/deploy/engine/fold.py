@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from solo_gating_runtime.checks import checked_budget, checked_threshold
 from solo_gating_runtime.network import Block, Convolution, Embedding, Floats, Network
 from solo_gating_runtime.network import Gate as FoldedGate
 
@@ -64,9 +65,15 @@ def fold(
     fc = backbone.get_submodule("fc")
     gated = path == "gated"
     budget_range = getattr(backbone, "budget_range", None) if gated else None
+    if not gated and (threshold or budget is not None):
+        key, value = ("budget", budget) if budget is not None else ("threshold", threshold)
+        raise InputError(f"{key}: got {value!r} for the dense path, expected path='gated'")
     if threshold is None:
         threshold = _of_all_gates("threshold", backbone) if gated else 0.0
-    if budget is None and budget_range is not None:
+    checked_threshold(threshold)
+    if budget is not None:
+        budget = checked_budget(budget, budget_range)
+    elif budget_range is not None:
         budget = _of_all_gates("budget", backbone)
     modules: list[Gate | None] = []
     as_it_is = gated and only_pytorch_runs(backbone)

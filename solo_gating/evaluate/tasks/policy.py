@@ -40,7 +40,7 @@ from ...process_state import process_state_kept
 from ...report.records import read_records
 from ...texts import aligned, published_count
 from ...training.checkpoints import plain
-from ..calibrate import calibrate, lowest_share, sweep
+from ..calibrate import calibrate, reachable_shares, sweep
 from ..evaluation import Evaluation, flops_row, prepare_evaluation
 from ..knn import knn_top1
 from ..policy import policy_of
@@ -85,6 +85,11 @@ def evaluate_policy(cfg: DictConfig) -> dict[str, Any]:
     )
     encoder = evaluation.encoder
     backbone: Any = encoder.backbone
+    if cfg.calibrate is not None and cfg.budget is not None and backbone.gates[0].dial == "budget":
+        raise InputError(
+            f"budget: got {cfg.budget} with calibrate={cfg.calibrate}, which finds it; expected one of "
+            "them"
+        )
     images = torch.empty(0)
     if turned:
         images, _ = evaluation.some("train", cfg.calibration_images)
@@ -118,6 +123,8 @@ def evaluate_policy(cfg: DictConfig) -> dict[str, Any]:
         row |= published
         evaluation.say(f"{published_count(kind.kind, published)}\n")
     rows = {"gated": row}
+    if not cfg.sweep and "sweep" in (earlier := evaluation.earlier().get("gated", {})):
+        row["sweep"] = earlier["sweep"]  # of the same settings
     if cfg.sweep:
         rows["dense"], row["sweep"] = _sweep(evaluation, images, shares, policy.target_budget)
     written = evaluation.write(rows, len(images))
@@ -210,11 +217,11 @@ def _sweep(
             )
         return figures
 
-    lowest = lowest_share(backbone, (images.shape[-2], images.shape[-1]))
-    possible = [share for share in shares if share >= lowest]
+    least, most = reachable_shares(backbone, images)
+    possible = [share for share in shares if least <= share <= most]
     if len(possible) < len(shares):
         evaluation.say(
-            f"shares below {lowest:.1%} are left out: stem, shortcuts and gates cost that"
+            f"shares below {least:.1%} or above {most:.1%} are left out: the dial does not reach them"
         )
     dense = accuracy("dense")
     evaluation.say(f"dense path: 1-NN {dense['knn_top1']:.2f} %")
