@@ -1,6 +1,7 @@
 """Importing the package changes nothing of the process that a user could notice."""
 
 import ast
+import importlib
 import json
 import subprocess
 import sys
@@ -81,3 +82,16 @@ def test_no_room_imports_the_command_line_or_a_room_that_imports_it():
     for room in ORDER:
         above = imports.get(room, set()) - set(ORDER[: ORDER.index(room)]) - {room}
         assert not above, (room, above)
+
+
+def test_scripts_import_what_there_is():
+    """Those that no test runs, too."""
+    for folder in ("research", "examples", "bash_scripts"):
+        for file in (ROOT / folder).glob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text())):
+                if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
+                    "solo_gating"
+                ):
+                    module = importlib.import_module(node.module)
+                    missing = [one.name for one in node.names if not hasattr(module, one.name)]
+                    assert not missing, (file.name, node.module, missing)

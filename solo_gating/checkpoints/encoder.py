@@ -72,8 +72,8 @@ class Encoder:
 
     def warn_of_statistics(self, path: str | None) -> None:
         """Say where a gated path is about to be used with BatchNorm statistics of another width."""
-        method = METHODS.get(self.args.method)
-        if path == "gated" and getattr(method, "recalibrate", 0):
+        method: Any = METHODS.get(self.args.method)
+        if path == "gated" and getattr(method, "recalibrate", False):
             warnings.warn(
                 f"{self.args.method} has BatchNorm statistics of its full width only; evaluations and "
                 "exports estimate those of a budget from images (recalibrate), this does not",

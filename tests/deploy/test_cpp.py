@@ -205,6 +205,26 @@ def test_a_budget_outside_of_the_range_is_refused(run_of_a_range, call):
     assert err.startswith("error: budget: got 0.95, expected a number from 0.1 to 0.9, the range")
 
 
+def test_statistics_of_the_budget_are_exported(run_of_a_range, call, tmp_path):
+    def exported(name, *options):
+        code, out, err = call(
+            main_export,
+            *(f"checkpoint={run_of_a_range.checkpoint}", "path=gated", "format=sgx", "budget=0.3"),
+            *("evaluate=true", f"output={name}", *options),
+        )
+        assert code == 0, err
+        report = json.loads((tmp_path / name / "export.json").read_text())
+        assert f"{report['flops']:,.0f} FLOPs per image, {report['flops_cut']:.1%} fewer" in out
+        assert 0 < report["flops"] < report["dense_flops"]
+        assert report["knn_top1_before"] == report["knn_top1_after"]
+        return report, (tmp_path / name / "encoder.sgx").read_bytes()
+
+    own, recalibrated = exported("own"), exported("new", "recalibrate=16")
+    assert "recalibrate" not in own[0]
+    assert recalibrated[0]["recalibrate"] == 16
+    assert own[1] != recalibrated[1]
+
+
 def test_what_only_pytorch_runs_has_no_cpp():
     fast = deploy.compile(lively(), engine="pytorch")
     fast._encoder.backend.is_compilable = False
@@ -244,8 +264,24 @@ def test_it_builds_and_computes_the_same(engine, tmp_path):
         fast.threshold = threshold
         found = features(tmp_path / "x.raw", 13, 18, threshold)
         np.testing.assert_allclose(found, fast(x)[0], rtol=1e-4, atol=1e-5)
-    refused = subprocess.run(
-        [build / "example", tmp_path / "x.ppm", tmp_path / "x.ppm"], capture_output=True, text=True
+
+    def refused(*arguments):
+        done = subprocess.run([build / "example", *arguments], capture_output=True, text=True)
+        assert done.returncode == 1
+        return done.stderr
+
+    assert "x.ppm: got another kind of file" in refused(tmp_path / "x.ppm", tmp_path / "x.ppm")
+    one = (folder / "encoder.sgx", tmp_path / "x.ppm")
+    assert "abc: expected a number" in refused(*one, "abc")
+    assert "cannot be told this budget" in refused(*one, "0", "0.3")
+
+    told = deploy.compile(
+        lively(budget_range=[0.1, 0.9]), budget=0.3, engine=supported_engines()[0]
     )
-    assert refused.returncode == 1
-    assert "x.ppm: got another kind of file" in refused.stderr
+    (folder / "encoder.sgx").write_bytes(told.to_bytes())
+    saved = features(tmp_path / "x.raw", 13, 18, "0")  # the budget stays
+    np.testing.assert_allclose(saved, told(x)[0], rtol=1e-4, atol=1e-5)
+    told.budget = 0.8
+    found = features(tmp_path / "x.raw", 13, 18, "0", "0.8")
+    np.testing.assert_allclose(found, told(x)[0], rtol=1e-4, atol=1e-5)
+    assert "cannot be told this budget" in refused(*one, "0", "7")

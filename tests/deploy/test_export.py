@@ -245,6 +245,19 @@ def test_a_smaller_network_in_int8_for_numpy(run, tmp_path, monkeypatch, gates):
         assert fast.threshold == 0.5
 
 
+def test_top_k_gates_choose_the_same_in_onnx():
+    ort = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    net, x = gated(gate="top_k"), images(slice(12))
+    net.budget = 0.3
+    kept = kept_channels(policy_on(net, x), count_flops(net, (16, 16)), "dynamic", 1)
+    small = slice_encoder(net, kept, gates=True).eval()
+    session = ort.InferenceSession(to_onnx(small, x), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"images": x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), small(x), rtol=1e-4, atol=1e-5)
+    assert len(small(x).unique(dim=0)) > 3
+
+
 def test_onnx_runs_without_torch(run, tmp_path, monkeypatch):
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")

@@ -1,6 +1,7 @@
 """Reports of rounding, against numbers that are known or computed in another way."""
 
 import copy
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from sklearn.model_selection import LeaveOneOut, cross_val_score
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor, nn
 
-from solo_gating import InputError, deploy
+from solo_gating import InputError, create_backbone, deploy
 from solo_gating.deploy.engine.fold import fold
 from solo_gating.deploy.report import path_report
 
@@ -115,6 +116,32 @@ def test_bfloat16_is_reported_too(encoder, images):
     assert report.dtype == "bfloat16"
     assert report.calibration_images is None
     assert all(0 < found.same_masks_error < 0.02 for found in report.paths)
+
+
+@pytest.mark.parametrize("kind", ["cgnet", "dgc"])
+@pytest.mark.parametrize("dtype", ["int8", "bfloat16"])
+def test_a_dense_path_is_reported_alone_where_only_pytorch_runs_the_gates(kind, dtype, images):
+    torch.manual_seed(0)
+    net = create_backbone("resnet18_gated", width=8, stem="cifar", gate=kind).eval()
+    calibration = {"calibration": images[0]} if dtype == "int8" else {}
+    fast = deploy.compile(net, "dense", dtype=dtype, engine="pytorch", **calibration)
+    (found,) = fast.report(*images).paths
+    assert found.path == "dense"
+    assert 0 < found.feature_error < 0.05
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"budget": 0.3}, "budget: got 0.3, the network's gates are told no budget"),
+        ({"path": "dense", "budget": 0.3}, "budget: got 0.3 for the dense path"),
+        ({"path": "dense", "threshold": 0.5}, "threshold: got 0.5 for the dense path"),
+        ({"threshold": "high"}, "threshold: got 'high', expected a number"),
+    ],
+)
+def test_a_dial_that_the_network_has_not_is_named(arguments, message, encoder):
+    with pytest.raises(InputError, match=re.escape(message)):
+        deploy.compile(encoder, **arguments, engine="pytorch")
 
 
 def test_thresholds_are_those_of_the_moment(encoder, images):

@@ -506,6 +506,20 @@ def test_results_of_the_same_settings_share_a_folder(dual):
     assert folder("output=elsewhere") == Path("elsewhere")
 
 
+def test_a_folder_of_results_belongs_to_one_run(dual, plain, tmp_path):
+    evaluate_knn(evaluation_config("knn", dual.checkpoint, f"output={tmp_path}"))
+    before = (tmp_path / "metrics.json").read_bytes()
+    other = evaluation_config("knn", plain.checkpoint, f"output={tmp_path}")
+    assert_refused(
+        lambda: evaluate_knn(other), "output: got", str(dual.checkpoint), "another folder"
+    )
+    assert (tmp_path / "metrics.json").read_bytes() == before
+    moved = tmp_path / "elsewhere" / dual.folder.name
+    shutil.copytree(dual.folder, moved)
+    own = evaluation_config("knn", moved / "last.ckpt", f"output={tmp_path}")
+    assert evaluate_knn(own)["pretraining"]["checkpoint"] == str(moved / "last.ckpt")
+
+
 def test_two_evaluations_at_once_lose_no_path(dual, tmp_path, monkeypatch):
     """Each reads what is there, and writes it with its own path, while the other waits."""
     options = ["data.num_workers=0", f"output={tmp_path}"]

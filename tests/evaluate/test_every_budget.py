@@ -21,7 +21,13 @@ from solo_gating.config.pretraining import prepare_config
 from solo_gating.deploy import compile as compile_encoder
 from solo_gating.deploy.dense import solo_learn_args
 from solo_gating.deploy.static import kept_channels, slice_encoder
-from solo_gating.evaluate.calibrate import calibrate, lowest_share, mean_share, sweep
+from solo_gating.evaluate.calibrate import (
+    calibrate,
+    lowest_share,
+    mean_share,
+    reachable_shares,
+    sweep,
+)
 from solo_gating.evaluate.extract import extract
 from solo_gating.evaluate.policy import policy_of
 from solo_gating.evaluate.table import format_table
@@ -636,6 +642,23 @@ def test_calibrated_the_share_asked_for_is_used():
     assert_refused(lambda: calibrate(backbone, images, lowest / 2), "calibrate: got")
     assert_refused(lambda: calibrate(backbone, images, 0.3, budget=0.95), "budget: got 0.95")
     assert (backbone.threshold, backbone.budget) == (0.2, 0.6)
+
+
+@pytest.mark.parametrize("kind", ["top_k", "fixed"])
+def test_a_share_of_no_budget_is_refused(kind):
+    backbone = tiny_backbone(gate=kind, width=8, budget_range=tuple(RANGE))
+    images, _ = digit_tensors(slice(300, 332))
+    before = backbone.budget
+    least, most = reachable_shares(backbone, images)
+    ends = []
+    for told in RANGE:
+        backbone.budget = told
+        ends.append(mean_share(backbone, images))
+    backbone.budget = before
+    assert (least, most) == (pytest.approx(ends[0] - 0.01), pytest.approx(ends[1] + 0.01))
+    assert_refused(lambda: calibrate(backbone, images, 1.0), "got 1.0", f"to {ends[1]:.4f}")
+    assert calibrate(backbone, images, ends[1]).budget == pytest.approx(0.9)
+    assert backbone.budget == before
 
 
 def test_a_sweep_turns_the_budget():

@@ -486,6 +486,15 @@ def test_a_sweep_is_written_and_drawn(run, tmp_path, capsys):
     assert picture(tmp_path / "sweep.png").std() > 10
 
 
+def test_a_sweep_stays_where_its_settings_are_evaluated_without_it(run, tmp_path):
+    options = ("calibration_images=32", f"output={tmp_path}")
+    swept = evaluate_policy(policy_config(run, "sweep=true", "shares=[0.2]", *options))
+    again = evaluate_policy(policy_config(run, *options))
+    assert again["gated"]["sweep"] == swept["gated"]["sweep"]
+    other = evaluate_policy(policy_config(run, "threshold=0.3", *options))
+    assert "sweep" not in other["gated"]
+
+
 def test_a_sweep_is_drawn_beside_its_rivals(run, tmp_path, monkeypatch):
     """The rivals are the run's own 1-NN table here: what a report of both would draw."""
     drawn = []
