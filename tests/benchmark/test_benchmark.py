@@ -302,6 +302,8 @@ def test_advice_names_what_is_fastest_and_what_in_float32():
     slow[-1]["milliseconds"] = 3000
     assert "at density 0.3 the dense one, as ours in float32 takes 1.5× its time" in advice(slow)
     assert "too noisy" in advice(slow)
+    far = [{**row, "realised_density": 0.42} for row in found]
+    assert "at density 0.3 (0.42, the nearest that its gates give) ours in int8" in advice(far)
 
 
 class RoundingEngine:

@@ -4,6 +4,8 @@ from typing import Any
 
 # Engines nearer to each other than this are called equal.
 _EQUAL = 1.05
+# A density that is further from the one that was asked for is named.
+_OFF = 0.03
 # Rows that give a gated encoder's features, not an approximation's.
 _EXACT = ("dynamic", "dynamic on static", "static")
 
@@ -31,6 +33,8 @@ def _picks(rows: list[dict[str, Any]]) -> str:
         best = _fastest_gated([row for row in gated if row["density"] == density])
         ratio = dense["milliseconds"] / best["milliseconds"]
         at = "the encoder's own density" if density is None else f"density {density:g}"
+        if density is not None and abs(best["realised_density"] - density) > _OFF:
+            at += f" ({best['realised_density']:.2f}, the nearest that its gates give)"
         if ratio > _EQUAL:
             found = f"{_name(best)}, {ratio:.1f}× as fast"
         elif ratio * _EQUAL > 1:
