@@ -1,5 +1,6 @@
 """Accuracy against FLOPs: measured and published curves of each data set."""
 
+import itertools
 import math
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -27,7 +28,7 @@ _COLOURS = {
     "simsiam": "#E69F00",
     "simsiam_gated": "black",
 }
-# Of other methods, in order of their names; what shares one has another marker.
+# Of other methods' curves, one after the other; those that share one have another marker.
 _FURTHER = ("#009E73", "#CC79A7", "#56B4E9", "#E69F00", "black", NEUTRAL)
 _MARKERS = "osD^vP*X<>dph8"  # of one measured source after the other; published points are circles
 _LABEL = 50  # characters in a line of the legend
@@ -68,7 +69,7 @@ def draw_accuracy_flops(published: Iterable[Cell], measured: Iterable[Cell]) -> 
         methods = {cell.variant for cell in found[panel]}
         beside = [cell for cell in known if _panel(cell) == panel and cell.variant in methods]
         panels[panel] = _curves([*found[panel], *beside])
-    heights = [max(3.8, 1.4 + 0.19 * _legend_lines(curves)) for curves in panels.values()]
+    heights = [max(3.8, 1.4 + 0.15 * _legend_lines(curves)) for curves in panels.values()]
     figure = Figure(figsize=(11, sum(heights)), layout=ConstrainedLayoutEngine(h_pad=0.12))
     axes = figure.subplots(len(panels), 1, height_ratios=heights, squeeze=False)
     for axis, (panel, curves) in zip(axes.flat, panels.items(), strict=True):
@@ -116,15 +117,12 @@ def _draw_panel(axis: Axes, panel: _Panel, curves: Sequence[list[Cell]]) -> None
     markers = {source: _MARKERS[i % len(_MARKERS)] for i, (_, source) in enumerate(sources)}
     place = float(_STRIP)
     handles = []
-    further = sorted({curve[0].variant for curve in curves} - _COLOURS.keys())
+    further = itertools.cycle(itertools.product(reversed(_MARKERS), _FURTHER))
     for curve in curves:
-        variant, marker = curve[0].variant, markers.get(curve[0].source, "o")
-        colour = _COLOURS.get(variant, NEUTRAL)
-        if variant in further:
-            number = further.index(variant)
-            colour = _FURTHER[number % len(_FURTHER)]
-            shift = len(sources) + number // len(_FURTHER) + _MARKERS.index(marker)
-            marker = _MARKERS[shift % len(_MARKERS)]
+        marker = markers.get(curve[0].source, "o")
+        colour = _COLOURS.get(curve[0].variant)
+        if colour is None:
+            marker, colour = next(further)
         handles.append(_draw_curve(axis, curve, colour, marker, place))
         place += _STEP * any(cell.path == "dense" for cell in curve)
     title = transfer_name(trained_on, evaluated_on) + (f" ({images})" if images else "")
