@@ -30,7 +30,8 @@ _COLOURS = {
 }
 # Of other methods' curves, one after the other; those that share one have another marker.
 _FURTHER = ("#009E73", "#CC79A7", "#56B4E9", "#E69F00", "black", NEUTRAL)
-_MARKERS = "osD^vP*X<>dph8"  # of one measured source after the other; published points are circles
+_FURTHER_MARKERS = "vPX*d<>"
+_MARKERS = "osD^vP*X"  # of one measured source after the other; published points are circles
 _LABEL = 50  # characters in a line of the legend
 _METRICS = {
     "linear": "linear evaluation",
@@ -117,7 +118,7 @@ def _draw_panel(axis: Axes, panel: _Panel, curves: Sequence[list[Cell]]) -> None
     markers = {source: _MARKERS[i % len(_MARKERS)] for i, (_, source) in enumerate(sources)}
     place = float(_STRIP)
     handles = []
-    further = itertools.cycle(itertools.product(reversed(_MARKERS), _FURTHER))
+    further = itertools.cycle(itertools.product(_FURTHER_MARKERS, _FURTHER))
     for curve in curves:
         marker = markers.get(curve[0].source, "o")
         colour = _COLOURS.get(curve[0].variant)
