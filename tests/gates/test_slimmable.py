@@ -217,7 +217,10 @@ def test_the_dial_finds_the_width_of_a_share():
     setting = calibrate(net, images().float(), 0.25)
     assert setting.budget == pytest.approx(0.5, abs=0.02)
     assert setting.share == pytest.approx(0.25, abs=0.01)
-    assert calibrate(net, images().float(), 0.01).budget == 0.25
+    with pytest.raises(
+        InputError, match=r"got 0.01, expected shares from 0.0\d+ to 1.0000: .*0.25"
+    ):
+        calibrate(net, images().float(), 0.01)
 
 
 # BatchNorm's statistics

@@ -420,18 +420,23 @@ def test_a_file_system_without_locks_is_no_hindrance(tmp_path, monkeypatch):
 # Signals
 
 
+@pytest.mark.parametrize(
+    ("evaluation", "how"),
+    [
+        ("linear", "the same command continues after what was finished"),
+        ("knn", "the same command begins again"),
+    ],
+)
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
-def test_a_signal_ends_a_command_with_its_code_and_one_sentence(name, capsys):
+def test_a_signal_ends_a_command_with_its_code_and_one_sentence(name, evaluation, how, capsys):
     number = signal.Signals[name]
     before = signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL
     outer = signal.signal(number, before)  # ignored, where the tests were started in the background
-    with pytest.raises(SystemExit) as stop, one_sentence_errors("knn"):
+    with pytest.raises(SystemExit) as stop, one_sentence_errors(evaluation):
         os.kill(os.getpid(), number)
     assert stop.value.code == 128 + number
     said = "interrupted" if name == "SIGINT" else f"ended by {name}"
-    assert capsys.readouterr().err == (
-        f"error: {said}; the same command continues after what was finished\n"
-    )
+    assert capsys.readouterr().err == f"error: {said}; {how}\n"
     assert signal.signal(number, outer) is before
 
 
