@@ -197,7 +197,8 @@ def prepare_evaluation(
     make_folder(evaluation.folder)
     before = _metrics_before(evaluation.folder / "metrics.json").get("pretraining")
     own = evaluation.encoder.description()
-    if before is not None and _run(before) != _run(own):
+    # A folder beside the checkpoint is the run's own, whatever they were called before.
+    if cfg.output and before is not None and _run(before) != _run(own):
         raise InputError(
             f"output: got {str(evaluation.folder)!r}, whose metrics.json is of another run, "
             f"{before.get('checkpoint')!r}; expected another folder"

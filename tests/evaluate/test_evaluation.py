@@ -520,6 +520,14 @@ def test_a_folder_of_results_belongs_to_one_run(dual, plain, tmp_path):
     assert evaluate_knn(own)["pretraining"]["checkpoint"] == str(moved / "last.ckpt")
 
 
+def test_a_run_whose_folder_was_renamed_keeps_its_results(dual, tmp_path):
+    shutil.copytree(dual.folder, tmp_path / "before")
+    evaluate_knn(evaluation_config("knn", tmp_path / "before/last.ckpt", "path=dense"))
+    (tmp_path / "before").rename(tmp_path / "now")
+    found = evaluate_knn(evaluation_config("knn", tmp_path / "now/last.ckpt", "path=gated"))
+    assert {"dense", "gated"} <= found.keys()
+
+
 def test_two_evaluations_at_once_lose_no_path(dual, tmp_path, monkeypatch):
     """Each reads what is there, and writes it with its own path, while the other waits."""
     options = ["data.num_workers=0", f"output={tmp_path}"]
