@@ -52,7 +52,7 @@ without these on those of the folder. export.json says what was made.
 import argparse
 import copy
 import io
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -127,15 +127,18 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
     evaluation = None
     if options.evaluate or options.overrides:
         evaluation = evaluation_of(options.checkpoint, overrides, ("train", "val"))
+    policy = None if options.policy is None else read_policy(options.policy, "policy")
+    if policy is not None:
+        _turn(encoder.backbone, policy)
     statistics = None if evaluation is None else evaluation.statistics
-    if statistics is not None and options.policy is None:  # of a policy at its own position
+    if statistics is not None:
         with recalibrated(encoder.backbone, statistics, options.path):
             encoder = replace(encoder, backbone=copy.deepcopy(encoder.backbone))
     if options.path == "dense":
         dense = dense_network(encoder)
         net: nn.Module = dense
         report: dict[str, Any] = {"path": "dense", "flops": count_flops(dense, (size, size)).dense}
-    elif options.policy is None:  # of our own engine the gated path as it is
+    elif policy is None:  # of our own engine the gated path as it is
         backbone: Any = encoder.backbone
         net = backbone
         report = {"path": "gated", "dense_flops": count_flops(backbone, (size, size)).dense}
@@ -143,7 +146,7 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
             key: getattr(backbone, key) for key in _DIALS if getattr(backbone, key) is not None
         }
     else:
-        net, report = _static(options, encoder, size, evaluation)
+        net, report = _static(options, encoder, size, policy)
     report |= {"checkpoint": str(options.checkpoint), "resolution": [size, size]}
     if statistics is not None and evaluation is not None:
         report["recalibrate"] = evaluation.cfg.recalibrate
@@ -160,11 +163,10 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
     elif calibration is not None:
         files, after = _quantised(options, net, calibration, images if real else None, report)
     if evaluation is not None:
-        if options.policy is not None:
-            _turn(evaluation.encoder.backbone, read_policy(options.policy))
+        if policy is not None:
+            _turn(evaluation.encoder.backbone, policy)
         _set_dial(options, evaluation.encoder.backbone)
-        accuracies = _accuracies(evaluation, options.path, after)
-        flops = accuracies.pop("path_flops")
+        accuracies, flops = _accuracies(evaluation, options.path, after)
         if "dense_flops" in report and flops is not None:
             report |= {"flops": flops, "flops_cut": 1 - flops / report["dense_flops"]}
         report |= accuracies
@@ -257,16 +259,12 @@ def _set_dial(options: argparse.Namespace, backbone: Any) -> None:
 
 
 def _static(
-    options: argparse.Namespace, encoder: Encoder, size: int, evaluation: Evaluation | None
+    options: argparse.Namespace, encoder: Encoder, size: int, policy: Policy
 ) -> tuple[nn.Module, dict[str, Any]]:
     backbone: Any = encoder.backbone
-    policy = read_policy(options.policy, "policy")
-    _turn(backbone, policy)
     flops = count_flops(backbone, (size, size))
     kept = kept_channels(policy, flops, options.keep, options.multiple)
-    statistics = None if evaluation is None else evaluation.statistics
-    with nullcontext() if statistics is None else recalibrated(backbone, statistics, "gated"):
-        net = slice_encoder(backbone, kept, options.gates == "keep")
+    net = slice_encoder(backbone, kept, options.gates == "keep")
     cost = static_flops(net, (size, size))
     return net, {
         "path": "gated",
@@ -286,7 +284,9 @@ def _turn(backbone: Any, policy: Policy) -> None:
     Setting(policy.threshold, policy.share, policy.budget).apply(backbone)
 
 
-def _accuracies(evaluation: Evaluation, path: str, net: nn.Module) -> dict[str, Any]:
+def _accuracies(
+    evaluation: Evaluation, path: str, net: nn.Module
+) -> tuple[dict[str, float], float | None]:
     """1-NN of the path and of the network made of it, and the path's mean FLOPs."""
 
     def extractions(backbone: nn.Module) -> list[Extraction]:
@@ -301,8 +301,7 @@ def _accuracies(evaluation: Evaluation, path: str, net: nn.Module) -> dict[str, 
         before = extractions(evaluation.encoder.backbone)
     after = accuracy(*extractions(net.to(device)))
     net.to("cpu")
-    found = {"knn_top1_before": accuracy(*before), "knn_top1_after": after}
-    return found | {"path_flops": before[1].flops}
+    return {"knn_top1_before": accuracy(*before), "knn_top1_after": after}, before[1].flops
 
 
 def _examples(evaluation: Evaluation | None, size: int) -> tuple[Tensor, bool]:

@@ -103,13 +103,8 @@ def _budget_for(
     Raises:
         InputError: for a share beyond those of the range's ends.
     """
-
-    def at(budget: float) -> Setting:
-        backbone.budget = budget
-        return Setting(backbone.threshold, _measured_share(backbone, images, flops), budget)
-
     low, high = backbone.budget_range  # type: ignore[misc]
-    fewer, more = at(low), at(high)
+    fewer, more = (_at_budget(backbone, images, flops, end) for end in (low, high))
     if not fewer.share - _SLACK <= share <= more.share + _SLACK:
         raise InputError(
             f"calibrate: got {share}, expected shares from {fewer.share:.4f} to {more.share:.4f}: those "
@@ -117,10 +112,19 @@ def _budget_for(
         )
     best = min((fewer, more), key=lambda s: abs(s.share - share))
     while abs(best.share - share) > tolerance and more.budget - fewer.budget > 1e-4:  # type: ignore[operator]
-        setting = at((fewer.budget + more.budget) / 2)  # type: ignore[operator]
+        middle = (fewer.budget + more.budget) / 2  # type: ignore[operator]
+        setting = _at_budget(backbone, images, flops, middle)
         best = min((best, setting), key=lambda s: abs(s.share - share))
         fewer, more = (setting, more) if setting.share < share else (fewer, setting)
     return best
+
+
+def _at_budget(
+    backbone: TwoPathResNet, images: Tensor, flops: BackboneFlops, budget: float
+) -> Setting:
+    """The backbone's position with a budget, which it keeps."""
+    backbone.budget = budget
+    return Setting(backbone.threshold, _measured_share(backbone, images, flops), budget)
 
 
 def threshold_for(
@@ -189,17 +193,16 @@ def reachable_shares(backbone: TwoPathResNet, images: Tensor) -> tuple[float, fl
         backbone: a gated encoder; its dial is put back afterwards.
         images: as in `calibrate`.
     """
+    flops = count_flops(backbone, (images.shape[-2], images.shape[-1]))
     if backbone.gates[0].dial != "budget":
-        return lowest_share(backbone, (images.shape[-2], images.shape[-1])), 1.0
+        return flops.lowest_share, 1.0
     before = current(backbone)
+    low, high = backbone.budget_range  # type: ignore[misc]
     try:
-        shares = []
-        for budget in backbone.budget_range:  # type: ignore[union-attr]
-            backbone.budget = budget
-            shares.append(mean_share(backbone, images))
+        fewer, more = (_at_budget(backbone, images, flops, end) for end in (low, high))
     finally:
         before.apply(backbone)
-    return shares[0] - _SLACK, shares[1] + _SLACK
+    return fewer.share - _SLACK, more.share + _SLACK
 
 
 def mean_share(backbone: TwoPathResNet, images: Tensor) -> float:

@@ -195,14 +195,13 @@ def prepare_evaluation(
     """
     evaluation = _prepare(cfg, kind, settings, splits)
     make_folder(evaluation.folder)
-    before = _metrics_before(evaluation.folder / "metrics.json").get("pretraining")
-    own = evaluation.encoder.description()
-    # A folder beside the checkpoint is the run's own, whatever they were called before.
-    if cfg.output and before is not None and _run(before) != _run(own):
-        raise InputError(
-            f"output: got {str(evaluation.folder)!r}, whose metrics.json is of another run, "
-            f"{before.get('checkpoint')!r}; expected another folder"
-        )
+    if cfg.output:  # else it lies beside the checkpoint, whatever that was called before
+        before = _metrics_before(evaluation.folder / "metrics.json").get("pretraining")
+        if before is not None and _run(before) != _run(evaluation.encoder.description()):
+            raise InputError(
+                f"output: got {str(evaluation.folder)!r}, whose metrics.json is of another run, "
+                f"{before.get('checkpoint')!r}; expected another folder"
+            )
     return evaluation
 
 

@@ -123,10 +123,10 @@ def evaluate_policy(cfg: DictConfig) -> dict[str, Any]:
         row |= published
         evaluation.say(f"{published_count(kind.kind, published)}\n")
     rows = {"gated": row}
-    if not cfg.sweep and "sweep" in (earlier := evaluation.earlier().get("gated", {})):
-        row["sweep"] = earlier["sweep"]  # of the same settings
     if cfg.sweep:
         rows["dense"], row["sweep"] = _sweep(evaluation, images, shares, policy.target_budget)
+    elif "sweep" in (earlier := evaluation.earlier().get("gated", {})):
+        row["sweep"] = earlier["sweep"]  # of the same settings
     written = evaluation.write(rows, len(images))
     if beside and evaluation.fabric.is_global_zero:
         _draw_beside(evaluation.folder, beside)
