@@ -114,7 +114,8 @@ def _curves(cells: Iterable[Cell]) -> list[list[Cell]]:
 
 def _draw_panel(axis: Axes, panel: _Panel, curves: Sequence[list[Cell]]) -> None:
     metric, trained_on, evaluated_on, images = panel
-    sources = sorted({(curve[0].order, curve[0].source) for curve in curves if curve[0].measured})
+    own = [curve[0] for curve in curves if curve[0].measured and curve[0].variant in _COLOURS]
+    sources = sorted({(cell.order, cell.source) for cell in own})
     markers = {source: _MARKERS[i % len(_MARKERS)] for i, (_, source) in enumerate(sources)}
     place = float(_STRIP)
     handles = []
